@@ -1,0 +1,26 @@
+"""Stable Diffusion UNets and ControlNets: SD 1.x, SD 2.x, SDXL, its refiner and distillations."""
+
+from .unet_config import (
+    Parameter,
+    TransformerSite,
+    UNetConfig,
+    adapter_names,
+    diffusers_kwargs,
+    infer_config,
+    parameters,
+    transformers,
+)
+from .unet_live import config_of_module, unsupported_state
+
+__all__ = [
+    "Parameter",
+    "TransformerSite",
+    "UNetConfig",
+    "adapter_names",
+    "config_of_module",
+    "diffusers_kwargs",
+    "infer_config",
+    "parameters",
+    "transformers",
+    "unsupported_state",
+]
