@@ -1,0 +1,102 @@
+"""Settings from the environment. Importing this costs nothing: no torch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from tempfile import gettempdir
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+DEFAULT_CACHE_GIB = 2.0
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may set; each field names its variable.
+
+    `cache_dir` (SWITCHYARD_CACHE_DIR): where built plans are kept.
+    `cache_bytes` (SWITCHYARD_CACHE_GIB, in GiB): size limit of the cache.
+    `log_level` (SWITCHYARD_LOG): one of LOG_LEVELS, for the command line's log.
+    """
+
+    cache_dir: Path
+    cache_bytes: int
+    log_level: str
+
+
+def settings() -> Settings:
+    """The settings in force. A bad value is warned of once and replaced by its default."""
+    names = ("SWITCHYARD_CACHE_DIR", "SWITCHYARD_CACHE_GIB", "SWITCHYARD_LOG")
+    return _parse(*(os.environ.get(name, "").strip() for name in names), user_cache_dir())
+
+
+@lru_cache(maxsize=16)  # one entry per environment seen, so that each bad value is warned of once
+def _parse(cache_dir: str, cache_gib: str, log: str, default_cache: Path) -> Settings:
+    return Settings(
+        cache_dir=_cache_dir(cache_dir, default_cache),
+        cache_bytes=int(_gib(cache_gib) * 2**30),
+        log_level=_log_level(log),
+    )
+
+
+def user_cache_dir() -> Path:
+    """The platform's folder for caches of the current user, with our name in it; may not exist."""
+    try:
+        home = Path.home()
+    except RuntimeError:  # no HOME and no entry in the user database, as in some containers
+        return Path(gettempdir()) / "switchyard"
+    if sys.platform == "win32":
+        base, place = os.environ.get("LOCALAPPDATA", ""), home / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base, place = "", home / "Library" / "Caches"
+    else:
+        base, place = os.environ.get("XDG_CACHE_HOME", ""), home / ".cache"
+    # The XDG rules: a relative path is invalid and ignored.
+    return (Path(base) if base and Path(base).is_absolute() else place) / "switchyard"
+
+
+def _cache_dir(text: str, default: Path) -> Path:
+    if not text:
+        return default
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:
+        path = Path(text)
+    if path.is_absolute():
+        return path
+    # Relative to whatever folder a host was started in, there would be a cache for each of them.
+    return _default("SWITCHYARD_CACHE_DIR", text, "an absolute path", default)
+
+
+def _gib(text: str) -> float:
+    if not text:
+        return DEFAULT_CACHE_GIB
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isfinite(value) and value >= 0:
+        return value
+    return _default("SWITCHYARD_CACHE_GIB", text, "a size in GiB such as 2", DEFAULT_CACHE_GIB)
+
+
+def _log_level(text: str) -> str:
+    level = text.lower() or "warning"
+    if level in LOG_LEVELS:
+        return level
+    return _default("SWITCHYARD_LOG", text, f"one of {', '.join(LOG_LEVELS)}", "warning")
+
+
+def _default(name: str, text: str, wanted: str, default: _T) -> _T:
+    logger.warning("%s is %r, which is not %s: using %s", name, text, wanted, default)
+    return default

@@ -1,0 +1,61 @@
+"""What every test shares: an own cache folder, NaN in uninitialised memory, skips by machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share the cores among the workers of pytest-xdist; one worker alone keeps torch's default."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:  # before torch is imported, which reads it
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    reasons = {}
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            reasons["gpu"] = "needs an NVIDIA GPU"
+    if not Path(os.environ.get("COMFYUI_PATH", ""), "comfy").is_dir():
+        reasons["comfyui"] = "needs a ComfyUI checkout, its path in COMFYUI_PATH"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder of this test alone: no test reads what the user or another test built."""
+    folder = tmp_path / "switchyard-cache"
+    for name in os.environ:
+        if name.startswith("SWITCHYARD_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("SWITCHYARD_CACHE_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`torch.empty` gives NaN, so that a read before the first write shows up in the result.
+
+    Not on a GPU: the fills would be captured into CUDA graphs, and kernels chosen differently.
+    """
+    torch = sys.modules.get("torch")  # a test without torch shall not pay for its import
+    if torch is None or request.node.get_closest_marker("gpu"):
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=warn_only)
