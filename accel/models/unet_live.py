@@ -343,13 +343,14 @@ def layer_shapes(module: nn.Module) -> Iterator[tuple[str, Shape]]:
 
     Under ComfyUI's dynamic memory a layer holds no weight until it runs.
     """
-    for path, layer in module.named_modules():
+    for path, layer in module.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         prefix = prefix.replace("_orig_mod.", "")
-        if not isinstance(layer, _LEAVES):
-            for name, parameter in layer._parameters.items():
-                if parameter is not None:
-                    yield prefix + name, tuple(parameter.shape)
+        leaf = isinstance(layer, _LEAVES)
+        for name, parameter in layer._parameters.items():
+            if parameter is not None and not (leaf and name in ("weight", "bias")):
+                yield prefix + name, tuple(parameter.shape)
+        if not leaf:
             continue
         lazy_bias = getattr(layer, "comfy_need_lazy_init_bias", False)
         if isinstance(layer, nn.Linear):

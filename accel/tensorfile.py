@@ -1,0 +1,175 @@
+"""Files of tensors, read lazily: the header at once, each tensor when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from .errors import InvalidFile
+
+# The format's own limit, which also keeps a damaged length from being believed.
+_LONGEST_HEADER = 100_000_000
+_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class TensorFile:
+    """Read-only view of a .safetensors file.
+
+    Opening reads and checks the header alone and keeps no handle; the file is mapped at the first
+    `read`. Raises InvalidFile where the file is missing, truncated, damaged or of another kind.
+
+    path:        as given.
+    tensors:     name -> shape and dtype, in the file's order.
+    metadata:    the file's own text entries.
+    fingerprint: (resolved path, size in bytes, time of change in ns): equal for the same content.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._mapped: Any = None
+        self._lock = threading.Lock()
+        if self.path.is_dir():
+            raise InvalidFile(f"{self.path} is a folder: give a .safetensors file inside it")
+        if self.path.suffix.lower() in _PICKLES:
+            raise InvalidFile(
+                f"{self.path} is a {self.path.suffix} file, which can run code when it is opened: "
+                "convert it to .safetensors first"
+            )
+        try:
+            with self.path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                header, data_bytes = self._header(file.read(8), file.read, stat.st_size)
+        except FileNotFoundError:
+            raise InvalidFile(f"{self.path} does not exist: check the path") from None
+        except OSError as error:
+            raise InvalidFile(f"{self.path} cannot be read: {error.strerror or error}") from None
+        self._parse(header, data_bytes)
+        self.fingerprint = (str(self.path.resolve()), stat.st_size, stat.st_mtime_ns)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU, backed by the mapped file: a copy on write, no copy on read.
+
+        Raises KeyError for an unknown name, InvalidFile where the file changed since its header
+        was read.
+        """
+        info = self.tensors[name]
+        with self._lock:
+            if self._mapped is None:
+                self._mapped = self._map()
+            tensor: torch.Tensor = self._mapped.get_tensor(name)
+        if tensor.data_ptr() % info.dtype.itemsize:
+            # Headers of odd length are allowed; kernels that expect aligned data are many.
+            tensor = tensor.clone()
+        return tensor
+
+    def _map(self) -> Any:
+        try:
+            stat = self.path.stat()
+            if (stat.st_size, stat.st_mtime_ns) == self.fingerprint[1:]:
+                return safetensors.safe_open(str(self.path), framework="pt", device="cpu")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InvalidFile(f"{self.path} cannot be read: {_line(error)}") from None
+        raise InvalidFile(f"{self.path} changed while it was in use: load it again")
+
+    def _header(self, prefix: bytes, read: Any, size: int) -> tuple[bytes, int]:
+        """The header's bytes, and how many bytes of data follow it."""
+        if size == 0:
+            raise InvalidFile(f"{self.path} is empty: get the file again")
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        # A length that makes no sense means another kind of file rather than a missing end.
+        if not 2 <= length <= _LONGEST_HEADER:
+            raise InvalidFile(f"{self.path} is not a safetensors file")
+        header: bytes = read(length)
+        if header[:1] != b"{":
+            raise InvalidFile(f"{self.path} is not a safetensors file")
+        if len(header) < length:
+            raise InvalidFile(
+                f"{self.path} is truncated inside its header ({size} bytes): get the file again"
+            )
+        return header, size - 8 - length
+
+    def _parse(self, header: bytes, data_bytes: int) -> None:
+        try:
+            entries: dict[str, Any] = json.loads(header)
+            self.metadata = {str(k): str(v) for k, v in entries.pop("__metadata__", {}).items()}
+            spans = []
+            for name, entry in entries.items():
+                dtype = _DTYPES.get(entry["dtype"])
+                if dtype is None:
+                    raise InvalidFile(
+                        f"{self.path} keeps {name} as {entry['dtype']}, which is not supported"
+                    )
+                shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+                if end - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+                    raise ValueError(name)
+                spans.append((start, end))
+                self.tensors[name] = TensorInfo(shape, dtype)
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise InvalidFile(
+                f"{self.path} has a damaged header ({_line(error)}): get the file again"
+            ) from None
+        # Every byte belongs to exactly one tensor.
+        position = 0
+        for start, end in sorted(spans):
+            if start != position:
+                raise InvalidFile(f"{self.path} has a damaged header: get the file again")
+            position = end
+        if position > data_bytes:
+            raise InvalidFile(
+                f"{self.path} is truncated: {position - data_bytes} of {position} bytes of data "
+                "are missing: get the file again"
+            )
+        if position < data_bytes:
+            raise InvalidFile(
+                f"{self.path} is damaged: {data_bytes - position} bytes follow its last tensor"
+            )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_header(path: str | os.PathLike[str]) -> Mapping[str, TensorInfo]:
+    """Names, shapes and dtypes of a .safetensors file; its tensors are not read.
+
+    Raises InvalidFile as TensorFile does.
+    """
+    return TensorFile(path).tensors
