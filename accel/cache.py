@@ -63,8 +63,8 @@ class Entry:
 class DiskCache:
     """JSON objects on disk, least recently used first out when they outgrow `limit_bytes`.
 
-    `None` for `root` or `limit_bytes` means the user's setting. Entries of another `version` are never
-    read, but count for the limit and are evicted as all others. Keys and kinds consist of
+    `None` for `root` or `limit_bytes` means the user's setting. Entries of another `version` are
+    never read, but count for the limit and are evicted as all others. Keys and kinds consist of
     `a-z 0-9 _ -`; anything else raises ValueError. Threads and processes may share a folder.
     """
 
