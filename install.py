@@ -165,7 +165,7 @@ def run_step(command: list[str], what: str) -> None:
             "make room (up to 8 GiB with CUDA) and run the same command again"
         )
     reasons = [line for line in errors if line.startswith("ERROR:")] or errors
-    reason = reasons[-1] if reasons else f"exit code {process.returncode}"
+    reason = reasons[-1].replace("ERROR: ", "") if reasons else f"exit code {process.returncode}"
     raise SetupError(f"{what} failed: {reason}; mend that and run the same command again")
 
 
