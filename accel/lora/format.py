@@ -1,0 +1,118 @@
+"""What a LoRA format is made of: a source of tensors, layers found in it, patches from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidLora
+from ..tensorfile import TensorFile
+
+OTHER_MODEL = "choose a LoRA made for this model"
+DAMAGED = "get the file again"
+
+
+class Patch(Protocol):
+    """A change of one parameter: the only thing that the weight path knows of a format."""
+
+    @property
+    def target(self) -> str:
+        """Canonical name of the parameter it changes."""
+
+    def delta(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """What strength 1 adds to the parameter: fp32, of the parameter's `shape`, on `device`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A LoRA before anything of it is read: names, shapes and metadata, and a way to read.
+
+    `shapes` has () for a plain number, which a state dict may hold as an alpha.
+    """
+
+    title: str
+    shapes: Mapping[str, tuple[int, ...]]
+    metadata: Mapping[str, str]
+    path: Path | None
+    load: Callable[[str], Tensor]
+
+    def read(self, key: str) -> Tensor:
+        """The tensor `key` in its stored dtype; InvalidLora when that is not floating point."""
+        value = self.load(key).detach()
+        if not value.dtype.is_floating_point:
+            raise InvalidLora(
+                f"LoRA {self.title!r}: {key!r} holds {value.dtype}, not floating-point numbers; "
+                f"{DAMAGED}"
+            )
+        return value
+
+    def number(self, key: str) -> float:
+        """The single finite number stored under `key`, such as an alpha, of any dtype."""
+        value = self.load(key)
+        number = float(value.item()) if value.numel() == 1 else math.nan
+        if not math.isfinite(number):
+            raise InvalidLora(f"LoRA {self.title!r}: {key!r} is no finite number; {DAMAGED}")
+        return number
+
+
+def open_source(source: str | Path | Mapping[str, Tensor | float]) -> Source:
+    """A `.safetensors` path (mapped: tensors are read one by one) or a state dict as a `Source`.
+
+    Raises InvalidFile for a file that cannot be opened, InvalidLora for a state dict that holds
+    something else than tensors and numbers.
+    """
+    if isinstance(source, (str, Path)):
+        file = TensorFile(source)
+        shapes = {name: tuple(info.shape) for name, info in file.tensors.items()}
+        return Source(file.path.stem, shapes, file.metadata, file.path, file.read)
+    tensors: dict[str, Tensor] = {}
+    for key, value in source.items():
+        # The alphas that diffusers splits off a state dict are plain numbers.
+        if not isinstance(value, (Tensor, int, float)):
+            raise InvalidLora(
+                f"LoRA state dict: {key!r} is a {type(value).__name__}; "
+                "only tensors and plain numbers are read"
+            )
+        tensors[key] = torch.as_tensor(value)
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    return Source("state dict", shapes, {}, None, tensors.__getitem__)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted layer as found in a header.
+
+    `name` is its name without prefix, `target` the parameter it names (None when the model has no
+    such layer), `keys` and `shapes` go from a part (`lora_up`, `alpha`, …) to its key and shape.
+    """
+
+    name: str
+    target: str | None
+    keys: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One LoRA format.
+
+    name:  as shown to people.
+    parse: key -> (layer as spelled in the key, part), or None when the key is not of this format.
+           `….alpha` is common to all formats and not asked for.
+    owns:  whether a layer with these parts is of this format, whole and with nothing besides.
+    check: (layer, parameter shapes) -> None when it fits, else the end of the sentence "layer X …"
+           with what to do. Header only.
+    read:  layers that fit -> their patches.
+    """
+
+    name: str
+    parse: Callable[[str], tuple[str, str] | None]
+    owns: Callable[[Set[str]], bool]
+    check: Callable[[Layer, Mapping[str, tuple[int, ...]]], str | None]
+    read: Callable[[Sequence[Layer], Source], Iterable[Patch]]

@@ -1,0 +1,101 @@
+"""Low-rank adapters, for every format that stores a product of two (or, tucker, three) factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .format import DAMAGED, OTHER_MODEL, Layer
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """delta = up @ mid @ down * alpha / rank, for one linear or convolution parameter [O, I, *k].
+
+    target: canonical parameter name.
+    up:     [O, r] or [O, r, 1, 1]
+    down:   [r, I], [r, I, *k] or, flat, [r, I * prod(k)]; with `mid` [r, I] or [r, I, 1, 1]
+    mid:    [r, r, *k] or None: the tucker core of a convolution
+    alpha:  None for a scale of 1
+    """
+
+    target: str
+    up: Tensor
+    down: Tensor
+    mid: Tensor | None
+    alpha: float | None
+
+    @property
+    def rank(self) -> int:
+        """Rank of this layer, the r of alpha / r."""
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, or 1 without alpha."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def delta(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """What strength 1 adds to the parameter: fp32 `shape` on `device`, from fp32 factors."""
+        with torch.no_grad():
+            up = self.up.to(device, torch.float32).flatten(1)
+            down = self.down.to(device, torch.float32).flatten(1)
+            if self.mid is not None:
+                mid = self.mid.to(device, torch.float32).flatten(2)
+                # [r, r', k] x [r', I] -> [r, I, k]: what `down` of a plain convolution holds.
+                down = (down.T @ mid).flatten(1)
+            # The scale goes to the smaller factor, not to the full-size product.
+            return ((up * self.scale) @ down).reshape(tuple(shape))
+
+
+def check(
+    layer: Layer,
+    shapes: Mapping[str, tuple[int, ...]],
+    up_part: str,
+    down_part: str,
+    mid_part: str | None = None,
+) -> str | None:
+    """`Format.check` for a layer whose factors are the named parts."""
+    up, down = layer.shapes[up_part], layer.shapes[down_part]
+    mid = layer.shapes.get(mid_part) if mid_part else None
+    if not _multiply(up, mid, down):
+        factors = [up_part, down_part, *([mid_part] if mid and mid_part else [])]
+        listed = ", ".join(f"{part} {list(layer.shapes[part])}" for part in factors)
+        return f"is damaged ({listed} do not multiply); {DAMAGED}"
+    assert layer.target is not None
+    out_features, in_features, *kernel = shapes[layer.target]
+    taps = math.prod(kernel)
+    own_kernel = (down if mid is None else mid)[2:]
+    flat = len(down) == 2 and mid is None and down[1] == in_features * taps
+    same = down[1] == in_features and _kernel(own_kernel) == _kernel(kernel)
+    if up[0] == out_features and (flat or same):
+        return None
+    return (
+        f"maps {_features(down[1], up[0], own_kernel)} where the model's parameter maps "
+        f"{_features(in_features, out_features, kernel)}; {OTHER_MODEL}"
+    )
+
+
+def _multiply(up: tuple[int, ...], mid: tuple[int, ...] | None, down: tuple[int, ...]) -> bool:
+    """Whether factors of these shapes have a product, and none of them is empty."""
+    if min(len(up), len(down)) < 2 or 0 in (*up, *down) or math.prod(up[2:]) != 1:
+        return False
+    if mid is None:
+        return up[1] == down[0]
+    return (
+        len(mid) > 2 and 0 not in mid and (up[1], down[0]) == mid[:2] and math.prod(down[2:]) == 1
+    )
+
+
+def _kernel(kernel: Sequence[int]) -> tuple[int, ...]:
+    """A kernel without its size-1 form: a 1x1 convolution is a linear layer."""
+    return () if math.prod(kernel) == 1 else tuple(kernel)
+
+
+def _features(inputs: int, outputs: int, kernel: Sequence[int]) -> str:
+    size = f" ({'x'.join(map(str, kernel))})" if _kernel(kernel) else ""
+    return f"{inputs} -> {outputs} features{size}"
