@@ -29,8 +29,9 @@ Shape = tuple[int, ...]
 
 # The name at which a network of either naming is recognised; what stands before it is its prefix.
 _MARKERS = ("time_embedding.linear_1.weight", "time_embed.0.weight")
-# Networks that share a file with a UNet under a prefix of their own. The rest of a file whose UNet
-# has no prefix must be the UNet's: an unknown extra layer would change the result.
+# What shares a file with a UNet: other networks under a prefix of their own, and the schedule's
+# tables and marks. The rest of a file whose UNet has no prefix must be the UNet's own, since an
+# unknown extra layer would change the result.
 _OTHERS = (
     "alphas_cumprod",
     "betas",
@@ -40,16 +41,21 @@ _OTHERS = (
     "conditioner.",
     "control_model.",
     "controlnet.",
+    "denoiser.",
+    "edm_",
     "embedders.",
     "first_stage_model.",
     "log_one_minus_alphas_cumprod",
+    "logvar",
     "model_ema.",
     "posterior_",
     "sqrt_",
     "text_encoder.",
     "text_encoder_2.",
     "text_encoders.",
+    "v_pred",
     "vae.",
+    "ztsnr",
 )
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class TensorFile:
             raise InvalidFile(f"{self.path} cannot be read: {_line(error)}") from None
         raise InvalidFile(f"{self.path} changed while it was in use: load it again")
 
-    def _header(self, prefix: bytes, read: Any, size: int) -> tuple[bytes, int]:
+    def _header(self, prefix: bytes, read: Callable[[int], bytes], size: int) -> tuple[bytes, int]:
         """The header's bytes, and how many bytes of data follow it."""
         if size == 0:
             raise InvalidFile(f"{self.path} is empty: get the file again")
@@ -117,7 +117,7 @@ class TensorFile:
         # A length that makes no sense means another kind of file rather than a missing end.
         if not 2 <= length <= _LONGEST_HEADER:
             raise InvalidFile(f"{self.path} is not a safetensors file")
-        header: bytes = read(length)
+        header = read(length)
         if header[:1] != b"{":
             raise InvalidFile(f"{self.path} is not a safetensors file")
         if len(header) < length:
@@ -167,7 +167,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def read_header(path: str | os.PathLike[str]) -> Mapping[str, TensorInfo]:
+def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes of a .safetensors file; its tensors are not read.
 
     Raises InvalidFile as TensorFile does.

@@ -423,6 +423,8 @@ def unsupported_state(module: nn.Module, *, patches_applied: bool = False) -> st
         return "hooks on all modules of the process are set"
     patched: dict[type, str | None] = {}
     for path, layer in module.named_modules():
+        if type(layer).__name__ == "OptimizedModule":
+            continue
         where = f"{path or 'the module'} ({type(layer).__name__})"
         if type(layer) not in patched:
             patched[type(layer)] = _replaced_forward(type(layer))
@@ -453,8 +455,6 @@ def _changed_part(path: str, layer: Any, config: UNetConfig) -> str | None:
     namespace = kind.__qualname__.rpartition(".")[0]
     if kind.__module__ == "comfy.ops" and namespace in _COMFY_OPERATIONS:
         package = "torch"
-    if name == "OptimizedModule":
-        return None
     if package == "peft":
         return "is an injected adapter: unload it, and give its file to the engine instead"
     if name not in _PARTS.get(package, {}):

@@ -1,0 +1,146 @@
+"""Tensor files: what the header gives, lazy reading, and one clear line for each kind of damage."""
+
+import json
+import os
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from accel.errors import InvalidFile
+from accel.tensorfile import TensorFile, TensorInfo, read_header
+
+
+@pytest.fixture
+def tensors():
+    return {
+        "a.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+        "b": torch.linspace(-1, 1, 5, dtype=torch.bfloat16),
+        "scalar": torch.tensor(3.5, dtype=torch.float16),
+        "empty": torch.zeros(0, 4),
+        "fp8": torch.ones(4).to(torch.float8_e4m3fn),
+    }
+
+
+@pytest.fixture
+def path(tmp_path, tensors):
+    save_file(tensors, tmp_path / "some.safetensors", metadata={"ss_base": "sd15"})
+    return tmp_path / "some.safetensors"
+
+
+def test_header_and_tensors(path, tensors):
+    file = TensorFile(path)
+    assert file.path == path
+    assert file.metadata == {"ss_base": "sd15"}
+    assert file.tensors["b"] == TensorInfo((5,), torch.bfloat16)
+    assert file.tensors == {
+        name: TensorInfo(tuple(value.shape), value.dtype) for name, value in tensors.items()
+    }
+    assert read_header(str(path)) == file.tensors
+    for name, value in tensors.items():
+        read = file.read(name)
+        assert read.dtype == value.dtype and read.device.type == "cpu"
+        assert torch.equal(read.float(), value.float())
+    with pytest.raises(KeyError):
+        file.read("absent")
+
+
+def test_writing_to_a_read_tensor_leaves_the_file_alone(path, tensors):
+    before = path.read_bytes()
+    TensorFile(path).read("a.weight").add_(1)
+    assert path.read_bytes() == before
+    assert torch.equal(TensorFile(path).read("a.weight"), tensors["a.weight"])
+
+
+def test_header_of_odd_length(path, tensors):
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = content[8 : 8 + length] + b" " * 3
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    read = TensorFile(path).read("a.weight")
+    assert torch.equal(read, tensors["a.weight"])
+    assert read.data_ptr() % 4 == 0
+
+
+def test_fingerprint_follows_the_content(path, tmp_path, tensors):
+    first = TensorFile(path)
+    assert first.fingerprint == TensorFile(path).fingerprint
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(path)
+    assert TensorFile(link).fingerprint == first.fingerprint
+    os.utime(path, ns=(1, 1))
+    assert TensorFile(path).fingerprint != first.fingerprint
+    with pytest.raises(InvalidFile, match="changed"):
+        first.read("b")
+
+
+def _with_header(entries):
+    header = json.dumps(entries).encode()
+    return struct.pack("<Q", len(header)) + header
+
+
+DAMAGED = {
+    "empty": (b"", "is empty"),
+    "three bytes": (b"abc", "not a safetensors file"),
+    "zip": (b"PK\x03\x04" + bytes(60), "not a safetensors file"),
+    "web page": (b"<!DOCTYPE html><html><body>Not found</body></html>", "not a safetensors file"),
+    "truncated header": (_with_header({"a": 1, "b": 2})[:12], "truncated inside its header"),
+    "no json": (struct.pack("<Q", 8) + b"{nothing", "damaged header"),
+    "bytes that are no text": (struct.pack("<Q", 8) + b'{"\xff\xfe":1}'[:8], "damaged header"),
+    "list": (struct.pack("<Q", 2) + b"[]", "not a safetensors file"),
+    "entry of another form": (_with_header({"a": 1}), "damaged header"),
+    "missing field": (_with_header({"a": {"dtype": "F32", "shape": [1]}}), "damaged header"),
+    "unknown dtype": (
+        _with_header({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}) + bytes(1),
+        "keeps a as F4",
+    ),
+    "size and shape disagree": (
+        _with_header({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}) + bytes(8),
+        "damaged header",
+    ),
+    "hole": (
+        _with_header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}) + bytes(8),
+        "damaged header",
+    ),
+    "truncated data": (
+        _with_header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}) + bytes(9),
+        "truncated: 7 of 16 bytes of data are missing",
+    ),
+    "trailing data": (
+        _with_header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}) + bytes(9),
+        "5 bytes follow its last tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files(tmp_path, case):
+    content, message = DAMAGED[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InvalidFile, match=message) as caught:
+        TensorFile(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_another_kind(tmp_path):
+    with pytest.raises(InvalidFile, match="does not exist"):
+        TensorFile(tmp_path / "absent.safetensors")
+    with pytest.raises(InvalidFile, match="is a folder"):
+        TensorFile(tmp_path)
+    for suffix in (".ckpt", ".pt", ".PTH", ".bin"):
+        path = tmp_path / f"model{suffix}"
+        path.write_bytes(b"anything")
+        with pytest.raises(InvalidFile, match=f"is a {suffix} file.*convert it to .safetensors"):
+            TensorFile(path)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind this user"
+)
+def test_unreadable_file(path):
+    path.chmod(0)
+    with pytest.raises(InvalidFile, match="cannot be read"):
+        TensorFile(path)
