@@ -1,4 +1,4 @@
-"""Errors of the product. Every message is one line: what is wrong, and what to do about it."""
+"""Errors of the product. Every message is one line: what is wrong and what to do."""
 
 from __future__ import annotations
 

@@ -1,0 +1,36 @@
+"""Fused operators: schema, shape rule, eager reference, arithmetic. Images are channels-last, `[B, H, W, C]`."""
+
+from .attention import attention
+from .concat import concat
+from .conv import conv2d
+from .linear import linear
+from .norm import group_norm, layer_norm
+from .pointwise import add, cast, gelu, mul, residual_add, silu
+from .registry import OPS, Op, aten_name, get, of
+from .upsample import upsample_nearest
+from .view import expand, permute, reshape, slice_dim
+
+__all__ = [
+    "OPS",
+    "Op",
+    "add",
+    "aten_name",
+    "attention",
+    "cast",
+    "concat",
+    "conv2d",
+    "expand",
+    "gelu",
+    "get",
+    "group_norm",
+    "layer_norm",
+    "linear",
+    "mul",
+    "of",
+    "permute",
+    "reshape",
+    "residual_add",
+    "silu",
+    "slice_dim",
+    "upsample_nearest",
+]

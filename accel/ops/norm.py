@@ -1,0 +1,34 @@
+"""Normalisations."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .registry import op
+
+
+@op(shape=lambda shapes, attrs: shapes[0])
+def group_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    groups: int,
+    eps: float,
+    activation: str = "none",
+) -> torch.Tensor:
+    """GroupNorm over a channels-last image, then SiLU if `activation` is "silu".
+
+    x [B, H, W, C] or [B, S, C], weight and bias [C]; returns the shape of x.
+    """
+    y = F.group_norm(x.movedim(-1, 1), groups, weight, bias, eps)
+    return (F.silu(y) if activation == "silu" else y).movedim(1, -1)
+
+
+@op(shape=lambda shapes, attrs: shapes[0])
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *, eps: float
+) -> torch.Tensor:
+    """LayerNorm over the last dimension: x [..., C], weight and bias [C]."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

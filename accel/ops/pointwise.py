@@ -1,0 +1,56 @@
+"""Pointwise operators that passes look for by name; all others stay ATen's own."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .registry import Shape, op
+
+
+def _broadcast(shapes: Any, attrs: dict[str, Any]) -> Shape:
+    reversed_shapes = (reversed(shape) for shape in shapes if shape is not None)
+    return tuple(max(sizes) for sizes in zip_longest(*reversed_shapes, fillvalue=1))[::-1]
+
+
+def _same(shapes: Any, attrs: dict[str, Any]) -> Shape:
+    return tuple(shapes[0])
+
+
+@op(shape=_broadcast)
+def add(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a + b`, broadcast."""
+    return a + b
+
+
+@op(shape=_broadcast)
+def mul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a * b`, broadcast."""
+    return a * b
+
+
+@op(shape=_same)
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """`x * sigmoid(x)`."""
+    return F.silu(x)
+
+
+@op(shape=_same)
+def gelu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    """The exact (erf) GELU, or its tanh form."""
+    return F.gelu(x, approximate=approximate)
+
+
+@op(shape=_same, output_dtype="dtype")
+def cast(x: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """x in another dtype."""
+    return x.to(dtype)
+
+
+@op(shape=_same)
+def residual_add(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """`x + residual`, where the residual (ControlNet's) may be absent: then x itself, at no cost."""
+    return x if residual is None else x + residual

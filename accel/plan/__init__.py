@@ -1,0 +1,1 @@
+"""The plan: schema, symbolic sizes, weight recipes, memory planning, lowering."""

@@ -1,0 +1,1 @@
+"""Execution: one executable per shape, weights with seats, memory."""

@@ -1,0 +1,428 @@
+"""One plan at one shape: buffers, kernels, and on CUDA a captured graph.
+
+The prompt's part (`static` and `prompt` steps) is apart from the rest: its results live outside the arena,
+shared by all executables of like prompt shapes, and stay valid while the caller's key says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..errors import InvalidInput, InvalidPlan, OutOfMemory
+from ..kernels import Kernel, select
+from ..plan.memory import Interval
+from ..plan.schema import Input, Plan, Step, resolve
+from ..plan.shapes import evaluate, evaluate_shape, names
+from .arena import Arena
+
+_PROMPT = ("static", "prompt")
+
+
+def bind_dims(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """The plan's dimensions as given by the inputs' shapes.
+
+    Raises `InvalidInput` for a missing or unknown input, a wrong rank, width or a size that disagrees.
+    """
+    known = {entry.name for entry in plan.inputs}
+    for name in shapes:
+        if name not in known:
+            raise InvalidInput(f"the engine takes no input {name!r}, but {', '.join(sorted(known))}")
+    dims: dict[str, int] = {}
+    for entry in plan.inputs:
+        shape = shapes.get(entry.name)
+        if shape is None:
+            if entry.optional:
+                continue
+            raise InvalidInput(f"the input {entry.name!r} is missing")
+        if len(shape) != len(entry.shape):
+            raise InvalidInput(
+                f"{entry.name} must have {len(entry.shape)} dimensions "
+                f"({_describe(entry)}), not {len(shape)}: {list(shape)}"
+            )
+        if min(shape) < 1:
+            raise InvalidInput(f"{entry.name} is empty: {list(shape)}")
+        for size, expected in zip(shape, entry.shape, strict=True):
+            if isinstance(expected, str) and expected.isidentifier():
+                dims.setdefault(expected, int(size))
+    for entry in plan.inputs:
+        shape = shapes.get(entry.name)
+        if shape is None:
+            continue
+        expected = evaluate_shape(entry.shape, dims)
+        if tuple(shape) != expected:
+            raise InvalidInput(
+                f"{entry.name} must be {list(expected)} ({_describe(entry)}), not {list(shape)}"
+            )
+    return dims
+
+
+def _describe(entry: Input) -> str:
+    return " x ".join(
+        str(size) if isinstance(size, int) or size.isidentifier() else "*" for size in entry.shape
+    )
+
+
+@dataclass
+class PromptState:
+    """Results of the prompt's part for one set of prompt shapes, and what they are valid for."""
+
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    key: object | None = None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A step bound to its kernel. `out` is None when the kernel allocates, or the step is a view."""
+
+    step: Step
+    run: Callable[..., torch.Tensor]
+    attrs: dict[str, Any]
+    out: torch.Tensor | None
+    dead: tuple[str, ...]
+    kernel: Kernel | None
+
+
+class Executable:
+    """Runs one specialised plan for fixed dimensions. Not thread-safe: its session holds the lock.
+
+    plan: already specialised (`Plan.without`) to the optional inputs that will come.
+    constants: the live weights by constant name, at addresses that stay.
+    Raises `OutOfMemory` when its buffers do not fit.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        dims: Mapping[str, int],
+        constants: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        arena: Arena,
+        prompts: dict[Any, PromptState],
+        graph_pool: Any = None,
+    ) -> None:
+        started = time.perf_counter()
+        self.plan, self.dims, self.dtype = plan, dict(dims), dtype
+        self.device = arena.device
+        self._constants = constants
+        self._arena = arena
+        self._graph_pool = graph_pool
+        self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._outputs: list[torch.Tensor] = []
+        self._prompt = prompts.setdefault(self._prompt_shapes(), PromptState())
+        self._bind()
+        self.captures = 0
+        self.seconds = time.perf_counter() - started
+
+    # Binding: shapes, aliases, liveness, buffers, kernels.
+
+    def _prompt_shapes(self) -> tuple[Any, ...]:
+        return tuple(
+            (entry.name, evaluate_shape(entry.shape, self.dims))
+            for entry in self.plan.inputs
+            if entry.phase == "prompt"
+        )
+
+    def _prompt_part(self) -> list[Step]:
+        """Steps that depend on the prompt alone, sizes included, so that image sizes share results."""
+        dims = {
+            name
+            for entry in self.plan.inputs
+            if entry.phase == "prompt"
+            for size in entry.shape
+            for name in names(size)
+        }
+        apart: set[str | None] = set()
+        part = []
+        for step in self.plan.steps:
+            sizes = frozenset().union(*(names(size) for size in step.shape))
+            if step.phase in _PROMPT and sizes <= dims and not apart.intersection(step.inputs):
+                part.append(step)
+            else:
+                apart.add(step.output)
+        return part
+
+    def _bind(self) -> None:
+        plan = self.plan
+        # The prompt's part first. Both parts keep the plan's order, which respects every dependency.
+        first = self._prompt_part()
+        in_first = {step.output for step in first}
+        steps = first + [step for step in plan.steps if step.output not in in_first]
+        split = len(first)
+        traits = self._traits(steps)
+        root = {name: trait.root for name, trait in traits.items()}
+        read_until: dict[str, int] = {}
+        for index, step in enumerate(steps):
+            for name in step.inputs:
+                if name is not None:
+                    read_until[root.get(name, name)] = index
+        outputs = {root.get(output.value, output.value) for output in plan.outputs}
+        intervals: list[Interval] = []
+        kept: dict[str, torch.Tensor] = {}  # outside the arena
+        for index, step in enumerate(steps):
+            trait = traits[step.output]
+            # What outlives its graph must not lie in memory that another graph reuses.
+            escapes = step.output in outputs or index < split
+            if trait.root != step.output or (trait.allocates and not escapes):
+                continue
+            last = read_until.get(step.output, index)
+            if step.output in outputs:
+                kept[step.output] = self._empty(trait.shape, trait.dtype)
+            elif index < split <= last:
+                buffers = self._prompt.buffers
+                if step.output not in buffers:
+                    buffers[step.output] = self._empty(trait.shape, trait.dtype)
+                kept[step.output] = buffers[step.output]
+            else:
+                size = prod(trait.shape) * trait.dtype.itemsize
+                intervals.append(Interval(step.output, size, index, last))
+        self._make_inputs()
+        self._layout, blocks = self._arena.acquire(intervals)
+        for interval in intervals:
+            slot, trait = self._layout.slots[interval.name], traits[interval.name]
+            block = blocks[slot.block]
+            assert block is not None
+            raw = block[slot.offset : slot.offset + interval.bytes]
+            kept[interval.name] = raw.view(trait.dtype).view(trait.shape)
+        # Results that kernels allocate must go when their last reader is done, as planned ones do.
+        dead: dict[int, list[str]] = {}
+        for name, trait in traits.items():
+            if traits[trait.root].allocates and trait.root not in kept:
+                dead.setdefault(read_until.get(trait.root, -1), []).append(name)
+        calls = [
+            _Call(
+                step,
+                traits[step.output].run,
+                traits[step.output].attrs,
+                kept.get(step.output),
+                tuple(dead.get(index, ())),
+                traits[step.output].kernel,
+            )
+            for index, step in enumerate(steps)
+        ]
+        self._prompt_calls, self._step_calls = calls[:split], calls[split:]
+
+    def _traits(self, steps: Sequence[Step]) -> dict[str, _Trait]:
+        """Concrete shape, strides, storage root and kernel of every step's result.
+
+        Views are followed on `meta` tensors: whether a reshape aliases is a question of strides.
+        """
+        metas: dict[str, torch.Tensor] = {
+            name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+            for name, t in self._constants.items()
+        }
+        for entry in self.plan.inputs:
+            metas[entry.name] = torch.empty(
+                self._stored_shape(entry), dtype=resolve(entry.dtype, self.dtype), device="meta"
+            )
+        traits: dict[str, _Trait] = {}
+        for step in steps:
+            entry = ops.get(step.op)
+            shape = evaluate_shape(step.shape, self.dims)
+            dtype = resolve(step.dtype, self.dtype)
+            attrs = self._attrs(step, entry)
+            sources = [None if name is None else metas[name] for name in step.inputs]
+            by_rule = entry.shape([None if s is None else tuple(s.shape) for s in sources], attrs)
+            if tuple(by_rule) != shape:
+                raise InvalidPlan(f"{step.output} should be {list(shape)}, {step.op} makes {by_rule}")
+            view = _as_view(entry, sources, attrs) if entry.view else None
+            if view is not None:
+                source = step.inputs[0]
+                assert source is not None
+                root = traits[source].root if source in traits else source
+                traits[step.output] = _Trait(shape, dtype, root, False, entry.reference, attrs, None)
+                metas[step.output] = view
+                continue
+            choice = select(step.op, self.device.type)
+            traits[step.output] = _Trait(
+                shape,
+                dtype,
+                step.output,
+                choice.kernel.allocates,
+                choice.kernel.run,
+                attrs,
+                choice.kernel,
+            )
+            metas[step.output] = torch.empty(shape, dtype=dtype, device="meta")
+        for name in [*self._constants, *(entry.name for entry in self.plan.inputs)]:
+            traits.setdefault(name, _Trait((), torch.float32, name, False, _nothing, {}, None))
+        return traits
+
+    def _attrs(self, step: Step, entry: ops.Op) -> dict[str, Any]:
+        attrs = dict(step.attrs)
+        for name in entry.sizes:
+            value = attrs[name]
+            attrs[name] = (
+                evaluate_shape(value, self.dims)
+                if isinstance(value, (tuple, list))
+                else evaluate(value, self.dims)
+            )
+        if entry.output_dtype is not None:
+            attrs[entry.output_dtype] = resolve(step.dtype, self.dtype)
+        return attrs
+
+    def _stored_shape(self, entry: Input) -> tuple[int, ...]:
+        shape = evaluate_shape(entry.shape, self.dims)
+        return shape if entry.permute is None else tuple(shape[d] for d in entry.permute)
+
+    def _make_inputs(self) -> None:
+        for entry in self.plan.inputs:
+            shared = self._prompt.buffers if entry.phase == "prompt" else {}
+            if entry.name not in shared:
+                dtype = resolve(entry.dtype, self.dtype)
+                shared[entry.name] = self._empty(self._stored_shape(entry), dtype)
+            self._inputs[entry.name] = shared[entry.name]
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        try:
+            with torch.inference_mode(False):
+                return torch.empty(shape, dtype=dtype, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"buffers of {list(shape)} do not fit on {self.device}") from error
+
+    # Running.
+
+    def run(self, inputs: Mapping[str, torch.Tensor], key: object | None) -> list[torch.Tensor]:
+        """Run on `inputs` (by name, any dtype and device); fresh tensors come back.
+
+        key: equal keys vouch for equal prompt inputs and equal weights since the last call with it, so
+        that the prompt's part is skipped. `None` vouches for nothing.
+        """
+        with torch.no_grad():
+            hit = key is not None and self._prompt.key == key
+            if not hit:
+                self._prompt.key = None
+            for entry in self.plan.inputs:
+                if not (hit and entry.phase == "prompt"):
+                    value = inputs[entry.name]
+                    stored = value if entry.permute is None else value.permute(entry.permute)
+                    self._inputs[entry.name].copy_(stored, non_blocking=True)
+            if self.device.type == "cuda":
+                self._replay(hit)
+            else:
+                environment = self._environment()
+                if hit:
+                    self._resume(environment)
+                else:
+                    self._execute(self._prompt_calls, environment)
+                self._execute(self._step_calls, environment)
+                self._collect(environment)
+            self._prompt.key = key
+            return [output.clone(memory_format=torch.contiguous_format) for output in self._outputs]
+
+    def _environment(self) -> dict[str, torch.Tensor]:
+        return {**self._constants, **self._inputs}
+
+    def _execute(self, calls: Sequence[_Call], environment: dict[str, torch.Tensor]) -> None:
+        for call in calls:
+            tensors = [None if name is None else environment[name] for name in call.step.inputs]
+            if call.kernel is None:
+                result = call.run(*tensors, **call.attrs)
+            else:
+                result = call.run(call.out, *tensors, **call.attrs)
+                if call.out is not None and result is not call.out:
+                    result = call.out.copy_(result)
+            environment[call.step.output] = result
+            for name in call.dead:
+                environment.pop(name, None)
+
+    def _resume(self, environment: dict[str, torch.Tensor]) -> None:
+        """The prompt's results as they stand; what only its own steps read is stale, and unread."""
+        for call in self._prompt_calls:
+            if call.kernel is None:
+                sources = [environment[name] for name in call.step.inputs if name is not None]
+                environment[call.step.output] = call.run(*sources, **call.attrs)
+            else:
+                assert call.out is not None
+                environment[call.step.output] = call.out
+
+    def _collect(self, environment: dict[str, torch.Tensor]) -> None:
+        self._outputs = [
+            environment[o.value] if o.permute is None else environment[o.value].permute(o.permute)
+            for o in self.plan.outputs
+        ]
+
+    def _replay(self, hit: bool) -> None:
+        if self._graphs is None:
+            self._capture()
+        assert self._graphs is not None
+        prompt, step = self._graphs
+        if not hit:
+            prompt.replay()
+        step.replay()
+
+    def _capture(self) -> None:
+        """Run once to let libraries choose their algorithms, then record both parts."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            with torch.cuda.stream(stream):
+                environment = self._environment()
+                self._execute(self._prompt_calls, environment)
+                self._execute(self._step_calls, environment)
+                del environment
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            torch.cuda.synchronize(self.device)
+            environment = self._environment()
+            graphs = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph())
+            for graph, calls in zip(graphs, (self._prompt_calls, self._step_calls), strict=True):
+                with torch.cuda.graph(
+                    graph,
+                    pool=self._graph_pool,
+                    stream=stream,
+                    capture_error_mode="thread_local",
+                ):
+                    self._execute(calls, environment)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"this image size does not fit on {self.device}: {error}") from error
+        self._collect(environment)
+        self._graphs = graphs
+        self.captures += 1
+
+    def release(self) -> None:
+        """Free the captured graphs and the hold on the arena."""
+        self._graphs = None
+        self._outputs = []
+        self._arena.release(self._layout)
+
+    def kernels(self) -> Counter[str]:
+        """How many calls go to each kernel."""
+        calls = (*self._prompt_calls, *self._step_calls)
+        return Counter(call.kernel.name for call in calls if call.kernel is not None)
+
+
+@dataclass(frozen=True)
+class _Trait:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    root: str
+    allocates: bool
+    run: Callable[..., torch.Tensor]
+    attrs: dict[str, Any]
+    kernel: Kernel | None
+
+
+def _nothing(*tensors: Any, **attrs: Any) -> torch.Tensor:
+    raise AssertionError("an input is not computed")
+
+
+def _as_view(
+    entry: ops.Op, sources: Sequence[torch.Tensor | None], attrs: dict[str, Any]
+) -> torch.Tensor | None:
+    """The view on meta tensors, or None where the strides force a copy."""
+    source = sources[0]
+    assert source is not None
+    if entry.name == "reshape":
+        try:
+            return source.view(attrs["shape"])
+        except RuntimeError:
+            return None
+    return entry.reference(source, **attrs)
