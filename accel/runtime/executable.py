@@ -120,6 +120,7 @@ class Executable:
         self._prompt = prompts.setdefault(self._prompt_shapes(), PromptState())
         self._bind()
         self.captures = 0
+        self.prompt_hits = 0
         self.seconds = time.perf_counter() - started
 
     # Binding: shapes, aliases, liveness, buffers, kernels.
@@ -298,6 +299,7 @@ class Executable:
         """
         with torch.no_grad():
             hit = key is not None and self._prompt.key == key
+            self.prompt_hits += hit
             if not hit:
                 self._prompt.key = None
             for entry in self.plan.inputs:

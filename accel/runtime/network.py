@@ -1,0 +1,242 @@
+"""One structure on one device: plan, live weights, seats, executables by shape.
+
+A *seat* is a set of weights that belongs to the structure: a checkpoint and its LoRAs. One seat is live,
+that is, in the arena which captured graphs read; the others wait, parked on the device while there is room,
+otherwise at their source. A call for a seat that waits first brings it in, by copy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import OutOfMemory, SwitchyardError
+from ..hardware import available_memory
+from ..plan.schema import Plan
+from .arena import Arena
+from .executable import Executable, PromptState, bind_dims
+from .weights import Adapters, Source, SwapReport, Weights
+
+MAX_EXECUTABLES = 64
+"""Shapes kept ready. A captured graph of a large UNet takes some 10 MiB beside the shared arena."""
+
+PARKING_RESERVE = 2 << 30
+"""Bytes that parking leaves free on the device, for the host's other models."""
+
+
+@dataclass(eq=False)
+class Seat:
+    """Weights that may be live. `parked` is a copy of the arena as it was when another took its place."""
+
+    source: Source | None = None
+    adapters: Adapters = ()
+    parked: torch.Tensor | None = None
+
+
+@dataclass
+class Counters:
+    """What happened since the network was made; the report shows it."""
+
+    binds: int = 0
+    graphs: int = 0
+    forwards: int = 0
+    prompt_hits: int = 0
+    evictions: int = 0
+    activations: list[float] = field(default_factory=list)
+
+
+class Network:
+    """Runs a plan for any shape with any seat. Callers hold the session's lock."""
+
+    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
+        self.plan, self.device, self.dtype = plan, device, dtype
+        self.weights = Weights(plan, device, dtype)
+        self.arena = Arena(device)
+        self.counters = Counters()
+        self.live: Seat | None = None
+        self._epoch = 0
+        self._executables: OrderedDict[Any, Executable] = OrderedDict()
+        self._prompts: dict[Any, PromptState] = {}
+        self._optional = [entry.name for entry in plan.inputs if entry.optional]
+        self._plans: dict[frozenset[str], Plan] = {}
+        self._graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    # Weights.
+
+    def load(self, seat: Seat, source: Source) -> SwapReport:
+        """Seat the parameters of `source`, with the seat's LoRAs on them. The seat is live after it.
+
+        On failure the seat keeps what it had.
+        """
+        self._park_other_than(seat)
+        names = self.weights.shapes.keys()
+        return self._write(seat, names, source, seat.adapters)
+
+    def set_adapters(self, seat: Seat, adapters: Adapters) -> SwapReport:
+        """Replace the seat's whole LoRA set, rewriting only parameters whose adapters change."""
+        self.activate(seat)
+        assert seat.source is not None
+        names = [
+            name
+            for name in self.weights.shapes
+            if _changes(name, seat.adapters) != _changes(name, adapters)
+        ]
+        return self._write(seat, names, seat.source, adapters)
+
+    def _write(
+        self, seat: Seat, names: Collection[str], source: Source, adapters: Adapters
+    ) -> SwapReport:
+        self._epoch += 1
+        self.weights.synchronize()  # replays under way still read the arena
+        try:
+            report = self.weights.write(names, source, adapters)
+        except BaseException:
+            self._restore(seat, names)
+            raise
+        seat.source, seat.adapters, seat.parked = source, adapters, None
+        self.live = seat
+        return report
+
+    def _restore(self, seat: Seat, names: Collection[str]) -> None:
+        """After a write that failed half-way: what the seat held before, or nothing live."""
+        was_live, self.live = self.live is seat, None
+        if was_live and seat.source is not None:
+            self.weights.write(names, seat.source, seat.adapters)
+            self.live = seat
+
+    def activate(self, seat: Seat) -> None:
+        """Make `seat` the live one."""
+        if self.live is seat:
+            return
+        if seat.source is None:
+            raise SwitchyardError("this engine has no weights: load_weights first")
+        started = time.perf_counter()
+        self._park_other_than(seat)
+        if seat.parked is None:
+            self._write(seat, self.weights.shapes.keys(), seat.source, seat.adapters)
+        else:
+            self._epoch += 1
+            self.weights.storage.copy_(seat.parked)
+            self.live = seat
+            self.weights.synchronize()
+        self.counters.activations.append(time.perf_counter() - started)
+
+    def _park_other_than(self, seat: Seat) -> None:
+        """Keep a copy of the live weights on the device, where there is room to spare."""
+        leaving = self.live
+        if leaving is None or leaving is seat or leaving.parked is not None:
+            return
+        if available_memory(self.device) < self.weights.bytes + PARKING_RESERVE:
+            return
+        try:
+            leaving.parked = self.weights.storage.clone()
+        except torch.OutOfMemoryError:
+            leaving.parked = None
+
+    def leave(self, seat: Seat) -> None:
+        """Forget a seat whose engine is gone."""
+        if self.live is seat:
+            self.live = None
+        seat.source, seat.adapters, seat.parked = None, (), None
+
+    # Running.
+
+    def run(
+        self, seat: Seat, inputs: Mapping[str, torch.Tensor], key: object | None
+    ) -> list[torch.Tensor]:
+        """The plan's outputs for `inputs` with the weights of `seat`.
+
+        key: equal keys vouch for an equal prompt; weights are seen to here.
+        """
+        plan = self._specialised(inputs)
+        dims = bind_dims(plan, {name: tuple(value.shape) for name, value in inputs.items()})
+        self.activate(seat)
+        executable = self._executable(plan, dims)
+        vouched = None if key is None else (key, self._epoch)
+        hits, captures = executable.prompt_hits, executable.captures
+        results = executable.run(inputs, vouched)
+        self.counters.forwards += 1
+        self.counters.prompt_hits += executable.prompt_hits - hits
+        self.counters.graphs += executable.captures - captures
+        return results
+
+    def _specialised(self, inputs: Mapping[str, torch.Tensor]) -> Plan:
+        absent = frozenset(self._optional).difference(inputs)
+        if absent not in self._plans:
+            self._plans[absent] = self.plan.without(absent)
+        return self._plans[absent]
+
+    def _executable(self, plan: Plan, dims: Mapping[str, int]) -> Executable:
+        key = (plan.inputs, tuple(dims.items()))
+        if key in self._executables:
+            self._executables.move_to_end(key)
+            return self._executables[key]
+        while len(self._executables) >= MAX_EXECUTABLES:
+            self._evict()
+        try:
+            executable = self._bind(plan, dims)
+        except OutOfMemory:
+            if not self._executables:
+                raise
+            self.clear_executables()
+            executable = self._bind(plan, dims)
+        self._executables[key] = executable
+        return executable
+
+    def _bind(self, plan: Plan, dims: Mapping[str, int]) -> Executable:
+        self.counters.binds += 1
+        return Executable(
+            plan,
+            dims,
+            self.weights.constants,
+            self.dtype,
+            self.arena,
+            self._prompts,
+            self._graph_pool,
+        )
+
+    def _evict(self) -> None:
+        _, executable = self._executables.popitem(last=False)
+        executable.release()
+        self.counters.evictions += 1
+
+    def clear_executables(self) -> None:
+        """Free every shape's graph and activation memory. The next call of a shape binds it anew."""
+        self.weights.synchronize()
+        while self._executables:
+            self._evict()
+        self._prompts.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def activation_bytes(self) -> int:
+        """The arena, and the buffers of inputs and prompts outside it."""
+        prompts = sum(
+            buffer.numel() * buffer.element_size()
+            for state in self._prompts.values()
+            for buffer in state.buffers.values()
+        )
+        return self.arena.bytes + prompts
+
+    def shapes(self) -> list[dict[str, Any]]:
+        """Every shape that is ready: dimensions, optional inputs in use, kernels, seconds to bind."""
+        return [
+            {
+                "dims": dict(executable.dims),
+                "controlnet": any(entry.optional for entry in executable.plan.inputs),
+                "bind_seconds": executable.seconds,
+                "kernels": dict(executable.kernels()),
+            }
+            for executable in self._executables.values()
+        ]
+
+
+def _changes(name: str, adapters: Adapters) -> list[tuple[int, float]]:
+    """What touches a parameter; adapters are told apart by identity, since they are held."""
+    return [(id(a), s) for a, s in adapters if name in a.patches and s != 0.0]

@@ -1,0 +1,142 @@
+"""Weights of a structure: one arena at fixed addresses, and how source parameters get into it.
+
+Order of operations for every parameter, always: source value -> arena dtype -> float32 sum with the deltas
+of all LoRAs -> one rounding -> its places in the constants. So what stands in the arena depends on the
+source and the LoRA set alone, never on what stood there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+
+from ..errors import OutOfMemory
+from ..plan.memory import align
+from ..plan.recipe import Literal, Param, places
+from ..plan.schema import Plan, resolve
+
+
+class Source(Protocol):
+    """Where parameters come from: a mapped file, a state dict, a host's module."""
+
+    @property
+    def label(self) -> str:
+        """A name for reports."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The parameter by canonical name, any floating dtype, any device. Not to be written to."""
+
+
+class Patch(Protocol):
+    """One adapter's change of one parameter."""
+
+    def delta(self, shape: Sequence[int], device: str | torch.device) -> torch.Tensor:
+        """The float32 change at strength 1, in the parameter's shape."""
+
+
+class Adapter(Protocol):
+    """A LoRA: its patches by canonical parameter name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def patches(self) -> Mapping[str, Patch]: ...
+
+
+Adapters = tuple[tuple[Adapter, float], ...]
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What a change of weights cost: wall seconds, bytes written into the arena, constants touched."""
+
+    seconds: float
+    bytes: int
+    constants: int
+
+
+class Weights:
+    """The live weights: constants of a plan as views of one allocation on the device.
+
+    Raises `OutOfMemory` when the device has no room for them.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        offsets, end = [], 0
+        for constant in plan.constants:
+            offsets.append(end)
+            end += align(prod(constant.recipe.shape) * resolve(constant.dtype, dtype).itemsize)
+        try:
+            with torch.inference_mode(False):
+                self.storage = torch.zeros(end, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"{end >> 20} MiB of weights do not fit on {device}") from error
+        self.constants: dict[str, torch.Tensor] = {}
+        self._places: dict[str, list[tuple[str, torch.Tensor]]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for constant, offset in zip(plan.constants, offsets, strict=True):
+            kind, shape = resolve(constant.dtype, dtype), constant.recipe.shape
+            raw = self.storage[offset : offset + prod(shape) * kind.itemsize]
+            view = self.constants[constant.name] = raw.view(kind).view(shape)
+            for source, place in places(constant.recipe, view):
+                if isinstance(source, Literal):
+                    place.copy_(torch.tensor(source.values, dtype=kind).view(source.shape))
+                else:
+                    self._add_place(source, constant.name, place)
+
+    def _add_place(self, param: Param, constant: str, place: torch.Tensor) -> None:
+        self.shapes[param.name] = param.shape
+        self._places.setdefault(param.name, []).append((constant, place))
+
+    @property
+    def bytes(self) -> int:
+        return self.storage.numel()
+
+    def write(self, names: Collection[str], source: Source, adapters: Adapters) -> SwapReport:
+        """Bring the parameters `names` to the values that `source` and `adapters` give them."""
+        started = time.perf_counter()
+        written, touched = 0, set()
+        with torch.no_grad(), _exact_matmul():
+            for name in names:
+                value = self._value(name, source.read(name), adapters)
+                for constant, place in self._places[name]:
+                    place.copy_(value)
+                    written += place.numel() * place.element_size()
+                    touched.add(constant)
+        self.synchronize()
+        return SwapReport(time.perf_counter() - started, written, len(touched))
+
+    def _value(self, name: str, stored: torch.Tensor, adapters: Adapters) -> torch.Tensor:
+        # The raw bytes go over the bus; the cast and the transposition happen on the device.
+        value = stored.detach().to(self.device, non_blocking=True).reshape(self.shapes[name])
+        changes = [(adapter.patches[name], s) for adapter, s in adapters if name in adapter.patches and s != 0.0]
+        if not changes:
+            return value
+        base = value.to(self.dtype).to(torch.float32)
+        total = torch.zeros_like(base)
+        for patch, strength in changes:
+            total += strength * patch.delta(self.shapes[name], self.device)
+        return base + total
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@contextlib.contextmanager
+def _exact_matmul() -> Iterator[None]:
+    """Deltas in full float32, whatever the host has allowed its own matrix products."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,298 @@
+"""Sessions and engines: what hosts and scripts hold.
+
+A `Session` owns a device: its networks (one per structure), the plan cache, and the lock that orders calls.
+An `Engine` is one seat in a network: a checkpoint, its LoRAs, and a call that looks like the module's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import hardware
+from .capture import Progress
+from .compiler import open_cache, plan_for
+from .errors import InvalidInput, InvalidLora, UnsupportedModel
+from .lora import Lora, fits, read_lora
+from .models import FAMILIES, UNetConfig, adapter_names, parameters, unsupported_state
+from .models.calls import bind_call
+from .plan.schema import Plan
+from .runtime.network import Network, Seat
+from .runtime.weights import SwapReport
+from .settings import settings
+from .structure import Structure, canonical_names, structure_of
+from .tensorfile import TensorFile
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+Weightlike = str | Path | Mapping[str, torch.Tensor]
+
+
+class Session:
+    """Engines on one device in one precision. One per process is enough.
+
+    device: "cuda", "cuda:1" or "cpu". precision: "fp16", "bf16" or "fp32", of weights and activations.
+    cache_dir: folder of built plans; the user's cache folder by default.
+    progress: called with (fraction, text) while a structure is captured.
+    Raises `DeviceUnavailable` without such a device, `InvalidInput` for another precision.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "cuda",
+        precision: str = "fp16",
+        cache_dir: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise InvalidInput(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.device = hardware.require(device)
+        self.precision, self.dtype = precision, PRECISIONS[precision]
+        root = Path(cache_dir) if cache_dir is not None else settings().cache_dir
+        self.cache = open_cache(root, settings().cache_bytes)
+        self.captures = 0
+        self._progress = progress
+        self._lock = threading.RLock()
+        self._networks: dict[str, tuple[Network, str]] = {}
+        self._loras: dict[Any, Lora] = {}
+
+    def engine(self, module: nn.Module) -> Engine:
+        """The engine of a UNet or ControlNet, built or fetched by structure, with its weights seated.
+
+        The module itself is left as it is, but moved to the CPU if it is on the engine's device: only
+        one copy of the weights stays there. Raises `UnsupportedModel` when the module or its state
+        cannot be compiled, before anything is touched; `OutOfMemory` when its weights do not fit.
+        """
+        reason = unsupported_state(module)
+        if reason is not None:
+            raise UnsupportedModel(reason)
+        structure = structure_of(module)
+        with self._lock:
+            network, origin = self._network(structure, module)
+            if self.device.type == "cuda" and _first_device(module) == self.device:
+                module.to("cpu")
+            engine = Engine(self, network, structure, origin, _host(module))
+            network.load(engine.seat, ModuleSource(module, structure))
+            return engine
+
+    def plan(self, structure: Structure, network: nn.Module | type[nn.Module]) -> tuple[Plan, str]:
+        """The plan of a structure and where it came from: "shipped", "cache" or "built"."""
+        plan, origin = plan_for(structure, network, self.cache, self._progress)
+        self.captures += origin == "built"
+        return plan, origin
+
+    def _network(self, structure: Structure, module: nn.Module) -> tuple[Network, str]:
+        key = structure.graph_key
+        assert key is not None
+        if key not in self._networks:
+            plan, origin = self.plan(structure, module)
+            self._networks[key] = (Network(plan, self.device, self.dtype), origin)
+            return self._networks[key]
+        return self._networks[key][0], "memory"
+
+    def _lora(self, source: Weightlike, config: UNetConfig) -> Lora:
+        """A parsed LoRA. Files are kept while they do not change, so that a new strength is cheap."""
+        key = None
+        if isinstance(source, (str, Path)):
+            key = (TensorFile(source).fingerprint, config)
+            if key in self._loras:
+                return self._loras[key]
+        shapes = {name: parameter.shape for name, parameter in parameters(config).items()}
+        try:
+            lora = read_lora(source, adapter_names(config), shapes)
+        except InvalidLora as error:
+            raise InvalidLora(f"{error}{_made_for(source, config)}") from error
+        if key is not None:
+            while len(self._loras) >= 32:
+                self._loras.pop(next(iter(self._loras)))
+            self._loras[key] = lora
+        return lora
+
+
+class Engine:
+    """A checkpoint on an accelerated network. Call it as the module's `forward` is called.
+
+    Made by `Session.engine`. Threads may share it: calls of one session are ordered by its lock.
+    """
+
+    def __init__(
+        self, session: Session, network: Network, structure: Structure, origin: str, host: str
+    ) -> None:
+        assert structure.config is not None
+        self.session, self.structure, self.origin = session, structure, origin
+        self.config = structure.config
+        self.seat = Seat()
+        self._network = network
+        self._host = host
+        self._swaps: deque[dict[str, Any]] = deque(maxlen=32)
+        self._fallbacks: deque[str] = deque(maxlen=32)
+        self._lora_names: list[tuple[str, float]] = []
+        weakref.finalize(self, network.leave, self.seat)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward: same arguments; the result tensor (a ControlNet: its residuals)."""
+        return self.call(args, kwargs)
+
+    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any], key: object | None = None) -> Any:
+        """As `__call__`. With a key, the prompt's part is skipped while the key stays the same.
+
+        The key vouches that context, pooled text and hint have not changed since the last call with an
+        equal key; weights need no vouching. Raises `InvalidInput` for tensors that do not fit, and
+        `UnsupportedModel` for an argument that the engine does not know.
+        """
+        bound = bind_call(self.config, self._host, args, kwargs)  # type: ignore[arg-type]
+        with self.session._lock:
+            return bound.finish(self._network.run(self.seat, bound.inputs, key))
+
+    def load_weights(self, source: Weightlike) -> SwapReport:
+        """Swap in another checkpoint of the same structure; the LoRA set stays on.
+
+        source: a `.safetensors` path in single-file or diffusers naming, or a state dict, which is kept
+        by reference. Raises `InvalidFile` or `StructureMismatch`, and then nothing has changed.
+        """
+        weights: FileSource | StateDictSource
+        if isinstance(source, (str, Path)):
+            weights = FileSource(TensorFile(source), self.config)
+        else:
+            weights = StateDictSource(source, self.config)
+        with self.session._lock:
+            report = self._network.load(self.seat, weights)
+        self._note("load_weights", report, weights.label)
+        return report
+
+    def set_loras(self, loras: Sequence[tuple[Weightlike, float]]) -> SwapReport:
+        """Replace the whole LoRA set; `[]` restores the checkpoint's weights bit for bit.
+
+        loras: (`.safetensors` path or state dict, strength). Raises `InvalidFile` or `InvalidLora`, and
+        then nothing has changed.
+        """
+        parsed = []
+        for source, strength in loras:
+            parsed.append((self.session._lora(source, self.config), float(strength)))
+        with self.session._lock:
+            report = self._network.set_adapters(self.seat, tuple(parsed))
+        self._lora_names = [(lora.name, strength) for lora, strength in parsed]
+        self._note("set_loras", report, ", ".join(name for name, _ in self._lora_names) or "none")
+        return report
+
+    def note_fallback(self, reason: str) -> None:
+        """Record that the host ran its own path, and why."""
+        self._fallbacks.append(reason)
+
+    def _note(self, operation: str, report: SwapReport, what: str) -> None:
+        self._swaps.append(
+            {
+                "operation": operation,
+                "what": what,
+                "ms": report.seconds * 1e3,
+                "bytes": report.bytes,
+                "constants": report.constants,
+            }
+        )
+
+    def report(self) -> dict[str, Any]:
+        """What this engine is and did, as plain JSON values."""
+        with self.session._lock:
+            network, counters = self._network, self._network.counters
+            source = self.seat.source
+            return {
+                "structure": {
+                    "kind": self.structure.kind,
+                    "family": self.structure.family,
+                    "graph_key": self.structure.graph_key,
+                    "shape_key": self.structure.shape_key,
+                },
+                "device": str(self.session.device),
+                "precision": self.session.precision,
+                "source": self.origin,
+                "captures": self.session.captures,
+                "graphs": counters.graphs,
+                "binds": counters.binds,
+                "evictions": counters.evictions,
+                "forwards": counters.forwards,
+                "prompt_hits": counters.prompt_hits,
+                "shapes": network.shapes(),
+                "weights": None if source is None else source.label,
+                "live": network.live is self.seat,
+                "parked": self.seat.parked is not None,
+                "loras": [{"name": n, "strength": s} for n, s in self._lora_names],
+                "weights_bytes": network.weights.bytes,
+                "activation_bytes": network.activation_bytes,
+                "swaps": list(self._swaps),
+                "activations_ms": [seconds * 1e3 for seconds in counters.activations[-32:]],
+                "fallbacks": list(self._fallbacks),
+                "cache_problem": self.session.cache.problem,
+            }
+
+
+class ModuleSource:
+    """The parameters of a host's module, looked up by name at each read: hosts replace parameters."""
+
+    def __init__(self, module: nn.Module, structure: Structure) -> None:
+        assert structure.config is not None
+        self._module = module
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        self._names = canonical_names(shapes, structure.config)
+        self.label = f"module {type(module).__name__}"
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._module.get_parameter(self._names[name])
+
+
+class FileSource:
+    """The parameters of a `.safetensors` file, mapped: each is read when it is asked for."""
+
+    def __init__(self, file: TensorFile, config: UNetConfig) -> None:
+        self._file = file
+        self._names = canonical_names(file.tensors, config)
+        self.label = str(file.path)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._file.read(self._names[name])
+
+
+class StateDictSource:
+    """The parameters of a state dict, by reference."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], config: UNetConfig) -> None:
+        self._tensors = tensors
+        self._names = canonical_names(tensors, config)
+        self.label = "state dict"
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[self._names[name]]
+
+
+def _first_device(module: nn.Module) -> torch.device | None:
+    parameter = next(module.parameters(), None)
+    return None if parameter is None else parameter.device
+
+
+def _host(module: nn.Module) -> str:
+    return "diffusers" if hasattr(module, "down_blocks") else "comfyui"
+
+
+def _made_for(source: Weightlike, config: UNetConfig) -> str:
+    """Which families a LoRA that does not fit was made for, as the end of a sentence."""
+    if isinstance(source, (str, Path)):
+        shapes = {name: info.shape for name, info in TensorFile(source).tensors.items()}
+    else:
+        shapes = {name: tuple(t.shape) for name, t in source.items() if hasattr(t, "shape")}
+    for family in FAMILIES:
+        if family.config == config:
+            continue
+        targets = {name: p.shape for name, p in parameters(family.config).items()}
+        matched, total = fits(shapes, adapter_names(family.config), targets)
+        if total and matched == total:
+            return f"; all {total} layers fit {family.title}"
+    return ""
