@@ -25,8 +25,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if not torch.cuda.is_available():
             reasons["gpu"] = "needs an NVIDIA GPU"
-    if not Path(os.environ.get("COMFYUI_PATH", ""), "comfy").is_dir():
-        reasons["comfyui"] = "needs a ComfyUI checkout, its path in COMFYUI_PATH"
+    comfyui = Path(os.environ.setdefault("COMFYUI_PATH", "~/ComfyUI")).expanduser()
+    os.environ["COMFYUI_PATH"] = str(comfyui)
+    if not (comfyui / "comfy").is_dir():
+        reasons["comfyui"] = f"needs a ComfyUI checkout; {comfyui} (COMFYUI_PATH) has none"
     for item in items:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
@@ -59,3 +61,19 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(scope="session")
+def plan_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that holds the plan of the tiny SD1.5-shaped UNet, captured once a run."""
+    from diffusers import UNet2DConditionModel
+    from support import make_unet, tiny_config
+
+    from accel.session import Session
+    from accel.structure import structure_of
+
+    folder = tmp_path_factory.mktemp("plans")
+    session = Session("cpu", "fp32", cache_dir=folder)
+    structure = structure_of(make_unet(0, tiny_config()))
+    assert session.plan(structure, UNet2DConditionModel)[1] == "built"
+    return folder

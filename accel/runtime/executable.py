@@ -118,7 +118,8 @@ class Executable:
         self._inputs: dict[str, torch.Tensor] = {}
         self._outputs: list[torch.Tensor] = []
         self._prompt = prompts.setdefault(self._prompt_shapes(), PromptState())
-        self._bind()
+        with torch.inference_mode(False):  # buffers must be writable in and out of inference mode
+            self._bind()
         self.captures = 0
         self.prompt_hits = 0
         self.seconds = time.perf_counter() - started
@@ -284,8 +285,7 @@ class Executable:
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         try:
-            with torch.inference_mode(False):
-                return torch.empty(shape, dtype=dtype, device=self.device)
+            return torch.empty(shape, dtype=dtype, device=self.device)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"buffers of {list(shape)} do not fit on {self.device}") from error
 
@@ -297,7 +297,7 @@ class Executable:
         key: equal keys vouch for equal prompt inputs and equal weights since the last call with it, so
         that the prompt's part is skipped. `None` vouches for nothing.
         """
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             hit = key is not None and self._prompt.key == key
             self.prompt_hits += hit
             if not hit:

@@ -134,7 +134,8 @@ class Network:
         if available_memory(self.device) < self.weights.bytes + PARKING_RESERVE:
             return
         try:
-            leaving.parked = self.weights.storage.clone()
+            with torch.inference_mode(False):
+                leaving.parked = self.weights.storage.clone()
         except torch.OutOfMemoryError:
             leaving.parked = None
 

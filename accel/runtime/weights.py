@@ -18,8 +18,8 @@ import torch
 
 from ..errors import OutOfMemory
 from ..plan.memory import align
-from ..plan.recipe import Literal, Param, places
-from ..plan.schema import Plan, resolve
+from ..plan.recipe import Literal, places
+from ..plan.schema import Constant, Plan, resolve
 
 
 class Source(Protocol):
@@ -74,27 +74,24 @@ class Weights:
         for constant in plan.constants:
             offsets.append(end)
             end += align(prod(constant.recipe.shape) * resolve(constant.dtype, dtype).itemsize)
-        try:
-            with torch.inference_mode(False):
-                self.storage = torch.zeros(end, dtype=torch.uint8, device=device)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"{end >> 20} MiB of weights do not fit on {device}") from error
-        self.constants: dict[str, torch.Tensor] = {}
-        self._places: dict[str, list[tuple[str, torch.Tensor]]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for constant, offset in zip(plan.constants, offsets, strict=True):
-            kind, shape = resolve(constant.dtype, dtype), constant.recipe.shape
-            raw = self.storage[offset : offset + prod(shape) * kind.itemsize]
-            view = self.constants[constant.name] = raw.view(kind).view(shape)
-            for source, place in places(constant.recipe, view):
-                if isinstance(source, Literal):
-                    place.copy_(torch.tensor(source.values, dtype=kind).view(source.shape))
-                else:
-                    self._add_place(source, constant.name, place)
+        with torch.inference_mode(False):  # written in and out of inference mode
+            self.storage = _allocate(end, device)
+            self.constants: dict[str, torch.Tensor] = {}
+            self.shapes: dict[str, tuple[int, ...]] = {}
+            self._places: dict[str, list[tuple[str, torch.Tensor]]] = {}
+            for constant, offset in zip(plan.constants, offsets, strict=True):
+                self._place(constant, offset)
 
-    def _add_place(self, param: Param, constant: str, place: torch.Tensor) -> None:
-        self.shapes[param.name] = param.shape
-        self._places.setdefault(param.name, []).append((constant, place))
+    def _place(self, constant: Constant, offset: int) -> None:
+        kind, shape = resolve(constant.dtype, self.dtype), constant.recipe.shape
+        raw = self.storage[offset : offset + prod(shape) * kind.itemsize]
+        view = self.constants[constant.name] = raw.view(kind).view(shape)
+        for source, place in places(constant.recipe, view):
+            if isinstance(source, Literal):
+                place.copy_(torch.tensor(source.values, dtype=kind).view(source.shape))
+            else:
+                self.shapes[source.name] = source.shape
+                self._places.setdefault(source.name, []).append((constant.name, place))
 
     @property
     def bytes(self) -> int:
@@ -104,7 +101,7 @@ class Weights:
         """Bring the parameters `names` to the values that `source` and `adapters` give them."""
         started = time.perf_counter()
         written, touched = 0, set()
-        with torch.no_grad(), _exact_matmul():
+        with torch.inference_mode(False), torch.no_grad(), _exact_matmul():
             for name in names:
                 value = self._value(name, source.read(name), adapters)
                 for constant, place in self._places[name]:
@@ -129,6 +126,13 @@ class Weights:
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _allocate(size: int, device: torch.device) -> torch.Tensor:
+    try:
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(f"{size >> 20} MiB of weights do not fit on {device}") from error
 
 
 @contextlib.contextmanager

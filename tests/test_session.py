@@ -1,0 +1,454 @@
+"""Sessions and engines: builds, swaps, seats, and every way in which they can be asked for too much."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import family_config, make_lora, make_unet, residuals_for, tiny_config
+
+import accel
+from accel import compiler
+from accel.compiler import SHIPPED, plan_for, shipped_plan
+from accel.errors import (
+    DeviceUnavailable,
+    InvalidFile,
+    InvalidInput,
+    InvalidLora,
+    StructureMismatch,
+    SwitchyardError,
+    UnsupportedModel,
+)
+from accel.models import FAMILIES, UNetConfig, parameters
+from accel.plan.schema import Plan
+from accel.session import Engine, Session
+from accel.structure import Structure, structure_of
+
+ROOT = Path(__file__).parents[1]
+
+
+def two_levels() -> UNetConfig:
+    """A structure that captures in a second or two."""
+    return dataclasses.replace(
+        tiny_config(),
+        block_out_channels=(32, 32),
+        layers_per_block=(1, 1),
+        down_depths=((1,), (0,)),
+        up_depths=((0, 0), (1, 1)),
+        heads=(4, 4),
+    )
+
+
+def arguments(config: UNetConfig | None = None, seed: int = 0) -> dict[str, Any]:
+    """One call's arguments in diffusers' names."""
+    generator = torch.Generator().manual_seed(seed)
+    config = config or tiny_config()
+    return {
+        "sample": torch.randn(2, 4, 17, 12, generator=generator),
+        "timestep": 400,
+        "encoder_hidden_states": torch.randn(2, 77, config.context_dim, generator=generator),
+    }
+
+
+@pytest.fixture
+def module() -> torch.nn.Module:
+    return make_unet(1)
+
+
+@pytest.fixture
+def engine(plan_cache: Path, module: torch.nn.Module) -> Engine:
+    return Session("cpu", "fp32", cache_dir=plan_cache).engine(module)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def merged(module: torch.nn.Module, *loras: tuple[dict[str, torch.Tensor], float]) -> Any:
+    """The module with LoRAs added to its weights by hand, in float64."""
+    for name, parameter in module.named_parameters():
+        base = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        for lora, strength in loras:
+            if f"{base}.lora_up.weight" not in lora:
+                continue
+            up, down = (lora[f"{base}.lora_{k}.weight"].double().flatten(1) for k in ("up", "down"))
+            scale = strength * float(lora[f"{base}.alpha"]) / down.shape[0]
+            delta = (up @ down).view(parameter.shape) * scale
+            parameter.copy_(parameter.double() + delta)
+    return module
+
+
+# Results.
+
+
+def test_equals_the_module(engine: Engine, module: Any) -> None:
+    assert relative(engine(**arguments()), module(**arguments())[0]) < 1e-5
+
+
+def test_positional_call_and_call_by_name_agree(engine: Engine) -> None:
+    named = arguments()
+    assert torch.equal(engine(**named), engine(*named.values()))
+
+
+def test_loras_equal_merged_weights_and_leave_no_trace(engine: Engine) -> None:
+    before = engine(**arguments())
+    first, second = make_lora(3), make_lora(4)
+    engine.set_loras([(first, 0.7), (second, -0.4)])
+    expected = merged(make_unet(1), (first, 0.7), (second, -0.4))(**arguments())[0]
+    assert relative(before, expected) > 1e-2, "the LoRAs must matter"
+    assert relative(engine(**arguments()), expected) < 1e-5
+    engine.set_loras([])
+    assert torch.equal(engine(**arguments()), before)
+
+
+def test_changing_one_strength_touches_only_its_keys(engine: Engine) -> None:
+    first, second = make_lora(3), {k: v for k, v in make_lora(4).items() if "mid_block" in k}
+    files = {name: lora for name, lora in (("first", first), ("second", second))}
+    assert second, "the second LoRA must have keys"
+    everything = engine.set_loras([(files["first"], 1.0)])
+    engine.set_loras([])
+    assert everything.constants > 50
+    untouched = engine.set_loras([])
+    assert (untouched.constants, untouched.bytes) == (0, 0)
+
+
+def test_lora_from_a_file_is_read_once(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "style.safetensors"
+    save_file(make_lora(3), path)
+    other = {k: v for k, v in make_lora(4).items() if "mid_block" in k}
+    save_file(other, tmp_path / "other.safetensors")
+    full = engine.set_loras([(path, 1.0), (tmp_path / "other.safetensors", 1.0)])
+    change = engine.set_loras([(path, 1.0), (tmp_path / "other.safetensors", 0.5)])
+    assert 0 < change.constants < full.constants
+    expected = {k.removeprefix("lora_unet_").split(".")[0] for k in other}
+    assert change.constants <= len(expected)
+
+
+def test_checkpoint_swap_keeps_the_lora_set(engine: Engine) -> None:
+    lora = make_lora(3)
+    engine.set_loras([(lora, 0.7)])
+    engine.load_weights(make_unet(2).state_dict())
+    expected = merged(make_unet(2), (lora, 0.7))(**arguments())[0]
+    assert relative(engine(**arguments()), expected) < 1e-5
+
+
+def test_single_file_checkpoint_in_ldm_names(engine: Engine, tmp_path: Path) -> None:
+    """Half-precision file with a VAE and EMA keys around the UNet."""
+    config, other = tiny_config(), make_unet(2).half()
+    state = other.state_dict()
+    file = {
+        f"model.diffusion_model.{p.ldm_name}": state[name].contiguous()
+        for name, p in parameters(config).items()
+    }
+    file["first_stage_model.encoder.conv_in.weight"] = torch.zeros(8, 3, 3, 3)
+    file["model_ema.decay"] = torch.zeros(())
+    path = tmp_path / "checkpoint.safetensors"
+    save_file(file, path)
+    report = engine.load_weights(path)
+    assert report.bytes > 0 and report.constants > 100
+    assert relative(engine(**arguments()), other.float()(**arguments())[0]) < 1e-5
+
+
+def test_two_modules_share_one_network_and_keep_their_own_weights(plan_cache: Path) -> None:
+    session = Session("cpu", "fp32", cache_dir=plan_cache)
+    a, b = session.engine(make_unet(1)), session.engine(make_unet(2))
+    assert a._network is b._network
+    b.set_loras([(make_lora(3), 1.0)])
+    for _ in range(2):
+        assert relative(a(**arguments()), make_unet(1)(**arguments())[0]) < 1e-5
+        expected = merged(make_unet(2), (make_lora(3), 1.0))(**arguments())[0]
+        assert relative(b(**arguments()), expected) < 1e-5
+    assert b.report()["binds"] == 1, "one shape, one executable for both"
+    assert b.report()["source"] == "memory"
+
+
+def test_parameters_replaced_by_the_host_are_read_at_the_next_load(
+    engine: Engine, module: Any
+) -> None:
+    """Hosts put new Parameter objects in place; pointers kept from before would be stale."""
+    module.conv_in.weight = torch.nn.Parameter(-module.conv_in.weight)
+    engine.load_weights(module.state_dict())
+    assert relative(engine(**arguments()), module(**arguments())[0].detach()) < 1e-5
+
+
+def test_prompt_key_skips_exactly_the_prompt(engine: Engine) -> None:
+    inputs = arguments()
+    plain = engine(**inputs)
+    assert torch.equal(engine.call((), inputs, key="k"), plain)
+    assert torch.equal(engine.call((), inputs, key="k"), plain)
+    assert engine.report()["prompt_hits"] == 1
+    changed = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"] * 2}
+    assert torch.equal(engine.call((), changed, key="k"), plain), "the key vouches"
+    assert torch.equal(engine.call((), changed, key="other"), engine(**changed))
+
+
+def test_weights_void_the_prompt_key(engine: Engine) -> None:
+    inputs = arguments()
+    engine.call((), inputs, key="k")
+    engine.load_weights(make_unet(2).state_dict())
+    assert torch.equal(engine.call((), inputs, key="k"), engine(**inputs))
+    engine.set_loras([(make_lora(3), 1.0)])
+    assert torch.equal(engine.call((), inputs, key="k"), engine(**inputs))
+
+
+def test_controlnet_toggles_without_capture(engine: Engine, module: Any) -> None:
+    inputs = arguments()
+    skips = residuals_for(tiny_config(), 2, 17, 12, torch.Generator().manual_seed(0))
+    controlled = {
+        **inputs,
+        "down_block_additional_residuals": tuple(skips[:-1]),
+        "mid_block_additional_residual": skips[-1],
+    }
+    for case in (inputs, controlled, inputs, controlled):
+        assert relative(engine(**case), module(**case)[0]) < 1e-5
+    assert engine.report()["captures"] == 0
+    assert engine.report()["binds"] == 2
+
+
+def test_threads_share_an_engine(engine: Engine) -> None:
+    expected = {seed: engine(**arguments(seed=seed)) for seed in range(4)}
+    wrong = []
+
+    def work(seed: int) -> None:
+        for _ in range(5):
+            if not torch.equal(engine(**arguments(seed=seed)), expected[seed]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_runs_under_inference_mode(engine: Engine) -> None:
+    """Hosts sample in inference mode; buffers made there must work outside it and the reverse."""
+    inputs = arguments()
+    with torch.inference_mode():
+        inside = engine(**arguments())
+    engine.load_weights(make_unet(1).state_dict())
+    assert torch.equal(inside, engine(**inputs))
+
+
+# Builds.
+
+
+def test_an_engine_of_a_collected_handle_frees_its_seat(plan_cache: Path) -> None:
+    session = Session("cpu", "fp32", cache_dir=plan_cache)
+    kept = session.engine(make_unet(1))
+    dropped = session.engine(make_unet(2))
+    seat = dropped.seat
+    del dropped
+    assert seat.source is None and seat.parked is None
+    assert relative(kept(**arguments()), make_unet(1)(**arguments())[0]) < 1e-5
+
+
+def test_two_threads_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds = []
+    original = compiler.compile_network
+
+    def counted(*args: Any) -> Plan:
+        builds.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(compiler, "compile_network", counted)
+    config = two_levels()
+    modules = [make_unet(seed, config) for seed in (1, 2)]
+    sessions = [Session("cpu", "fp32", cache_dir=tmp_path) for _ in modules]
+    engines: list[Engine] = []
+    threads = [
+        threading.Thread(target=lambda s=s, m=m: engines.append(s.engine(m)))  # type: ignore[misc]
+        for s, m in zip(sessions, modules, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(engines) == 2 and len(builds) == 1
+    assert sorted(session.captures for session in sessions) == [0, 1]
+
+
+def test_a_second_process_fetches(plan_cache: Path) -> None:
+    code = (
+        "import sys, json; sys.path[:0] = sys.argv[1:3]\n"
+        "from support import make_unet\n"
+        "from accel.session import Session\n"
+        "r = Session('cpu', 'fp32', cache_dir=sys.argv[3]).engine(make_unet(1)).report()\n"
+        "print(json.dumps([r['source'], r['captures']]))\n"
+    )
+    paths = [str(ROOT), str(ROOT / "tests"), str(plan_cache)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["cache", 0]
+
+
+def test_damaged_cached_plan_is_rebuilt(tmp_path: Path) -> None:
+    config = two_levels()
+    session = Session("cpu", "fp32", cache_dir=tmp_path)
+    session.engine(make_unet(1, config))
+    (stored,) = tmp_path.rglob("*.json")
+    text = stored.read_text()
+    stored.write_text(text[: len(text) // 2])
+    again = Session("cpu", "fp32", cache_dir=tmp_path)
+    engine = again.engine(make_unet(1, config))
+    assert again.captures == 1
+    assert relative(engine(**arguments()), make_unet(1, config)(**arguments())[0]) < 1e-5
+
+
+def test_unwritable_cache_costs_only_the_cache(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("in the way")
+    session = Session("cpu", "fp32", cache_dir=blocker / "cache")
+    engine = session.engine(make_unet(1, two_levels()))
+    problem = engine.report()["cache_problem"]
+    assert problem and "\n" not in problem
+    assert sum(problem in record.getMessage() for record in caplog.records) == 1
+    assert engine(**arguments()).isfinite().all()
+
+
+# Shipped plans.
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_shipped_plan_reads_just_the_familys_parameters(family: Any) -> None:
+    plan = Plan.from_json(json.loads((SHIPPED / f"{family.name}.json").read_text()))
+    expected = {name: p.shape for name, p in parameters(family.config).items()}
+    assert plan.parameters == expected
+    assert plan.structure["config"] == family.config.to_json()
+
+
+def structure_of_family(name: str) -> Structure:
+    shapes = {key: torch.Size(p.shape) for key, p in parameters(family_config(name)).items()}
+    return structure_of({key: torch.empty(shape, device="meta") for key, shape in shapes.items()})
+
+
+def test_shipped_plans_are_found_by_structure() -> None:
+    for family in FAMILIES:
+        plan = shipped_plan(structure_of_family(family.name))
+        assert plan is not None and plan.structure["family"] == family.name
+
+
+def test_sdxl_is_ready_to_bind_within_a_second(tmp_path: Path) -> None:
+    structure = structure_of_family("sdxl")
+    compiler._shipped.cache_clear()
+    started = time.perf_counter()
+    plan, source = plan_for(structure, torch.nn.Module, compiler.open_cache(tmp_path, None))
+    controlled = plan.without([entry.name for entry in plan.inputs if entry.optional])
+    seconds = time.perf_counter() - started
+    assert source == "shipped" and len(controlled.steps) > 1000
+    assert seconds < 1.0
+
+
+# Refusals: one clear line each, and what worked before still works.
+
+
+def refused(error: type[SwitchyardError], call: Any) -> str:
+    """The one-line message with which `call` is refused."""
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+def test_truncated_checkpoint(engine: Engine, tmp_path: Path) -> None:
+    before = engine(**arguments())
+    path = tmp_path / "cut.safetensors"
+    save_file(make_unet(2).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "cut.safetensors" in refused(InvalidFile, lambda: engine.load_weights(path))
+    assert torch.equal(engine(**arguments()), before)
+
+
+def test_checkpoint_of_another_structure(engine: Engine) -> None:
+    before = engine(**arguments())
+    other = {name: torch.empty(p.shape, device="meta") for name, p in _sdxl().items()}
+    assert "SDXL" in refused(StructureMismatch, lambda: engine.load_weights(other))
+    assert torch.equal(engine(**arguments()), before)
+
+
+def _sdxl() -> Any:
+    return parameters(family_config("sdxl"))
+
+
+def test_lora_of_another_family_names_what_fits(plan_cache: Path, tmp_path: Path) -> None:
+    engine = Session("cpu", "fp32", cache_dir=plan_cache).engine(make_unet(1))
+    before = engine(**arguments())
+    base = "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q"
+    lora = {
+        f"{base}.lora_down.weight": torch.zeros(4, 640),
+        f"{base}.lora_up.weight": torch.zeros(640, 4),
+    }
+    message = refused(InvalidLora, lambda: engine.set_loras([(lora, 1.0)]))
+    assert "Stable Diffusion XL" in message or "SDXL" in message
+    path = tmp_path / "wrong.safetensors"
+    save_file(lora, path)
+    assert "wrong" in refused(InvalidLora, lambda: engine.set_loras([(path, 1.0)]))
+    assert torch.equal(engine(**arguments()), before)
+
+
+def test_a_load_that_fails_half_way_changes_nothing(engine: Engine) -> None:
+    engine.set_loras([(make_lora(3), 0.5)])
+    before = engine(**arguments())
+
+    class Failing(dict[str, torch.Tensor]):
+        reads = 0
+
+        def __getitem__(self, name: str) -> torch.Tensor:
+            self.reads += 1
+            if self.reads > 300:
+                raise OSError("the disk went away")
+            return super().__getitem__(name)
+
+    source = Failing(make_unet(2).state_dict())
+    with pytest.raises(OSError, match="went away"):
+        engine.load_weights(source)
+    assert source.reads > 300
+    assert torch.equal(engine(**arguments()), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sample": torch.zeros(4, 17, 12)}, "4 dimensions"),
+        ({"encoder_hidden_states": torch.zeros(2, 77, 33)}, "32"),
+        ({"sample": torch.zeros(2, 9, 17, 12)}, "latent"),
+        ({"encoder_hidden_states": torch.zeros(3, 77, 32)}, "context"),
+    ],
+)
+def test_inputs_that_do_not_fit(engine: Engine, change: dict[str, Any], says: str) -> None:
+    before = engine(**arguments())
+    message = refused(InvalidInput, lambda: engine(**{**arguments(), **change}))
+    assert says in message
+    assert torch.equal(engine(**arguments()), before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_cuda() -> None:
+    assert "cpu" in refused(DeviceUnavailable, accel.Session)
+
+
+def test_unknown_precision() -> None:
+    refused(InvalidInput, lambda: Session("cpu", "int8"))
+
+
+def test_unsupported_state_is_refused_before_anything(plan_cache: Path) -> None:
+    module: Any = make_unet(1)
+    module.register_forward_hook(lambda *a: None)
+    session = Session("cpu", "fp32", cache_dir=plan_cache)
+    refused(UnsupportedModel, lambda: session.engine(module))
+    assert session.captures == 0 and not session._networks
