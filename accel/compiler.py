@@ -2,8 +2,8 @@
 
     host model --capture--> ATen graph --passes--> graph of fused operators --lower--> plan
 
-A plan depends on the structure alone, not on weights, image size or GPU. It is looked for with the pack,
-then in the disk cache, and only then made.
+A plan depends on the structure alone, not on weights, image size or GPU. It is looked for with the
+pack, then in the disk cache, and only then made.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from .structure import Structure
 logger = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parent / "plan" / "shipped"
-"""Plans of the published families, one JSON file each, made by `python -m accel build --ship`."""
+"""Plans of the published families, one JSON file each, made by
+`python -m benchmarks.make_shipped_plans`."""
 
 Made = tuple[Plan, str]
 """A plan and where it came from: "shipped", "cache" or "built"."""
@@ -79,11 +79,14 @@ def identity(structure: Structure) -> dict[str, Any]:
 
 def plan_for(
     structure: Structure,
-    network: nn.Module | type[nn.Module] | Callable[[], type[nn.Module]],
+    network: nn.Module | type[nn.Module],
     cache: DiskCache,
     progress: Progress | None = None,
 ) -> Made:
-    """The plan of `structure`: shipped, cached, or built now and cached. One build at a time a key."""
+    """The plan of `structure`: shipped, cached, or built now and cached.
+
+    However many threads and processes ask at once, one builds and the others fetch.
+    """
     plan = shipped_plan(structure)
     if plan is not None:
         return plan, "shipped"
@@ -91,7 +94,7 @@ def plan_for(
     built: list[Plan] = []
 
     def build() -> dict[str, Any]:
-        built.append(compile_network(structure, network, progress))  # type: ignore[arg-type]
+        built.append(compile_network(structure, network, progress))
         return built[0].to_json()
 
     data, fetched = cache.get_or_build(structure.graph_key, "plan", build)
@@ -116,7 +119,7 @@ def shipped_plan(structure: Structure) -> Plan | None:
     return plan
 
 
-@lru_cache(maxsize=None)
+@cache
 def _shipped(family: str) -> Plan | None:
     path = SHIPPED / f"{family}.json"
     try:

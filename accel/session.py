@@ -1,7 +1,8 @@
 """Sessions and engines: what hosts and scripts hold.
 
-A `Session` owns a device: its networks (one per structure), the plan cache, and the lock that orders calls.
-An `Engine` is one seat in a network: a checkpoint, its LoRAs, and a call that looks like the module's own.
+A `Session` owns a device: its networks (one per structure), the plan cache, and the lock that
+orders calls. An `Engine` is one seat in a network: a checkpoint, its LoRAs, and a call that looks
+like the module's own.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ Weightlike = str | Path | Mapping[str, torch.Tensor]
 class Session:
     """Engines on one device in one precision. One per process is enough.
 
-    device: "cuda", "cuda:1" or "cpu". precision: "fp16", "bf16" or "fp32", of weights and activations.
+    device: "cuda", "cuda:1" or "cpu". precision: "fp16", "bf16" or "fp32", of weights and
+    activations.
     cache_dir: folder of built plans; the user's cache folder by default.
     progress: called with (fraction, text) while a structure is captured.
     Raises `DeviceUnavailable` without such a device, `InvalidInput` for another precision.
@@ -55,7 +57,9 @@ class Session:
         progress: Progress | None = None,
     ) -> None:
         if precision not in PRECISIONS:
-            raise InvalidInput(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+            raise InvalidInput(
+                f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}"
+            )
         self.device = hardware.require(device)
         self.precision, self.dtype = precision, PRECISIONS[precision]
         root = Path(cache_dir) if cache_dir is not None else settings().cache_dir
@@ -63,22 +67,25 @@ class Session:
         self.captures = 0
         self._progress = progress
         self._lock = threading.RLock()
-        self._networks: dict[str, tuple[Network, str]] = {}
+        self._building = threading.Lock()
+        self._networks: dict[str, Network] = {}
         self._loras: dict[Any, Lora] = {}
 
     def engine(self, module: nn.Module) -> Engine:
-        """The engine of a UNet or ControlNet, built or fetched by structure, with its weights seated.
+        """The engine of a UNet or ControlNet, built or fetched by structure, with its weights
+        seated.
 
-        The module itself is left as it is, but moved to the CPU if it is on the engine's device: only
-        one copy of the weights stays there. Raises `UnsupportedModel` when the module or its state
-        cannot be compiled, before anything is touched; `OutOfMemory` when its weights do not fit.
+        The module itself is left as it is, but moved to the CPU if it is on the engine's device:
+        only one copy of the weights stays there. Raises `UnsupportedModel` when the module or its
+        state cannot be compiled, before anything is touched; `OutOfMemory` when its weights do not
+        fit.
         """
         reason = unsupported_state(module)
         if reason is not None:
             raise UnsupportedModel(reason)
         structure = structure_of(module)
+        network, origin = self._network(structure, module)
         with self._lock:
-            network, origin = self._network(structure, module)
             if self.device.type == "cuda" and _first_device(module) == self.device:
                 module.to("cpu")
             engine = Engine(self, network, structure, origin, _host(module))
@@ -94,14 +101,15 @@ class Session:
     def _network(self, structure: Structure, module: nn.Module) -> tuple[Network, str]:
         key = structure.graph_key
         assert key is not None
-        if key not in self._networks:
+        with self._building:  # not the session's lock: engines run while another is built
+            if key in self._networks:
+                return self._networks[key], "memory"
             plan, origin = self.plan(structure, module)
-            self._networks[key] = (Network(plan, self.device, self.dtype), origin)
-            return self._networks[key]
-        return self._networks[key][0], "memory"
+            self._networks[key] = Network(plan, self.device, self.dtype)
+            return self._networks[key], origin
 
     def _lora(self, source: Weightlike, config: UNetConfig) -> Lora:
-        """A parsed LoRA. Files are kept while they do not change, so that a new strength is cheap."""
+        """A parsed LoRA; a file's is kept while the file is the same, so that strengths are cheap."""
         key = None
         if isinstance(source, (str, Path)):
             key = (TensorFile(source).fingerprint, config)
@@ -143,12 +151,14 @@ class Engine:
         """The module's forward: same arguments; the result tensor (a ControlNet: its residuals)."""
         return self.call(args, kwargs)
 
-    def call(self, args: Sequence[Any], kwargs: Mapping[str, Any], key: object | None = None) -> Any:
+    def call(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], key: object | None = None
+    ) -> Any:
         """As `__call__`. With a key, the prompt's part is skipped while the key stays the same.
 
-        The key vouches that context, pooled text and hint have not changed since the last call with an
-        equal key; weights need no vouching. Raises `InvalidInput` for tensors that do not fit, and
-        `UnsupportedModel` for an argument that the engine does not know.
+        The key vouches that context, pooled text and hint have not changed since the last call with
+        an equal key; weights need no vouching. Raises `InvalidInput` for tensors that do not fit,
+        and `UnsupportedModel` for an argument that the engine does not know.
         """
         bound = bind_call(self.config, self._host, args, kwargs)  # type: ignore[arg-type]
         with self.session._lock:
@@ -157,8 +167,9 @@ class Engine:
     def load_weights(self, source: Weightlike) -> SwapReport:
         """Swap in another checkpoint of the same structure; the LoRA set stays on.
 
-        source: a `.safetensors` path in single-file or diffusers naming, or a state dict, which is kept
-        by reference. Raises `InvalidFile` or `StructureMismatch`, and then nothing has changed.
+        source: a `.safetensors` path in single-file or diffusers naming, or a state dict, which is
+        kept by reference. Raises `InvalidFile` or `StructureMismatch`, and then nothing has
+        changed.
         """
         weights: FileSource | StateDictSource
         if isinstance(source, (str, Path)):
@@ -173,8 +184,8 @@ class Engine:
     def set_loras(self, loras: Sequence[tuple[Weightlike, float]]) -> SwapReport:
         """Replace the whole LoRA set; `[]` restores the checkpoint's weights bit for bit.
 
-        loras: (`.safetensors` path or state dict, strength). Raises `InvalidFile` or `InvalidLora`, and
-        then nothing has changed.
+        loras: (`.safetensors` path or state dict, strength). Raises `InvalidFile` or `InvalidLora`,
+        and then nothing has changed.
         """
         parsed = []
         for source, strength in loras:
@@ -236,7 +247,7 @@ class Engine:
 
 
 class ModuleSource:
-    """The parameters of a host's module, looked up by name at each read: hosts replace parameters."""
+    """The parameters of a host's module, by name at each read: hosts replace their objects."""
 
     def __init__(self, module: nn.Module, structure: Structure) -> None:
         assert structure.config is not None
@@ -246,6 +257,7 @@ class ModuleSource:
         self.label = f"module {type(module).__name__}"
 
     def read(self, name: str) -> torch.Tensor:
+        """The parameter as the module has it now."""
         return self._module.get_parameter(self._names[name])
 
 
@@ -258,6 +270,7 @@ class FileSource:
         self.label = str(file.path)
 
     def read(self, name: str) -> torch.Tensor:
+        """The tensor, backed by the mapped file."""
         return self._file.read(self._names[name])
 
 
@@ -270,6 +283,7 @@ class StateDictSource:
         self.label = "state dict"
 
     def read(self, name: str) -> torch.Tensor:
+        """The tensor itself."""
         return self._tensors[self._names[name]]
 
 

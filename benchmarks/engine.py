@@ -1,10 +1,10 @@
 """Engine against PyTorch on a GPU: time, memory and fidelity, every variant of a row from one run.
 
-    python benchmarks/engine.py --out results.json [--only sd15:512x512] [--variants eager,graph,…]
+    python -m benchmarks.engine --out results.json [--only sd15:512x512] [--variants eager,graph,…]
 
-Real architectures with random fp16 weights. Each variant runs in a process of its own, alone on the card,
-so that its memory is the driver's own figure. Errors are relative L2 distances from a float32 run of the
-same weights (TF32 off), the worst over seeds, with plain PyTorch's error beside the engine's.
+Real architectures with random fp16 weights. Each variant runs in a process of its own, alone on the
+card, so that its memory is the driver's own figure. Errors are relative L2 distances from a float32
+run of the same weights (TF32 off), the worst over seeds, plain PyTorch's beside the engine's.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 import torch
 
 from accel import hardware
 from accel.models import FAMILIES, UNetConfig, diffusers_kwargs
 
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = [("sd15", 512, 512), ("sdxl", 1024, 1024), ("sd15", 768, 768), ("sdxl", 896, 1152)]
 VARIANTS = ("float32", "eager", "graph", "compile", "engine")
 SEEDS = (0, 1, 2)
@@ -52,7 +50,9 @@ def main() -> None:
         result = measure(model, int(width), int(height), variant, arguments.scratch)
         arguments.out.write_text(json.dumps(result))
         return
-    chosen = [row for row in ROWS if arguments.only is None or "{}:{}x{}".format(*row) in arguments.only]
+    chosen = [
+        row for row in ROWS if arguments.only is None or "{}:{}x{}".format(*row) in arguments.only
+    ]
     results: dict[str, Any] = {"meta": meta(arguments.commit), "ceilings": ceilings(), "rows": []}
     torch.cuda.empty_cache()
     for model, width, height in chosen:
@@ -68,9 +68,17 @@ def run_child(model: str, width: int, height: int, variant: str, scratch: Path) 
     """One variant in a fresh process; a failure becomes a row that says so."""
     out = scratch / "row.json"
     out.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--out", str(out), "--scratch", str(scratch)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.engine",
+        "--out",
+        str(out),
+        "--scratch",
+        str(scratch),
+    ]
     command += ["--child", model, str(width), str(height), variant]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
     if done.returncode == 0:
         return dict(json.loads(out.read_text()))
     row = {"model": model, "width": width, "height": height, "variant": variant}
@@ -78,6 +86,7 @@ def run_child(model: str, width: int, height: int, variant: str, scratch: Path) 
 
 
 def config_of(model: str) -> UNetConfig:
+    """The architecture of a family."""
     return next(family.config for family in FAMILIES if family.name == model)
 
 
@@ -88,7 +97,16 @@ def make_unet(model: str) -> torch.nn.Module:
     torch.manual_seed(1234)
     with torch.device("cuda"):
         unet = UNet2DConditionModel(**diffusers_kwargs(config_of(model))).eval()
-    return torch.nn.Module.to(unet, torch.float16).requires_grad_(False)
+    unet = torch.nn.Module.to(unet, torch.float16).requires_grad_(False)
+    forget_making()
+    return unet
+
+
+def forget_making() -> None:
+    """Give back the float32 weights that were rounded, so that no variant's memory counts them."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def make_inputs(model: str, width: int, height: int, seed: int, tokens: int = 77) -> dict[str, Any]:
@@ -191,6 +209,7 @@ def prepare(variant: str, unet: Any, model: str) -> tuple[Any, Any]:
 
 
 def warm_once(first: Any, later: Any) -> Any:
+    """Calls `first` the first time and `later` from then on."""
     state = {"call": first}
 
     def call(**inputs: Any) -> torch.Tensor:
@@ -230,9 +249,7 @@ def prepare_engine(unet: Any, model: str) -> tuple[Any, Any]:
     import accel
 
     torch.nn.Module.to(unet, "cpu")
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    forget_making()
     session = accel.Session(device="cuda", precision="fp16")
     started = time.perf_counter()
     engine = session.engine(unet)
@@ -266,6 +283,8 @@ def prepare_engine(unet: Any, model: str) -> tuple[Any, Any]:
             samples.append(begin.elapsed_time(end) / STEPS)
         row["ms_hoisted"] = statistics.median(samples)
         row["python_ms"] = python_ms(lambda: engine.call((), inputs, key=key))
+        executable = next(iter(engine._network._executables.values()))
+        row["graph_launch_ms"] = python_ms(executable._graphs[1].replay)
         row |= {"parity_other_sizes": other_sizes(engine, unet, model)}
         row["graphs_after_other_sizes"] = engine.report()["graphs"]
         row["captures_after_other_sizes"] = engine.report()["captures"]
@@ -326,6 +345,7 @@ def loras(engine: Any, unet: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_unet_like(unet: Any) -> Any:
+    """A copy on the GPU, fp16."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("cuda"):
@@ -337,7 +357,12 @@ def make_unet_like(unet: Any) -> Any:
 
 def other_sizes(engine: Any, unet: Any, model: str) -> list[dict[str, Any]]:
     """Odd sizes, other prompt lengths, ControlNet residuals: engine and eager against float32."""
-    cases = [(520, 264, 77, False), (640, 512, 154, False), (512, 512, 77, True), (712, 600, 231, True)]
+    cases = [
+        (520, 264, 77, False),
+        (640, 512, 154, False),
+        (512, 512, 77, True),
+        (712, 600, 231, True),
+    ]
     results = []
     exact = torch.nn.Module.to(make_unet_like(unet), torch.float32)
     plain = make_unet_like(unet)
@@ -388,19 +413,18 @@ def residuals(model: str, width: int, height: int) -> dict[str, Any]:
 def errors(variant: str, outputs: list[torch.Tensor], scratch: Path) -> dict[str, Any]:
     """Worst relative error over the seeds, this variant's and eager PyTorch's."""
     result: dict[str, Any] = {}
-    for name, key in (("float32", "rel_err"), ("eager", "rel_err_eager")):
-        path = scratch / "float32.pt"
-        mine = outputs if key == "rel_err" else None
-        if key == "rel_err_eager" and (scratch / "eager.pt").exists():
-            mine = torch.load(scratch / "eager.pt")
-        if mine is not None and path.exists() and name:
-            truth = torch.load(path)
-            result[key] = max(relative(a, b) for a, b in zip(mine, truth, strict=True))
-            result[f"{key}_by_seed"] = [relative(a, b) for a, b in zip(mine, truth, strict=True)]
+    truth = torch.load(scratch / "float32.pt")
+    compared = {"rel_err": outputs}
+    if (scratch / "eager.pt").exists():
+        compared["rel_err_eager"] = torch.load(scratch / "eager.pt")
+    for key, tensors in compared.items():
+        by_seed = [relative(a, b) for a, b in zip(tensors, truth, strict=True)]
+        result |= {key: max(by_seed), f"{key}_by_seed": by_seed}
     return result
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative L2 distance of `a` from `b`."""
     return float((a - b).double().norm() / b.double().norm())
 
 
@@ -447,6 +471,7 @@ def ceilings() -> dict[str, float]:
 
 
 def meta(commit: str) -> dict[str, Any]:
+    """The machine and the versions of this run."""
     described = hardware.describe("cuda")
     facts = {name: getattr(described, name) for name in described.__dataclass_fields__}
     import diffusers
@@ -455,16 +480,17 @@ def meta(commit: str) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(),
         "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python benchmarks/engine.py",
+        "command": "python -m benchmarks.engine",
         "diffusers": diffusers.__version__,
         "cuda": torch.version.cuda,
-        "note": "batch 2, random weights; ms: median of single calls, CUDA events; ms_hoisted: mean "
-        "step of a 20-step run with the caller's key, prompt phase included",
+        "note": "batch 2, random weights; ms: median of single calls, CUDA events; ms_hoisted: "
+        "mean step of a 20-step run with the caller's key, prompt phase included",
         **{name: str(value) for name, value in facts.items()},
     }
 
 
 def driver_mib() -> int:
+    """Memory in use on the card, as the driver has it, MiB."""
     free, total = torch.cuda.mem_get_info()
     return (total - free) >> 20
 

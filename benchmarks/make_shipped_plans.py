@@ -1,16 +1,12 @@
-"""Make the plans that come with the pack: `python benchmarks/make_shipped_plans.py [FAMILY…]`.
+"""Make the plans that come with the pack: `python -m benchmarks.make_shipped_plans [FAMILY…]`.
 
-Needs diffusers. About a minute a family of SDXL's size; run it after any change of passes or schema.
+Needs diffusers. Half a minute a family of SDXL's size; run it after any change of passes or schema.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -40,7 +36,9 @@ def main() -> None:
         (SHIPPED / f"{family.name}.json").write_text(text, encoding="utf-8")
         seconds = time.perf_counter() - started
         size = len(text) / 1024
-        print(f"{family.name}: {len(plan.steps)} steps, {size:.0f} KiB, {seconds:.0f} s", flush=True)
+        print(
+            f"{family.name}: {len(plan.steps)} steps, {size:.0f} KiB, {seconds:.0f} s", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sessions and engines: builds, swaps, seats, and every way in which they can be asked for too much."""
+"""Sessions and engines: builds, swaps, seats, and what they refuse."""
 
 from __future__ import annotations
 

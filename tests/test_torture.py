@@ -41,9 +41,7 @@ def inputs_for(size: tuple[int, int], batch: int, controlled: bool, seed: int) -
     inputs: dict[str, Any] = {
         "sample": torch.randn(batch, 4, height, width, generator=generator),
         "timestep": torch.randint(0, 1000, (batch,), generator=generator),
-        "encoder_hidden_states": torch.randn(
-            batch, 77, config.context_dim, generator=generator
-        ),
+        "encoder_hidden_states": torch.randn(batch, 77, config.context_dim, generator=generator),
     }
     if controlled:
         *skips, middle = residuals_for(config, batch, height, width, generator)

@@ -1,8 +1,8 @@
 """One structure on one device: plan, live weights, seats, executables by shape.
 
-A *seat* is a set of weights that belongs to the structure: a checkpoint and its LoRAs. One seat is live,
-that is, in the arena which captured graphs read; the others wait, parked on the device while there is room,
-otherwise at their source. A call for a seat that waits first brings it in, by copy.
+A *seat* is a set of weights that belongs to the structure: a checkpoint and its LoRAs. One seat is
+live, that is, in the arena which captured graphs read; the others wait, parked on the device while
+there is room, otherwise at their source. A call for a seat that waits first brings it in, by copy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PARKING_RESERVE = 2 << 30
 
 @dataclass(eq=False)
 class Seat:
-    """Weights that may be live. `parked` is a copy of the arena as it was when another took its place."""
+    """Weights that may be live. `parked`: the arena as it was when another seat took over."""
 
     source: Source | None = None
     adapters: Adapters = ()
@@ -69,7 +69,8 @@ class Network:
     # Weights.
 
     def load(self, seat: Seat, source: Source) -> SwapReport:
-        """Seat the parameters of `source`, with the seat's LoRAs on them. The seat is live after it.
+        """Seat the parameters of `source`, with the seat's LoRAs on them. The seat is live after
+        it.
 
         On failure the seat keeps what it had.
         """
@@ -217,7 +218,7 @@ class Network:
 
     @property
     def activation_bytes(self) -> int:
-        """The arena, and the buffers of inputs and prompts outside it."""
+        """Bytes of the arena, and of the prompts' results outside it."""
         prompts = sum(
             buffer.numel() * buffer.element_size()
             for state in self._prompts.values()
@@ -226,7 +227,7 @@ class Network:
         return self.arena.bytes + prompts
 
     def shapes(self) -> list[dict[str, Any]]:
-        """Every shape that is ready: dimensions, optional inputs in use, kernels, seconds to bind."""
+        """Every shape that is ready, its kernels, and the seconds it took to bind."""
         return [
             {
                 "dims": dict(executable.dims),
@@ -239,5 +240,5 @@ class Network:
 
 
 def _changes(name: str, adapters: Adapters) -> list[tuple[int, float]]:
-    """What touches a parameter; adapters are told apart by identity, since they are held."""
+    """What touches a parameter. Adapters are told apart by identity, which holds while they do."""
     return [(id(a), s) for a, s in adapters if name in a.patches and s != 0.0]

@@ -1,8 +1,8 @@
 """Weights of a structure: one arena at fixed addresses, and how source parameters get into it.
 
-Order of operations for every parameter, always: source value -> arena dtype -> float32 sum with the deltas
-of all LoRAs -> one rounding -> its places in the constants. So what stands in the arena depends on the
-source and the LoRA set alone, never on what stood there before.
+Order of operations for every parameter, always: source value -> arena dtype -> float32 sum with the
+deltas of all LoRAs -> one rounding -> its places in the constants. So what stands in the arena
+depends on the source and the LoRA set alone, never on what stood there before.
 """
 
 from __future__ import annotations
@@ -44,10 +44,12 @@ class Adapter(Protocol):
     """A LoRA: its patches by canonical parameter name."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """A name for reports."""
 
     @property
-    def patches(self) -> Mapping[str, Patch]: ...
+    def patches(self) -> Mapping[str, Patch]:
+        """The change of each parameter that the adapter touches."""
 
 
 Adapters = tuple[tuple[Adapter, float], ...]
@@ -55,7 +57,7 @@ Adapters = tuple[tuple[Adapter, float], ...]
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What a change of weights cost: wall seconds, bytes written into the arena, constants touched."""
+    """What a change of weights cost: wall seconds, bytes written, constants touched."""
 
     seconds: float
     bytes: int
@@ -95,6 +97,7 @@ class Weights:
 
     @property
     def bytes(self) -> int:
+        """Size of the allocation."""
         return self.storage.numel()
 
     def write(self, names: Collection[str], source: Source, adapters: Adapters) -> SwapReport:
@@ -114,7 +117,11 @@ class Weights:
     def _value(self, name: str, stored: torch.Tensor, adapters: Adapters) -> torch.Tensor:
         # The raw bytes go over the bus; the cast and the transposition happen on the device.
         value = stored.detach().to(self.device, non_blocking=True).reshape(self.shapes[name])
-        changes = [(adapter.patches[name], s) for adapter, s in adapters if name in adapter.patches and s != 0.0]
+        changes = [
+            (adapter.patches[name], s)
+            for adapter, s in adapters
+            if name in adapter.patches and s != 0.0
+        ]
         if not changes:
             return value
         base = value.to(self.dtype).to(torch.float32)
@@ -124,6 +131,7 @@ class Weights:
         return base + total
 
     def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -1,0 +1,132 @@
+"""On a GPU: captures per shape, fidelity in half precision, memory. Skipped where there is none."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import make_lora, make_unet, residuals_for, tiny_config
+
+from accel.session import Engine, Session
+
+pytestmark = pytest.mark.gpu
+
+SIZES = [(16, 16), (24, 16), (17, 9), (33, 12)]
+
+
+def half(seed: int) -> Any:
+    """The tiny module with weights that fp16 holds exactly."""
+    return make_unet(seed).half()
+
+
+@pytest.fixture
+def engine(plan_cache: Path) -> Engine:
+    return Session("cuda", "fp16", cache_dir=plan_cache).engine(half(1))
+
+
+def arguments(size: tuple[int, int], batch: int, controlled: bool, seed: int) -> dict[str, Any]:
+    """One call's arguments, fp16 on the GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs: dict[str, Any] = {
+        "sample": torch.randn(batch, 4, *size, generator=generator).half().cuda(),
+        "timestep": torch.randint(0, 1000, (batch,), generator=generator).cuda(),
+        "encoder_hidden_states": torch.randn(batch, 77, 32, generator=generator).half().cuda(),
+    }
+    if controlled:
+        tensors = residuals_for(tiny_config(), batch, *size, generator)
+        *skips, middle = (tensor.half().cuda() for tensor in tensors)
+        inputs |= {"down_block_additional_residuals": tuple(skips)}
+        inputs |= {"mid_block_additional_residual": middle}
+    return inputs
+
+
+def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    def one(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(one(item) for item in value)
+        return value.to(dtype) if value.is_floating_point() else value
+
+    return {name: one(value) for name, value in inputs.items()}
+
+
+def error(result: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((result.double() - truth.double()).norm() / truth.double().norm())
+
+
+def test_one_graph_per_shape_and_right_results_under_random_swaps(engine: Engine) -> None:
+    """Captures are the distinct (shape, ControlNet on or off), whatever is swapped in between."""
+    rng = random.Random(0)
+    states = [half(seed).state_dict() for seed in (1, 2, 3)]
+    sets: list[Any] = [[], [(make_lora(11), 0.8)], [(make_lora(12), -0.5), (make_lora(11), 0.2)]]
+    shapes, worst = set(), 0.0
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    outputs: dict[Any, torch.Tensor] = {}
+    for step in range(60):
+        checkpoint, lora = rng.randrange(3), rng.randrange(3)
+        engine.load_weights(states[checkpoint])
+        engine.set_loras(sets[lora])
+        case = (rng.choice(SIZES), rng.randint(1, 4), rng.random() < 0.5)
+        shapes.add(case)
+        inputs = arguments(*case, seed=step % 7)
+        output = engine(**inputs)
+        known = outputs.setdefault((checkpoint, lora, case, step % 7), output)
+        assert torch.equal(output, known), "the same state gave another result"
+        if lora == 0:
+            module = half(checkpoint + 1).cuda()
+            with torch.no_grad():
+                plain = module(**inputs)[0]
+                truth = module.float()(**cast(inputs, torch.float32))[0]
+            worst = max(worst, error(output, truth) / error(plain, truth))
+    assert worst < 1.1
+    report = engine.report()
+    assert report["captures"] == 0
+    assert report["graphs"] == report["binds"] == len(shapes)
+
+
+def test_hoisting_is_exact(engine: Engine) -> None:
+    inputs = arguments((24, 16), 2, False, 0)
+    plain = engine(**inputs)
+    other = arguments((24, 16), 2, False, 1)
+    assert torch.equal(engine.call((), inputs, key=1), plain)
+    assert torch.equal(engine.call((), inputs, key=1), plain)
+    engine.call((), other, key=2)
+    assert torch.equal(engine.call((), inputs, key=1), plain)
+    assert engine.report()["prompt_hits"] == 1
+
+
+def test_host_module_leaves_the_card(plan_cache: Path) -> None:
+    module = half(1).cuda()
+    engine = Session("cuda", "fp16", cache_dir=plan_cache).engine(module)
+    assert {p.device.type for p in module.parameters()} == {"cpu"}
+    assert engine(**arguments((16, 16), 1, False, 0)).device.type == "cuda"
+
+
+def test_seats_wait_on_the_card_and_come_back_exactly(plan_cache: Path) -> None:
+    session = Session("cuda", "fp16", cache_dir=plan_cache)
+    a, b = session.engine(half(1)), session.engine(half(2))
+    inputs = arguments((16, 16), 2, False, 0)
+    first, second = a(**inputs), b(**inputs)
+    assert not torch.equal(first, second)
+    for _ in range(3):
+        assert torch.equal(a(**inputs), first)
+        assert torch.equal(b(**inputs), second)
+    assert a.report()["graphs"] == 1
+
+
+def test_a_larger_shape_leaves_smaller_graphs_valid(engine: Engine) -> None:
+    small = arguments((16, 16), 1, False, 0)
+    first = engine(**small)
+    engine(**arguments((64, 72), 4, True, 1))
+    assert torch.equal(engine(**small), first)
+    assert engine.report()["graphs"] == 2
+
+
+def test_clearing_executables_gives_the_memory_back(engine: Engine) -> None:
+    inputs = arguments((64, 64), 2, False, 0)
+    first = engine(**inputs)
+    engine._network.clear_executables()
+    assert engine.report()["activation_bytes"] == 0
+    assert error(engine(**inputs), first) < 5e-3
