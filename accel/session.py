@@ -109,7 +109,7 @@ class Session:
             return self._networks[key], origin
 
     def _lora(self, source: Weightlike, config: UNetConfig) -> Lora:
-        """A parsed LoRA; a file's is kept while the file is the same, so that strengths are cheap."""
+        """A parsed LoRA; that of a file is kept while the file is the same: strengths are cheap."""
         key = None
         if isinstance(source, (str, Path)):
             key = (TensorFile(source).fingerprint, config)

@@ -208,7 +208,7 @@ class Network:
         self.counters.evictions += 1
 
     def clear_executables(self) -> None:
-        """Free every shape's graph and activation memory. The next call of a shape binds it anew."""
+        """Every shape that is ready: dims, kernels, seconds to bind."""
         self.weights.synchronize()
         while self._executables:
             self._evict()
