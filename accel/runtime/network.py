@@ -208,7 +208,7 @@ class Network:
         self.counters.evictions += 1
 
     def clear_executables(self) -> None:
-        """Every shape that is ready: dims, kernels, seconds to bind."""
+        """Free every shape's graph and activation memory; the next call binds it anew."""
         self.weights.synchronize()
         while self._executables:
             self._evict()
