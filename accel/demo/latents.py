@@ -1,0 +1,88 @@
+"""Latents of SD1.5 and SDXL to pictures: by the checkpoint's own VAE, or a linear guess at it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..tensorfile import TensorFile
+
+logger = logging.getLogger(__name__)
+
+# Published linear fits of what the VAEs make of a latent pixel: rows are its four channels, columns
+# red, green and blue in -1..1. Colours and shapes come out, details do not.
+_SD15 = torch.tensor(
+    [
+        [0.298, 0.207, 0.208],
+        [0.187, 0.286, 0.173],
+        [-0.158, 0.189, 0.264],
+        [-0.184, -0.271, -0.473],
+    ]
+)
+_SDXL = torch.tensor([[60, 60, 60], [-60, -5, 10], [25, 15, -5], [-70, -50, -35]]) / 127.5
+_SDXL_OFFSET = torch.tensor([150, 140, 130]) / 127.5 - 1
+
+_SCALE_SD15, _SCALE_SDXL = 0.18215, 0.13025  # latents are the VAE's times this
+_PREFIX = "first_stage_model."
+
+
+class Decoder:
+    """Latent [1, 4, H, W] to picture [3, 8H, 8W] in 0..1, both float32 on the CPU.
+
+    `about` says in one line how. The VAE is read from the file at the first call.
+    """
+
+    def __init__(self, file: TensorFile, sdxl: bool) -> None:
+        self._file, self._sdxl = file, sdxl
+        self._vae: Any = None
+        self._with_vae = f"{_PREFIX}decoder.conv_in.weight" in file.tensors
+        self.about = (
+            f"pictures are decoded by the VAE in {file.path.name}"
+            if self._with_vae
+            else f"{file.path.name} holds no VAE: pictures are a rough linear preview"
+        )
+
+    def __call__(self, latent: Tensor) -> Tensor:
+        """The picture of a final latent."""
+        latent = latent.float().cpu()
+        if not self._with_vae:
+            return self._preview(latent)
+        if self._vae is None:
+            self._vae = _load_vae(self._file)
+        scale = _SCALE_SDXL if self._sdxl else _SCALE_SD15
+        with torch.no_grad():
+            picture: Tensor = self._vae.decode(latent / scale, return_dict=False)[0]
+        return (picture[0] / 2 + 0.5).clamp(0, 1)
+
+    def _preview(self, latent: Tensor) -> Tensor:
+        colours = torch.einsum("blhw,lc->bchw", latent, _SDXL if self._sdxl else _SD15)
+        if self._sdxl:
+            colours = colours + _SDXL_OFFSET.view(1, 3, 1, 1)
+        picture = (colours / 2 + 0.5).clamp(0, 1)
+        return interpolate(picture, scale_factor=8, mode="bicubic")[0].clamp(0, 1)
+
+
+def _load_vae(file: TensorFile) -> Any:
+    """The VAE of SD1.5 and SDXL, whose structure is the same, in float32 on the CPU."""
+    from diffusers import AutoencoderKL
+
+    levels = 4
+    vae: Any = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        # Only the VAE's part of the file is handed on, and its configuration: no hub is asked.
+        vae.save_config(folder)
+        tensors = {name: file.read(name) for name in file.tensors if name.startswith(_PREFIX)}
+        loaded: Any = AutoencoderKL.from_single_file(
+            tensors, config=folder, torch_dtype=torch.float32
+        )
+    return loaded.eval()

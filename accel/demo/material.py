@@ -1,0 +1,173 @@
+"""What the demo paints with, checked before it starts: the tiny world, or an artist's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidFile, StructureMismatch, StructureUnknown
+from ..lora import read_lora
+from ..models import UNetConfig, adapter_names, parameters
+from ..structure import canonical_names, structure_of
+from ..tensorfile import TensorFile
+from . import prompts, world
+from .latents import Decoder
+from .sampling import Conditioning
+
+Size = tuple[int, int]
+"""Height and width in latent pixels, an eighth of the picture's."""
+
+SUPPORTED = ("sd15", "sdxl", "ssd1b")
+_SIDE = {"sd15": 64}  # of a square latent that the family was trained for; SDXL and its kin: 128
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything the pictures are made of.
+
+    config, control_config: of the UNet and of the ControlNet.
+    hint: the ControlNet's input for a latent size, [1, 3, 8H, 8W].
+    decode: final latent [1, 4, H, W] to a picture [3, 8H, 8W] in 0..1.
+    remarks: what the reader has to know about these pictures.
+    """
+
+    title: str
+    config: UNetConfig
+    control_config: UNetConfig | None
+    checkpoints: tuple[Path, ...]
+    lora: Path | None
+    controlnet: Path | None
+    conditioning: Conditioning
+    guidance: float
+    size: Size
+    other_size: Size
+    hint: Callable[[Size], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    remarks: tuple[str, ...]
+
+
+def tiny_world(folder: Path, prompt: str | None, size: Size | None) -> Material:
+    """The world that the demo brings along, written into `folder`. Raises InvalidInput."""
+    text = prompt or "red disc on blue"
+    scene = world.parse(text)
+    shape, colour, ground = (
+        torch.tensor([index]) for index in (scene.shape, scene.colour, scene.ground)
+    )
+    files = world.write_files(folder)
+
+    def hint(latent: Size) -> Tensor:
+        height, width = latent
+        centre = torch.tensor([[0.36 * height, 0.36 * width]])
+        return world.outline(shape, centre, torch.tensor([0.3 * min(latent)]), height, width)
+
+    def decode(latent: Tensor) -> Tensor:
+        picture = world.to_picture(latent.float().cpu())
+        return torch.nn.functional.interpolate(picture, scale_factor=world.PIXELS)[0]
+
+    return Material(
+        title=f"the tiny world, '{text}'",
+        config=world.UNET,
+        control_config=world.CONTROLNET,
+        checkpoints=files.checkpoints,
+        lora=files.lora,
+        controlnet=files.controlnet,
+        conditioning=Conditioning(
+            torch.cat([world.empty_context(1), world.encode(shape, colour, ground)])
+        ),
+        guidance=3.0,
+        size=size or (32, 32),
+        # Odd sides, which halve to fractions at every level of the network.
+        other_size=(33, 65) if size != (33, 65) else (32, 48),
+        hint=hint,
+        decode=decode,
+        remarks=(
+            *(() if world.trained() else ("the tiny world is not trained yet: it paints noise",)),
+            f"the files are in {folder}: try them in your own programs",
+        ),
+    )
+
+
+def own_files(
+    checkpoints: tuple[Path, ...],
+    lora: Path | None,
+    controlnet: Path | None,
+    prompt: str | None,
+    size: Size | None,
+    tokenizer: Path | None,
+    seed: int,
+) -> Material:
+    """An artist's own files. Every file is checked by its header before anything is loaded.
+
+    Raises InvalidFile, StructureUnknown, StructureMismatch or InvalidLora.
+    """
+    first = checkpoints[0]
+    structure = structure_of(first)
+    config = structure.config
+    if config is None or structure.kind != "unet":
+        raise StructureUnknown(
+            f"{first} holds no UNet of a published family: give an SD1.5 or SDXL checkpoint"
+        )
+    family = structure.family
+    if family not in SUPPORTED:
+        raise StructureUnknown(
+            f"{first} is of the family {family}, which the demo cannot paint with: give an SD1.5 "
+            "or SDXL checkpoint"
+        )
+    for path in checkpoints[1:]:
+        try:
+            canonical_names(TensorFile(path).tensors, config)
+        except StructureMismatch as error:
+            raise StructureMismatch(f"{path}: {error}") from None
+    if lora is not None:
+        shapes = {name: parameter.shape for name, parameter in parameters(config).items()}
+        read_lora(lora, adapter_names(config), shapes)
+    control_config = None if controlnet is None else _control_config(controlnet, config, family)
+    file = TensorFile(first)
+    text = prompt or "a lighthouse on a cliff at sunset, oil painting"
+    conditioning, about_prompt = prompts.conditioning(file, config, text, size, tokenizer, seed)
+    decoder = Decoder(file, sdxl=config.pooled_dim is not None)
+    side = _SIDE.get(family, 128)
+    chosen = size or (side, side)
+    shape = torch.tensor([world.SHAPES.index("disc")])
+
+    def hint(latent: Size) -> Tensor:
+        height, width = latent
+        centre = torch.tensor([[0.5 * height, 0.5 * width]])
+        return world.outline(shape, centre, torch.tensor([0.3 * min(latent)]), height, width)
+
+    remarks = [about_prompt, decoder.about]
+    if controlnet is not None:
+        remarks.append("the ControlNet's input is the outline of a disc in the middle")
+    return Material(
+        title=f"{first.name}, '{text}'",
+        config=config,
+        control_config=control_config,
+        checkpoints=checkpoints,
+        lora=lora,
+        controlnet=controlnet,
+        conditioning=conditioning,
+        guidance=6.0,
+        size=chosen,
+        other_size=(chosen[0], max(8, chosen[1] * 3 // 4)),
+        hint=hint,
+        decode=decoder,
+        remarks=tuple(remarks),
+    )
+
+
+def _control_config(path: Path, unet: UNetConfig, family: str) -> UNetConfig:
+    """The ControlNet's architecture, if its residuals fit the UNet."""
+    structure = structure_of(path)
+    if structure.kind != "controlnet" or structure.config is None:
+        raise InvalidFile(f"{path} holds no ControlNet of a published family")
+    if structure.config.down_depths != unet.down_depths or (
+        structure.config.context_dim != unet.context_dim
+    ):
+        raise StructureMismatch(
+            f"{path} is of the family {structure.family}: give a ControlNet made for {family}"
+        )
+    return structure.config

@@ -1,0 +1,214 @@
+"""Prompts of SD1.5 and SDXL, encoded by the text encoders in the checkpoint, without a hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidFile
+from ..models import UNetConfig
+from ..tensorfile import TensorFile
+from .sampling import Conditioning
+
+_END = 49407  # CLIP's end of text
+_LENGTH = 77
+# OpenCLIP's names of a layer's parts -> those of transformers.
+_OPEN_CLIP = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_SMALL = "transformer.text_model."  # CLIP ViT-L/14, in SD1.5 and SDXL
+_LARGE = "conditioner.embedders.1.model."  # OpenCLIP ViT-bigG/14, in SDXL
+
+
+def conditioning(
+    file: TensorFile,
+    config: UNetConfig,
+    prompt: str,
+    size: tuple[int, int] | None,
+    tokenizer: Path | None,
+    seed: int,
+) -> tuple[Conditioning, str]:
+    """Conditioning for guidance (nothing, then the prompt), and a line saying what it is.
+
+    size: latent height and width. tokenizer: folder of CLIP's vocab.json and merges.txt; looked for
+    where None. Where words cannot be encoded here, fixed random vectors stand in for them.
+    Raises InvalidFile for a tokenizer folder without a tokenizer.
+    """
+    why = _missing(file, config)
+    words = None if why else _tokenizer(tokenizer)
+    if why is None and words is None:
+        why = (
+            "CLIP's tokenizer is not on this machine; give --tokenizer FOLDER with its vocab.json "
+            "and merges.txt, such as ComfyUI/comfy/sd1_tokenizer"
+        )
+    if why is not None or words is None:
+        note = f"the prompt is NOT used, random vectors stand in for it: {why}"
+        return _random(config, size, seed), note
+    encoded = [_encode(file, config, words, text) for text in ("", prompt)]
+    context = torch.cat([states for states, _ in encoded])
+    if config.pooled_dim is None:
+        return Conditioning(context), f"prompts are encoded by the text encoder in {file.path.name}"
+    pooled = torch.cat([vector for _, vector in encoded])
+    note = f"prompts are encoded by the text encoders in {file.path.name}"
+    return Conditioning(context, _added(pooled, size)), note
+
+
+def _missing(file: TensorFile, config: UNetConfig) -> str | None:
+    """What is missing for the encoders, or None."""
+    if _small_prefix(file) is None or (
+        config.pooled_dim is not None and f"{_LARGE}ln_final.weight" not in file.tensors
+    ):
+        return f"{file.path.name} holds no text encoder"
+    try:
+        import transformers  # noqa: F401 - only whether it is here
+    except ImportError:
+        return "encoding words needs transformers: pip install transformers"
+    return None
+
+
+def _tokenizer(folder: Path | None) -> Callable[[str], list[int]] | None:
+    """CLIP's tokenizer from files of this machine: text to at most 77 ids, ends included."""
+    from transformers import CLIPTokenizer
+
+    places: list[str] = []
+    if folder is not None:
+        if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
+            raise InvalidFile(f"{folder} holds no CLIP tokenizer: vocab.json and merges.txt")
+        places.append(str(folder))
+    else:
+        comfyui = os.environ.get("COMFYUI_PATH")
+        # The pack's own host, when it lies in ComfyUI's custom_nodes.
+        roots = [Path(comfyui)] if comfyui else []
+        roots.append(Path(__file__).resolve().parents[4])
+        found = (root / "comfy" / "sd1_tokenizer" for root in roots)
+        places += [str(place) for place in found if (place / "merges.txt").is_file()]
+        places.append("openai/clip-vit-large-patch14")  # where an earlier download may have left it
+    for place in places:
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
+        except (OSError, ValueError):
+            continue
+        return lambda text: list(tokenizer(text, max_length=_LENGTH, truncation=True)["input_ids"])
+    return None
+
+
+def _encode(
+    file: TensorFile, config: UNetConfig, words: Callable[[str], list[int]], text: str
+) -> tuple[Tensor, Tensor]:
+    """Context [1, 77, width] and pooled vector [1, 1280], float32."""
+    ids = words(text)
+    end = len(ids) - 1
+    prefix = _small_prefix(file)
+    assert prefix is not None
+    small = _encoder(_strip(file, prefix), width=768, layers=12, heads=12, act="quick_gelu")
+    # Each encoder is padded as it was trained: one with the end of text, the other with zeros.
+    last, before_last = _states(small, [*ids, *[_END] * (_LENGTH - len(ids))])
+    if config.pooled_dim is None:
+        return last, torch.empty(1, 0)
+    tensors = _from_open_clip(_strip(file, _LARGE))
+    projection = tensors.pop("text_projection").float()
+    large = _encoder(tensors, width=1280, layers=32, heads=20, act="gelu")
+    large_last, large_before_last = _states(large, [*ids, *[0] * (_LENGTH - len(ids))])
+    pooled = large_last[:, end] @ projection
+    return torch.cat([before_last, large_before_last], dim=-1), pooled
+
+
+def _small_prefix(file: TensorFile) -> str | None:
+    name = f"{_SMALL}final_layer_norm.weight"
+    for place in ("cond_stage_model.", "conditioner.embedders.0."):
+        if place + name in file.tensors:
+            return place + _SMALL
+    return None
+
+
+def _strip(file: TensorFile, prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): file.read(name)
+        for name in file.tensors
+        if name.startswith(prefix)
+    }
+
+
+def _from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's names to those of transformers, without `text_model.`; the projection as it is."""
+    found = {
+        "embeddings.token_embedding.weight": tensors["token_embedding.weight"],
+        "embeddings.position_embedding.weight": tensors["positional_embedding"],
+        "final_layer_norm.weight": tensors["ln_final.weight"],
+        "final_layer_norm.bias": tensors["ln_final.bias"],
+        "text_projection": tensors["text_projection"],
+    }
+    for name, tensor in tensors.items():
+        if not name.startswith("transformer.resblocks."):
+            continue
+        number, _, rest = name.removeprefix("transformer.resblocks.").partition(".")
+        layer = f"encoder.layers.{number}"
+        part, _, kind = rest.rpartition(".")
+        if part in _OPEN_CLIP:
+            found[f"{layer}.{_OPEN_CLIP[part]}.{kind}"] = tensor
+        else:  # attn.in_proj_weight and attn.in_proj_bias: query, key and value in one
+            kind = rest.rpartition("_")[2]
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                found[f"{layer}.self_attn.{letter}_proj.{kind}"] = third
+    return found
+
+
+def _encoder(
+    tensors: Mapping[str, Tensor], width: int, layers: int, heads: int, act: str
+) -> torch.nn.Module:
+    """A CLIP text encoder with these weights in float32."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=_END + 1,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act=act,
+    )
+    with torch.device("meta"):
+        model = CLIPTextModel(config)
+    # Versions of transformers differ in whether the names begin with `text_model.`.
+    state = {
+        name: tensors[name.removeprefix("text_model.")].float()
+        for name, _ in model.named_parameters()
+    }
+    model.load_state_dict(state, strict=False, assign=True)
+    for layer in model.modules():
+        if "position_ids" in layer._buffers:
+            layer.position_ids = torch.arange(_LENGTH).view(1, -1)
+    encoder: torch.nn.Module = model.eval()
+    return encoder
+
+
+def _states(encoder: Any, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """The last states, normed, and those before the last layer; each [1, 77, width]."""
+    with torch.no_grad():
+        result = encoder(torch.tensor([ids]), output_hidden_states=True)
+    return result.last_hidden_state, result.hidden_states[-2]
+
+
+def _random(config: UNetConfig, size: tuple[int, int] | None, seed: int) -> Conditioning:
+    """Vectors of about the size that encoders give, the same for the same seed."""
+    random = torch.Generator().manual_seed(seed)
+    context = torch.randn(2, _LENGTH, config.context_dim, generator=random)
+    if config.pooled_dim is None:
+        return Conditioning(context)
+    return Conditioning(context, _added(torch.randn(2, 1280, generator=random), size))
+
+
+def _added(pooled: Tensor, size: tuple[int, int] | None) -> dict[str, Tensor]:
+    """SDXL's second conditioning: the pooled vector, and original size, crop and target size."""
+    height, width = (8 * side for side in size or (128, 128))
+    sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+    return {"text_embeds": pooled, "time_ids": sizes.expand(2, -1)}

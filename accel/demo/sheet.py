@@ -1,0 +1,64 @@
+"""The side-by-side picture: plain PyTorch above, the engine below, one column a change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CELL = 256  # pixels of the longer side of a picture on the sheet
+MARGIN = 12
+CAPTION = 40
+
+
+@dataclass(frozen=True)
+class Column:
+    """One change: the two pictures [3, H, W] in 0..1, and what is written above and below."""
+
+    title: str
+    note: str
+    plain: Tensor
+    engine: Tensor
+
+
+def sheet(columns: Sequence[Column]) -> Image.Image:
+    """All columns in one picture."""
+    left = 70
+    width = left + len(columns) * (CELL + MARGIN) + MARGIN
+    height = CAPTION + 2 * (CELL + MARGIN) + CAPTION
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(15)
+    for row, name in enumerate(("plain", "engine")):
+        draw.text((MARGIN, CAPTION + row * (CELL + MARGIN) + CELL // 2), name, "black", font)
+    for index, column in enumerate(columns):
+        x = left + index * (CELL + MARGIN)
+        _centred(draw, column.title, x, MARGIN, font)
+        for row, picture in enumerate((column.plain, column.engine)):
+            tile = _tile(picture)
+            y = CAPTION + row * (CELL + MARGIN)
+            image.paste(tile, (x + (CELL - tile.width) // 2, y + (CELL - tile.height) // 2))
+        _centred(draw, column.note, x, CAPTION + 2 * (CELL + MARGIN), font)
+    return image
+
+
+def _tile(picture: Tensor) -> Image.Image:
+    values = (picture * 255).round().byte().permute(1, 2, 0).contiguous()
+    image = Image.fromarray(values.numpy())
+    scale = CELL / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _centred(
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    x: int,
+    y: int,
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+) -> None:
+    while text and draw.textlength(text, font) > CELL:
+        text = text[:-2].rstrip("…") + "…"
+    draw.text((x + (CELL - draw.textlength(text, font)) / 2, y), text, "black", font)
