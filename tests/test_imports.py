@@ -31,8 +31,9 @@ LAYERS: dict[str, set[str]] = {
     "compiler": {"capture", "lora", "models", "passes", "plan", "runtime", "structure", "tuning"},
     "accel": {"compiler", "structure"},  # accel/__init__.py: the public surface
     "hosts": {"accel", "compiler", "lora", "models", "structure"},
-    "demo": {"accel", "compiler", "hosts", "lora", "models", "structure"},
-    "__main__": {"accel", "compiler", "demo", "hosts", "lora", "models", "structure", "tuning"},
+    "demo": {"accel", "lora", "models", "structure"},
+    "cli": {"accel", "compiler", "demo", "lora", "models", "plan", "structure", "tuning"},
+    "__main__": {"cli"},
     "nodes": {"accel", "hosts"},
     "scripts": {"accel", "hosts"},
     "entry": {"nodes"},  # the root __init__.py that ComfyUI loads
@@ -53,7 +54,7 @@ RESTRICTED: dict[tuple[str, ...], set[str]] = {
         *("ldm_patched", "modules"),
     ): {"__init__", "accel.hosts", "nodes", "scripts"},
     ("PIL", "accelerate", "diffusers", "peft", "transformers"): {
-        "accel.__main__",
+        "accel.cli",
         "accel.demo",
         "accel.hosts.diffusers",
     },
