@@ -27,7 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "tuning": {"kernels", "ops", "plan"},
     "passes": {"ops", "plan"},
     "runtime": {"kernels", "ops", "plan"},
-    "capture": {"models", "plan"},
+    "capture": {"models", "ops", "plan"},
     "compiler": {"capture", "lora", "models", "passes", "plan", "runtime", "structure", "tuning"},
     "accel": {"compiler", "structure"},  # accel/__init__.py: the public surface
     "hosts": {"accel", "compiler", "lora", "models", "structure"},

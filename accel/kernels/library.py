@@ -1,7 +1,7 @@
 """PyTorch's own CUDA libraries (cuBLAS, cuDNN, its attention), writing into planned buffers.
 
-Not faster than eager PyTorch by itself; it saves the passes that fused operators make unnecessary, and it
-is what other kernels have to beat.
+Not faster than eager PyTorch by itself; it saves the passes that fused operators make unnecessary,
+and it is what other kernels have to beat.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ def linear(
     """The bias rides in cuBLASLt's epilogue; GEGLU and the residual are passes of their own."""
     rows = x.reshape(-1, x.shape[-1])
     target = out.view(-1, out.shape[-1]) if activation == "none" else None
-    product = (
-        torch.mm(rows, weight.t(), out=target)  # type: ignore[call-overload]
-        if bias is None
-        else torch.addmm(bias, rows, weight.t(), out=target)  # type: ignore[call-overload]
-    )
+    if bias is None:
+        product = torch.mm(rows, weight.t(), out=target)
+    else:
+        product = torch.addmm(bias, rows, weight.t(), out=target)
     if activation == "geglu":
         hidden, gate = product.chunk(2, dim=-1)
         torch.mul(hidden, F.gelu(gate), out=out.view(-1, out.shape[-1]))
@@ -126,13 +125,12 @@ def attention(
 @kernel("concat", name="torch.cat", devices=_CUDA)
 def concat(out: torch.Tensor, *pairs: torch.Tensor | None) -> torch.Tensor:
     """Parts that bring a residual are added straight into their place."""
-    parts, residuals = pairs[::2], pairs[1::2]
-    if not any(residual is not None for residual in residuals):
-        torch.cat(parts, dim=-1, out=out)  # type: ignore[call-overload]
+    parts, residuals = [part for part in pairs[::2] if part is not None], pairs[1::2]
+    if all(residual is None for residual in residuals):
+        torch.cat(parts, dim=-1, out=out)
         return out
     start = 0
     for part, residual in zip(parts, residuals, strict=True):
-        assert part is not None
         place = out.narrow(-1, start, part.shape[-1])
         if residual is None:
             place.copy_(part)
@@ -144,6 +142,7 @@ def concat(out: torch.Tensor, *pairs: torch.Tensor | None) -> torch.Tensor:
 
 @kernel("upsample_nearest", name="torch.upsample_nearest2d", devices=_CUDA)
 def upsample_nearest(out: torch.Tensor, x: torch.Tensor, *, size: tuple[int, int]) -> torch.Tensor:
+    """PyTorch's kernel writes channels-last where input and output are."""
     torch.ops.aten.upsample_nearest2d.out(
         x.permute(0, 3, 1, 2), size, None, None, out=out.permute(0, 3, 1, 2)
     )
@@ -152,28 +151,33 @@ def upsample_nearest(out: torch.Tensor, x: torch.Tensor, *, size: tuple[int, int
 
 @kernel("silu", name="torch.silu", devices=_CUDA)
 def silu(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """One pass, as eager runs it."""
     torch.ops.aten.silu.out(x, out=out)
     return out
 
 
 @kernel("gelu", name="torch.gelu", devices=_CUDA)
 def gelu(out: torch.Tensor, x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    """One pass, as eager runs it."""
     torch.ops.aten.gelu.out(x, approximate=approximate, out=out)
     return out
 
 
 @kernel("add", name="torch.add", devices=_CUDA)
 def add(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """One pass, as eager runs it."""
     return torch.add(a, b, out=out)
 
 
 @kernel("mul", name="torch.mul", devices=_CUDA)
 def mul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """One pass, as eager runs it."""
     return torch.mul(a, b, out=out)
 
 
 @kernel("cast", name="torch.copy", devices=_CUDA)
 def cast(out: torch.Tensor, x: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """A copy converts."""
     return out.copy_(x)
 
 
@@ -181,5 +185,6 @@ def cast(out: torch.Tensor, x: torch.Tensor, *, dtype: torch.dtype) -> torch.Ten
 def residual_add(
     out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None, **attrs: Any
 ) -> torch.Tensor:
+    """The sum; without a residual there is no step."""
     assert residual is not None, "without a residual the plan drops this step"
     return torch.add(x, residual, out=out)

@@ -1,15 +1,15 @@
 """Implementations of operators, and the choice among them.
 
-A kernel computes into the buffer that memory planning gave it and returns it. One that cannot (its library
-makes its own result) says so with `allocates`: its result is then used where it is, and no buffer is
-planned for it.
+A kernel computes into the buffer that memory planning gave it and returns it. One that cannot (its
+library makes its own result) says so with `allocates`: its result is then used where it is, and no
+buffer is planned for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def kernel(
     return register
 
 
-@lru_cache(maxsize=None)
+@cache
 def select(op: str, device: str) -> Choice:
     """The kernel for an operator on a device type: the library's, else the operator's reference."""
     for candidate in _KERNELS:
@@ -63,7 +63,7 @@ def select(op: str, device: str) -> Choice:
     return Choice(_reference(op), f"no kernel for {device}, the reference runs")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _reference(op: str) -> Kernel:
     reference = ops.get(op).reference
 

@@ -1,7 +1,7 @@
 """Twins: networks of the same structure on the `meta` device, which capture can trace.
 
-The live module is never traced. Its twin has no weights, no hooks, and no branch on the image's size: the
-forward passes below take the same inputs whatever the host, by the names that plans use.
+The live module is never traced. Its twin has no weights, no hooks, and no branch on the image's
+size: the forward passes below take the same inputs whatever the host, by the names that plans use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Size = int | str
 
 @dataclass(frozen=True)
 class TwinInput:
-    """One positional argument of a twin: sizes are ints or dimension names.
+    """One positional argument of a twin: sizes are ints, dimension names or multiples ("8*height").
 
     `dtype` is "compute" or "float32"; `phase` says what changes it: "prompt", "timestep" or "step".
     """
@@ -47,13 +47,13 @@ class Twin:
 
 
 Marker = Callable[[int], Any]
-"""Makes the stand-in for a ControlNet residual; adding it to a tensor leaves a trace in the graph."""
+"""Makes the stand-in for a ControlNet residual; adding it to a tensor leaves a mark in a graph."""
 
 # Even and odd, unlike each other at every level, and large enough for five halvings.
 _EXAMPLE = {"batch": 2, "height": 72, "width": 104, "tokens": 77}
 
 _MANY = 60
-"""Diffusers forwards skip sizes when a side is no multiple of 2**num_upsamplers: with this, always."""
+"""Diffusers passes on skips' sizes if a side is no multiple of 2**num_upsamplers: now always."""
 
 
 def unet_twin(config: UNetConfig, source: nn.Module | type[nn.Module], marker: Marker) -> Twin:
@@ -72,13 +72,10 @@ def unet_twin(config: UNetConfig, source: nn.Module | type[nn.Module], marker: M
         names = {f"net.{name}": name for name in parameters(config)}
     else:
         net = _meta_copy(unwrap(source), compute)
-        call = _comfyui_call(config, marker)
+        call = _comfyui_call(config, net, marker)
         names = {f"net.{p.ldm_name}": name for name, p in parameters(config).items()}
-    example = dict(_EXAMPLE)
-    if config.kind == "controlnet":
-        example |= {"hint_height": 8 * example["height"], "hint_width": 8 * example["width"]}
     inputs = _inputs(config)
-    return Twin(_Wrapper(net, inputs, call), inputs, example, names)
+    return Twin(_Wrapper(net, inputs, call), inputs, _EXAMPLE, names)
 
 
 def _inputs(config: UNetConfig) -> tuple[TwinInput, ...]:
@@ -92,7 +89,9 @@ def _inputs(config: UNetConfig) -> tuple[TwinInput, ...]:
         inputs.append(TwinInput("pooled", ("batch", config.pooled_dim), "compute", "prompt"))
     if config.kind == "controlnet":
         assert config.hint_channels is not None
-        shape: tuple[Size, ...] = ("batch", config.hint_channels, "hint_height", "hint_width")
+        factor = 2 ** (len(config.hint_block_channels) - 1)  # each further convolution halves
+        size = (f"{factor}*height", f"{factor}*width")
+        shape = ("batch", config.hint_channels, *size)
         inputs.append(TwinInput("hint", shape, "compute", "prompt"))
     return tuple(inputs)
 
@@ -117,7 +116,7 @@ def _meta_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class _Wrapper(nn.Module):
-    """Calls `net` with the plan's inputs, in order; `call` spells them as the host's forward does."""
+    """Calls `net` with the plan's inputs; `call` spells them as the host's forward does."""
 
     def __init__(self, net: nn.Module, inputs: tuple[TwinInput, ...], call: Callable[..., Any]):
         super().__init__()
@@ -173,11 +172,19 @@ def _diffusers_call(config: UNetConfig, net: Any, marker: Marker) -> Callable[..
     return unet if config.kind == "unet" else controlnet
 
 
-def _comfyui_call(config: UNetConfig, marker: Marker) -> Callable[..., Any]:
+def _comfyui_call(config: UNetConfig, net: nn.Module, marker: Marker) -> Callable[..., Any]:
     def attention(own: Any, query: Any, key: Any, value: Any, heads: int, **options: Any) -> Any:
         if options.get("mask") is not None or options.get("skip_reshape"):
             raise NotImplementedError("masked attention in the twin")
         return torch.ops.switchyard.attention(query, key, value, heads)
+
+    def override(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "transformer_options": {"optimized_attention_override": attention}}
+
+    # Which attention the host has chosen depends on its machine. A ControlNet passes on no options.
+    for module in net.modules():
+        if type(module).__name__ == "CrossAttention":
+            module.register_forward_pre_hook(override, with_kwargs=True)
 
     def unet(net: Any, latent: Any, timestep: Any, context: Any, pooled: Any = None) -> Any:
         skips, middle = _markers(config, marker)
@@ -187,7 +194,6 @@ def _comfyui_call(config: UNetConfig, marker: Marker) -> Callable[..., Any]:
             context=context,
             y=pooled,
             control={"input": [], "middle": [middle], "output": list(skips)},
-            transformer_options={"optimized_attention_override": attention},
         )
 
     def controlnet(

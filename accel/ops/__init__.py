@@ -1,4 +1,4 @@
-"""Fused operators: schema, shape rule, eager reference, arithmetic. Images are channels-last, `[B, H, W, C]`."""
+"""Fused operators: schema, shape rule, eager reference, flops. Images are `[B, H, W, C]`."""
 
 from .attention import attention
 from .concat import concat
@@ -6,7 +6,7 @@ from .conv import conv2d
 from .linear import linear
 from .norm import group_norm, layer_norm
 from .pointwise import add, cast, gelu, mul, residual_add, silu
-from .registry import OPS, Op, aten_name, get, of
+from .registry import OPS, Op, aten_arguments, aten_name, get, of
 from .upsample import upsample_nearest
 from .view import expand, permute, reshape, slice_dim
 
@@ -14,6 +14,7 @@ __all__ = [
     "OPS",
     "Op",
     "add",
+    "aten_arguments",
     "aten_name",
     "attention",
     "cast",

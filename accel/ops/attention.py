@@ -19,8 +19,8 @@ def attention(
 ) -> torch.Tensor:
     """`softmax(q k^T * scale) v` for each head.
 
-    query [B, S, heads*D], key and value [B, T, heads*D], strided slices of merged projections allowed;
-    returns [B, S, heads*D], contiguous.
+    query [B, S, heads*D], key and value [B, T, heads*D], strided slices of merged projections
+    allowed; returns [B, S, heads*D], contiguous.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
     result = F.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -11,8 +11,8 @@ from .registry import op
 def concat(*pairs: torch.Tensor | None) -> torch.Tensor:
     """Concatenate `x0 + r0, x1 + r1, …` along the last dimension.
 
-    `pairs` is flat: x0, r0, x1, r1, …; each x [..., C_i]; each r of the same shape, or `None` for none.
-    The sum is made only here: other readers of x see it without the residual.
+    `pairs` is flat: x0, r0, x1, r1, …; each x [..., C_i]; each r of the same shape, or `None` for
+    none. The sum is made only here: other readers of x see it without the residual.
     """
     parts = []
     for x, residual in zip(pairs[::2], pairs[1::2], strict=True):

@@ -40,8 +40,8 @@ def conv2d(
 ) -> torch.Tensor:
     """`conv(x) + bias + embedding + residual`.
 
-    x [B, H, W, C], weight [O, kh, kw, C/groups], bias [O], embedding [B, O] (the same for every pixel),
-    residual [B, H', W', O]; returns [B, H', W', O].
+    x [B, H, W, C], weight [O, kh, kw, C/groups], bias [O], embedding [B, O] (the same for every
+    pixel), residual [B, H', W', O]; returns [B, H', W', O].
     """
     y = F.conv2d(
         x.permute(0, 3, 1, 2),

@@ -34,7 +34,7 @@ def linear(
     """`activation(x @ weight^T + bias) + residual`.
 
     x [..., K], weight [N, K], bias [N], residual of the result's shape; returns [..., N].
-    `geglu`: the first half of the columns times the exact (erf) GELU of the second; returns [..., N/2].
+    `geglu`: the first half of the columns times the exact (erf) GELU of the second: [..., N/2].
     """
     y = F.linear(x, weight, bias)
     if activation == "geglu":

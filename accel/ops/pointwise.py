@@ -8,12 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..errors import InvalidPlan
 from .registry import Shape, op
 
 
 def _broadcast(shapes: Any, attrs: dict[str, Any]) -> Shape:
-    reversed_shapes = (reversed(shape) for shape in shapes if shape is not None)
-    return tuple(max(sizes) for sizes in zip_longest(*reversed_shapes, fillvalue=1))[::-1]
+    columns = zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1)
+    wide = [{size for size in sizes if size != 1} for sizes in columns]
+    if any(len(sizes) > 1 for sizes in wide):
+        raise InvalidPlan(f"shapes {' and '.join(map(str, shapes))} do not broadcast")
+    return tuple(sizes.pop() if sizes else 1 for sizes in reversed(wide))
 
 
 def _same(shapes: Any, attrs: dict[str, Any]) -> Shape:
@@ -52,5 +56,5 @@ def cast(x: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
 
 @op(shape=_same)
 def residual_add(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """`x + residual`, where the residual (ControlNet's) may be absent: then x itself, at no cost."""
+    """`x + residual`; without a residual (ControlNet's) x itself, at no cost."""
     return x if residual is None else x + residual

@@ -1,13 +1,14 @@
 """The table of operators: one entry holds all that the compiler needs to know about an operator.
 
-An operator is a plain function: its *eager reference*, written in PyTorch, which is the ground truth for
-every kernel. The function itself is the target of graph nodes, so a graph stays runnable after every pass.
-Tensors come first and positionally (a missing optional one is `None`), attributes are keyword-only.
+An operator is a plain function: its *eager reference*, written in PyTorch, which is the ground
+truth for every kernel. The function itself is the target of graph nodes, so a graph stays runnable
+after every pass. Tensors come first and positionally (a missing optional one is `None`), attributes
+are keyword-only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,9 @@ Shape = tuple[int, ...]
 class Op:
     """Schema, shape rule, reference and cost of one operator.
 
-    `shape(shapes, attrs)` gives the output's shape, for concrete shapes (`None` for an absent tensor).
-    `flops(shapes, out, attrs)` counts a multiply-add as two; pointwise work is not counted.
+    `shape(shapes, attrs)` gives the output's shape, for concrete shapes (`None` for an absent
+    tensor). `flops(shapes, out, attrs)` counts a multiply-add as two; pointwise work is not
+    counted.
     `view`: the result aliases the first input whenever strides allow; no kernel runs.
     `sizes`: attributes that hold symbolic sizes.
     `output_dtype`: attribute that holds the output's dtype; otherwise it is the first tensor's.
@@ -79,8 +81,8 @@ def of(target: Any) -> Op | None:
 def aten_name(target: Any) -> str | None:
     """`aten.exp.default` for a functional ATen overload, `None` for anything else.
 
-    Overloads that write to an argument or return a view of one are refused: liveness planning must know
-    every alias, and those it knows are operators of ours.
+    Overloads that write to an argument or return a view of one are refused: liveness planning must
+    know every alias, and those it knows are operators of ours.
     """
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
@@ -89,6 +91,16 @@ def aten_name(target: Any) -> str | None:
     if len(target._schema.returns) != 1:
         return None
     return str(target)
+
+
+def aten_arguments(
+    target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All arguments of an ATen call by the names of its schema, defaults filled in."""
+    schema = target._schema.arguments
+    values: dict[str, Any] = {a.name: a.default_value for a in schema if a.has_default_value()}
+    values |= dict(zip((a.name for a in schema), args, strict=False))
+    return values | dict(kwargs)
 
 
 def _aten(name: str) -> Op:
@@ -102,8 +114,6 @@ def _aten(name: str) -> Op:
         def fill(value: Any) -> Any:
             if isinstance(value, dict) and "tensor" in value:
                 return tensors[value["tensor"]]
-            if isinstance(value, dict) and "dtype" in value:
-                return getattr(torch, value["dtype"])
             return [fill(v) for v in value] if isinstance(value, (tuple, list)) else value
 
         named = {key: fill(value) for key, value in (kwargs or {}).items()}

@@ -1,8 +1,6 @@
-"""`scaled_dot_product_attention` between splits into heads, as one operator on projections' layout."""
+"""`scaled_dot_product_attention` between splits into heads, on the projections' own layout."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -14,40 +12,38 @@ _SPLIT = (0, 2, 1, 3)
 
 
 def fuse_attention(graph: Graph) -> None:
-    """Rewrite q, k, v split into heads -> attention -> heads joined. Masks and causal attention stay ATen's."""
+    """Rewrite q, k, v split into heads -> attention -> heads joined.
+
+    Masks, causal attention, dropout and keys of another batch or head count stay ATen's.
+    """
     for node in ir.calls(graph, torch.ops.aten.scaled_dot_product_attention.default):
-        if len(node.args) > 3 or set(node.kwargs) - {"scale"}:
-            arguments = dict(
-                zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:], strict=False)
-            )
-            arguments.update(node.kwargs)
-            if arguments.get("attn_mask") is not None or arguments.get("is_causal"):
-                continue
-            if arguments.get("dropout_p") or arguments.get("enable_gqa"):
-                continue
-        projections = [_projection(n) for n in node.args[:3]]
-        joined = _join(node)
-        if joined is None or any(p is None for p in projections):
+        given = ir.arguments(node)
+        if given["attn_mask"] is not None or given["is_causal"] or given["dropout_p"]:
             continue
-        _, heads, _, width = ir.shape(node)
-        scale = node.kwargs.get("scale")
-        attrs = {"heads": heads, "scale": float(width) ** -0.5 if scale is None else scale}
+        projections = [_projection(given[name]) for name in ("query", "key", "value")]
+        joined = _join(node)
+        if joined is None or None in projections:
+            continue
+        query, key, value = (ir.shape(given[name]) for name in ("query", "key", "value"))
+        batch, heads, _, width = query
+        if key != value or (key[0], key[1], key[3]) != (batch, heads, width):
+            continue
+        scale = float(width) ** -0.5 if given["scale"] is None else given["scale"]
+        attrs = {"heads": heads, "scale": scale}
         with graph.inserting_before(joined):
             new = ir.emit(graph, ops.attention, projections, attrs, like=joined)
         ir.replace(joined, new)
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
-            graph.erase_node(node)
+    ir.erase_dead_calls(graph)
 
 
-def _projection(node: Any) -> Node | None:
+def _projection(node: Node) -> Node | None:
     """x of `x.reshape(B, S, heads, D).permute(0, 2, 1, 3)`, if x is [B, S, heads*D]."""
-    if not ir.is_call(node, ops.permute) or node.kwargs["dims"] != _SPLIT:
+    if not ir.is_call(node, ops.permute) or ir.attribute(node, "dims") != _SPLIT:
         return None
-    split = node.args[0]
-    if not ir.is_call(split, ops.reshape) or ir.rank(split) != 4:
+    split = ir.source(node)
+    if not ir.is_call(split, ops.reshape):
         return None
-    x = split.args[0]
+    x = ir.source(split)
     batch, length, heads, width = ir.shape(split)
     return x if ir.shape(x) == (batch, length, heads * width) else None
 
@@ -55,10 +51,10 @@ def _projection(node: Any) -> Node | None:
 def _join(node: Node) -> Node | None:
     """The [B, S, heads*D] that the attention's result ends in, if nothing else reads it."""
     permuted = ir.only_user(node)
-    if not ir.is_call(permuted, ops.permute) or permuted.kwargs["dims"] != _SPLIT:  # type: ignore[union-attr]
+    if not ir.is_call(permuted, ops.permute) or ir.attribute(permuted, "dims") != _SPLIT:
         return None
-    joined = ir.only_user(permuted)  # type: ignore[arg-type]
+    joined = ir.only_user(permuted)
     if not ir.is_call(joined, ops.reshape):
         return None
     batch, heads, length, width = ir.shape(node)
-    return joined if ir.shape(joined) == (batch, length, heads * width) else None  # type: ignore[arg-type]
+    return joined if ir.shape(joined) == (batch, length, heads * width) else None

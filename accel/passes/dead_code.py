@@ -9,6 +9,7 @@ from . import ir
 
 def remove_dead_code(graph: Graph) -> None:
     """Erase unread calls and unread constants."""
-    for node in reversed(list(graph.nodes)):
-        if not node.users and (node.op == "call_function" or ir.is_constant(node)):
+    ir.erase_dead_calls(graph)
+    for node in list(graph.nodes):
+        if ir.is_constant(node) and not node.users:
             graph.erase_node(node)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import Graph, Node
 
 from .. import ops
@@ -13,80 +11,74 @@ from . import ir
 def fuse_epilogues(graph: Graph) -> None:
     """Fold `y + other` into the producer of y: a time embedding, then a residual of y's shape.
 
-    The producer must have no other reader, and the fused call stands where the add stood, so that both
-    operands exist by then. Of two producers the later one takes the other's result as its residual.
+    The producer must have no other reader, and the fused call stands where the add stood, so that
+    both operands exist by then. Of two producers the later one takes the other's result as its
+    residual.
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in ir.calls(graph, ops.add):
-        operands = sorted(node.args, key=lambda n: position.get(n, -1), reverse=True)  # type: ignore[arg-type]
-        for producer, other in (operands, operands[::-1]):
-            fused = _fuse(graph, node, producer, other)
-            if fused is not None:
-                position[fused] = position[node]
-                ir.replace(node, fused)
-                _erase_chain(graph, producer)
-                break
+        a, b = ir.tensors(node)
+        assert a is not None and b is not None
+        if position.get(a, -1) < position.get(b, -1):
+            a, b = b, a
+        with graph.inserting_before(node):
+            fused = _fuse(graph, node, a, b) or _fuse(graph, node, b, a)
+        if fused is not None:
+            position[fused] = position[node]
+            ir.replace(node, fused)
+    ir.erase_dead_calls(graph)
 
 
-def _erase_chain(graph: Graph, node: Node) -> None:
-    """Erase a producer that nothing reads any more, and the reshape's source behind it."""
-    while not node.users and node.op == "call_function":
-        source = node.args[0]
-        graph.erase_node(node)
-        if node.target is not ops.reshape or not isinstance(source, Node):
-            return
-        node = source
-
-
-def _fuse(graph: Graph, node: Node, producer: Any, other: Any) -> Node | None:
+def _fuse(graph: Graph, node: Node, producer: Node, other: Node) -> Node | None:
     if producer is other or ir.only_user(producer) is not node:
         return None
+    if ir.is_call(producer, ops.conv2d):
+        return _fuse_conv2d(graph, node, producer, other)
     if ir.is_call(producer, ops.reshape):
         return _fuse_through_reshape(graph, node, producer, other)
-    if ir.is_call(producer, ops.conv2d):
-        x, weight, bias, embedding, residual = producer.args
-        if embedding is None and residual is None and (e := _per_channel(producer, other)):
-            tensors = [x, weight, bias, _vector(graph, node, e), None]
-        elif residual is None and ir.shape(other) == ir.shape(producer):
-            tensors = [x, weight, bias, embedding, other]
-        else:
-            return None
-    elif ir.is_call(producer, ops.linear) and producer.args[3] is None:
-        if ir.shape(other) != ir.shape(producer):
-            return None
-        tensors = [*producer.args[:3], other]
+    if not ir.is_call(producer, ops.linear) or ir.shape(other) != ir.shape(producer):
+        return None
+    return _fuse_linear(graph, producer, other)
+
+
+def _fuse_conv2d(graph: Graph, node: Node, producer: Node, other: Node) -> Node | None:
+    *tensors, embedding, residual = ir.tensors(producer)
+    if residual is not None:
+        return None
+    batch, _, _, channels = ir.shape(producer)
+    if ir.shape(other) == ir.shape(producer):
+        tensors += [embedding, other]
+    elif embedding is None and ir.shape(other) == (batch, 1, 1, channels):
+        tensors += [_vector(graph, other), None]
     else:
         return None
-    with graph.inserting_before(node):
-        return ir.emit(graph, producer.target, tensors, dict(producer.kwargs), like=node)
+    return ir.emit(graph, ops.conv2d, tensors, producer.kwargs, like=node)
+
+
+def _vector(graph: Graph, embedding: Node) -> Node:
+    """[B, 1, 1, C] as [B, C]."""
+    batch, _, _, channels = ir.shape(embedding)
+    if ir.is_call(embedding, ops.reshape) and ir.shape(ir.source(embedding)) == (batch, channels):
+        return ir.source(embedding)
+    return ir.emit(graph, ops.reshape, [embedding], {"shape": (batch, channels)})
+
+
+def _fuse_linear(graph: Graph, producer: Node, other: Node) -> Node | None:
+    *tensors, residual = ir.tensors(producer)
+    if residual is not None:
+        return None
+    return ir.emit(graph, ops.linear, [*tensors, other], producer.kwargs, like=producer)
 
 
 def _fuse_through_reshape(graph: Graph, node: Node, reshaped: Node, other: Node) -> Node | None:
     """`reshape(linear(x)) + other`: tokens on their way back to an image."""
-    producer: Any = reshaped.args[0]
+    producer = ir.source(reshaped)
     if not ir.is_call(producer, ops.linear) or ir.only_user(producer) is not reshaped:
         return None
-    if producer.args[3] is not None:
+    if ir.shape(other) != ir.shape(reshaped) or ir.tensors(producer)[3] is not None:
         return None
-    if not ir.shape(other) == ir.shape(reshaped) == ir.shape(node):
-        return None
-    with graph.inserting_before(node):
-        shape = {"shape": ir.shape(producer)}
-        residual = ir.emit(graph, ops.reshape, [other], shape, like=producer)
-        tensors = [*producer.args[:3], residual]
-        fused = ir.emit(graph, ops.linear, tensors, dict(producer.kwargs), like=producer)
-        return ir.emit(graph, ops.reshape, [fused], {"shape": ir.shape(node)}, like=node)
-
-
-def _per_channel(image: Node, other: Node) -> Node | None:
-    """`other` if it is [B, 1, 1, C] beside an image [B, H, W, C]."""
-    batch, _, _, channels = ir.shape(image)
-    return other if ir.shape(other) == (batch, 1, 1, channels) else None
-
-
-def _vector(graph: Graph, node: Node, embedding: Node) -> Node:
-    if ir.is_call(embedding, ops.reshape) and ir.rank(embedding.args[0]) == 2:  # type: ignore[arg-type]
-        return embedding.args[0]  # type: ignore[return-value]
-    batch, _, _, channels = ir.shape(embedding)
-    with graph.inserting_before(node):
-        return ir.emit(graph, ops.reshape, [embedding], {"shape": (batch, channels)})
+    shape = {"shape": ir.shape(producer)}
+    residual = ir.emit(graph, ops.reshape, [other], shape, like=producer)
+    fused = _fuse_linear(graph, producer, residual)
+    assert fused is not None
+    return ir.emit(graph, ops.reshape, [fused], {"shape": ir.shape(node)}, like=node)

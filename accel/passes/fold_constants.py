@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
-from . import ir
+from ..plan.lower import CAPTURE_DTYPE
 from ..plan.recipe import Literal
+from . import ir
 
 LIMIT = 1 << 16
 """Elements. Larger tables are cheaper to compute than to store as JSON."""
 
 
 def fold_constants(graph: Graph) -> None:
-    """Replace each float32 value that no placeholder reaches by a literal constant, computed on the CPU."""
+    """Replace each float32 value that no placeholder reaches by a literal, computed on the CPU.
+
+    A value in the compute dtype is not evaluated, nor what depends on it: float16 only stands for
+    it.
+    """
     values: dict[Node, torch.Tensor] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or any(n not in values for n in node.all_input_nodes):
             continue
+        if not ir.is_tensor(node) or ir.dtype(node) == CAPTURE_DTYPE:
+            continue
         if not all(isinstance(size, int) for size in ir.shape(node)):
             continue
-        kwargs: dict[str, Any] = {k: v for k, v in node.kwargs.items() if k != "device"}
-        args: Any = torch.fx.node.map_arg(node.args, values.__getitem__)
-        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        assert callable(node.target)
+        with torch.device("cpu"):
+            values[node] = node.target(*args, **{k: v for k, v in kwargs.items() if k != "device"})
     for node, value in values.items():
         if all(user in values for user in node.users):
             continue
         if value.dtype != torch.float32 or value.numel() > LIMIT:
             continue
         literal = Literal(tuple(value.flatten().tolist()), tuple(value.shape))
-        node.replace_all_uses_with(
-            ir.constant(graph, literal, torch.float32, f"literal_{node.name}")
-        )
-    graph.eliminate_dead_code()
+        name = f"literal_{node.name}"
+        node.replace_all_uses_with(ir.constant(graph, literal, torch.float32, name))
+    ir.erase_dead_calls(graph)

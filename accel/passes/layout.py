@@ -1,20 +1,21 @@
 """Channels-last images: convolutions, group norms and up-sampling work on `[B, H, W, C]`.
 
-It is the layout of tensor-core convolutions, and in it the way between an image and a sequence of tokens
-is a free view. Each layout-bound operator is rewritten to its channels-last form between two permutations;
-pointwise operators follow; pairs of permutations then cancel (`views.py`).
+It is the layout of tensor-core convolutions, and in it the way between an image and a sequence of
+tokens is a free view. Each layout-bound operator is rewritten to its channels-last form between two
+permutations; pointwise operators follow; pairs of permutations then cancel (`views.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from . import ir
 from ..plan.recipe import Permute, Recipe, Reshape
+from . import ir
 
 aten = torch.ops.aten
 
@@ -23,10 +24,13 @@ TO_FIRST = (0, 3, 1, 2)
 
 _FOLLOWERS = (ops.add, ops.mul, ops.silu, ops.gelu, ops.cast, ops.residual_add)
 
+Image = Callable[[Node], Node]
+"""Channels-first value -> its channels-last equivalent."""
+
 
 def to_channels_last(graph: Graph) -> None:
     """Rewrite every four-dimensional operator that has a channels-last form."""
-    last: dict[Node, Node] = {}  # channels-first value -> its channels-last equivalent
+    last: dict[Node, Node] = {}
 
     def image(node: Node) -> Node:
         if node not in last:
@@ -34,13 +38,18 @@ def to_channels_last(graph: Graph) -> None:
         return last[node]
 
     for node in list(graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or not ir.is_tensor(node) or ir.rank(node) != 4:
+            continue
+        if ir.is_call(node, ops.permute) and ir.attribute(node, "dims") == TO_FIRST:
+            last[node] = ir.source(node)
             continue
         with graph.inserting_before(node):
-            if ops.permute is node.target and node.kwargs["dims"] == TO_FIRST:
-                last[node] = node.args[0]  # type: ignore[assignment]
+            if node.target in _RULES:
+                new = _RULES[node.target](graph, node, image)
+            elif node.target in _FOLLOWERS and any(n in last for n in node.all_input_nodes):
+                new = _follow(graph, node, image)
+            else:
                 continue
-            new = _channels_last(graph, node, image, last)
             if new is None:
                 continue
             first = ir.emit(graph, ops.permute, [new], {"dims": TO_FIRST}, like=node)
@@ -48,58 +57,69 @@ def to_channels_last(graph: Graph) -> None:
         ir.replace(node, first)
 
 
-def _channels_last(graph: Graph, node: Node, image: Any, last: dict[Node, Node]) -> Node | None:
-    target: Any = node.target
-    x: Any = node.args[0] if node.args else None
-    if ir.rank(node) != 4 if "shape" in node.meta else True:
+def _conv2d(graph: Graph, node: Node, image: Image) -> Node | None:
+    given = ir.arguments(node)
+    weight, bias, groups = given["weight"], given["bias"], given["groups"]
+    if not ir.is_constant(weight):
         return None
-    if target is aten.conv2d.default:
-        return _conv2d(graph, node, image)
-    if target is aten.group_norm.default:
-        groups, weight, bias, eps = (*node.args[1:], *(None, None, 1e-5)[len(node.args) - 2 :])[:4]
-        attrs = {"groups": groups, "eps": eps, "activation": "none"}
-        return ir.emit(graph, ops.group_norm, [image(x), weight, bias], attrs)  # type: ignore[list-item]
-    if target is aten.upsample_nearest2d.vec:
-        size = ir.shape(node)[2:]
-        channels_last = tuple(ir.shape(node)[d] for d in TO_LAST)
-        return ir.emit(
-            graph, ops.upsample_nearest, [image(x)], {"size": size}, shape=channels_last
-        )
-    if target in _FOLLOWERS and any(n in last for n in node.all_input_nodes):
-        tensors = [_broadcast_image(graph, n, image) for n in node.args]
-        shape = tuple(ir.shape(node)[d] for d in TO_LAST)
-        attrs = dict(node.kwargs)
-        return ir.emit(graph, target, tensors, attrs, shape=shape, dtype=ir.dtype(node))
-    return None
-
-
-def _broadcast_image(graph: Graph, node: Any, image: Any) -> Node | None:
-    if node is None or ir.rank(node) == 4:
-        return None if node is None else image(node)
-    shape = (1,) * (4 - ir.rank(node)) + ir.shape(node)
-    return image(ir.emit(graph, ops.reshape, [node], {"shape": shape}))
-
-
-def _conv2d(graph: Graph, node: Node, image: Any) -> Node:
-    defaults: tuple[Any, ...] = (None, (1, 1), (0, 0), (1, 1), 1)
-    x, weight, *rest = node.args
-    bias, stride, padding, dilation, groups = (*rest, *defaults[len(rest) :])
-    stride, padding, dilation = (_pair(v) for v in (stride, padding, dilation))
-    assert isinstance(weight, Node)
-    out_channels, in_channels, *kernel = ir.shape(weight)
-    if (tuple(kernel), stride, padding, groups) == ((1, 1), (1, 1), (0, 0), 1):
-        recipe: Recipe = Reshape(weight.meta["recipe"], (out_channels, in_channels))
-        matrix = ir.constant(graph, recipe, ir.dtype(weight), f"{weight.name}_matrix")
-        tensors: Any = [image(x), matrix, bias, None]
-        return ir.emit(graph, ops.linear, tensors, {"activation": "none"})
-    recipe = Permute(weight.meta["recipe"], TO_LAST)
-    filters = ir.constant(graph, recipe, ir.dtype(weight), f"{weight.name}_nhwc")
+    recipe: Recipe = weight.meta["recipe"]
+    x = image(given["input"])
+    stride, padding, dilation = (_pair(given[k]) for k in ("stride", "padding", "dilation"))
+    out_channels, in_channels, *kernel = recipe.shape
+    if kernel == [1, 1] and stride == (1, 1) and padding == (0, 0) and groups == 1:
+        matrix = Reshape(recipe, (out_channels, in_channels))
+        tensors = [x, ir.constant(graph, matrix, ir.dtype(weight), f"{weight.name}_matrix"), bias]
+        return ir.emit(graph, ops.linear, [*tensors, None], {"activation": "none"})
+    filters = Permute(recipe, TO_LAST)
+    tensors = [x, ir.constant(graph, filters, ir.dtype(weight), f"{weight.name}_nhwc"), bias]
     attrs = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    tensors = [image(x), filters, bias, None, None]
-    shape = tuple(ir.shape(node)[d] for d in TO_LAST)
-    return ir.emit(graph, ops.conv2d, tensors, attrs, shape=shape)
+    return ir.emit(graph, ops.conv2d, [*tensors, None, None], attrs, shape=_last_shape(node))
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    values = tuple(value)
-    return values * 2 if len(values) == 1 else values
+def _group_norm(graph: Graph, node: Node, image: Image) -> Node:
+    given = ir.arguments(node)
+    tensors = [image(given["input"]), given["weight"], given["bias"]]
+    attrs = {"groups": given["num_groups"], "eps": given["eps"], "activation": "none"}
+    return ir.emit(graph, ops.group_norm, tensors, attrs)
+
+
+def _upsample_nearest(graph: Graph, node: Node, image: Image) -> Node | None:
+    given = ir.arguments(node)
+    x, scales = given["input"], given["scale_factors"]
+    # A given scale, not the sizes' ratio, picks the pixels. They agree where the scale is whole.
+    if scales is not None and any(scale != int(scale) for scale in scales):
+        return None
+    attrs = {"size": ir.shape(node)[2:]}
+    return ir.emit(graph, ops.upsample_nearest, [image(x)], attrs, shape=_last_shape(node))
+
+
+def _follow(graph: Graph, node: Node, image: Image) -> Node:
+    """A pointwise operator on the channels-last forms of what it reads."""
+
+    def operand(value: Node | None) -> Node | None:
+        if value is None:
+            return None
+        if ir.rank(value) < 4:
+            shape = (1,) * (4 - ir.rank(value)) + ir.shape(value)
+            value = ir.emit(graph, ops.reshape, [value], {"shape": shape})
+        return image(value)
+
+    assert callable(node.target)
+    tensors = [operand(value) for value in ir.tensors(node)]
+    shape, dtype = _last_shape(node), ir.dtype(node)
+    return ir.emit(graph, node.target, tensors, node.kwargs, shape=shape, dtype=dtype)
+
+
+def _last_shape(node: Node) -> ir.Shape:
+    return tuple(ir.shape(node)[d] for d in TO_LAST)
+
+
+def _pair(value: Sequence[int]) -> tuple[int, int]:
+    return (value[0], value[-1])
+
+
+_RULES: dict[Any, Callable[[Graph, Node, Image], Node | None]] = {
+    aten.conv2d.default: _conv2d,
+    aten.group_norm.default: _group_norm,
+    aten.upsample_nearest2d.vec: _upsample_nearest,
+}

@@ -1,48 +1,44 @@
 """Matrix products that read the same tensor, as one product over stacked weights.
 
-Three places in a denoiser: Q, K and V of self-attention; K and V of every cross-attention, which all read
-the prompt; and the projections of the time embedding, one per residual block. One wide product keeps the
-GPU busy where many narrow ones leave most of it idle.
+Three places in a denoiser: Q, K and V of self-attention; K and V of every cross-attention, which
+all read the prompt; and the projections of the time embedding, one per residual block. One wide
+product keeps the GPU busy where many narrow ones leave most of it idle.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
 
 from torch.fx import Graph, Node
 
 from .. import ops
-from . import ir
 from ..plan.recipe import Cat
+from . import ir
 
 
 def merge_linears(graph: Graph) -> None:
-    """Merge plain products (no activation, no residual) with one reader's worth of input and like biases."""
-    groups: dict[tuple[Any, ...], list[Node]] = {}
+    """Merge plain products (no activation, no residual) by constants of one dtype."""
+    groups: dict[object, list[Node]] = defaultdict(list)
     for node in ir.calls(graph, ops.linear):
-        x, weight, bias, residual = node.args
-        if residual is not None or node.kwargs["activation"] != "none":
+        x, weight, bias, residual = ir.tensors(node)
+        if residual is not None or ir.attribute(node, "activation") != "none":
             continue
         if not ir.is_constant(weight) or not (bias is None or ir.is_constant(bias)):
             continue
-        groups.setdefault((x, bias is None), []).append(node)
-    for (x, no_bias), members in groups.items():
+        dtypes = (ir.dtype(weight), None if bias is None else ir.dtype(bias))
+        groups[x, dtypes].append(node)
+    for members in groups.values():
         if len(members) > 1:
-            _merge(graph, x, members, no_bias)
+            _merge(graph, members)
 
 
-def _merge(graph: Graph, x: Node, members: list[Node], no_bias: bool) -> None:
+def _merge(graph: Graph, members: list[Node]) -> None:
     first = members[0]
-    weights: list[Any] = [m.args[1] for m in members]
-    name = f"{first.name}_merged"
-    weight = ir.constant(graph, _cat(weights), ir.dtype(weights[0]), f"{name}_weight")
-    bias = None
-    if not no_bias:
-        biases: list[Any] = [m.args[2] for m in members]
-        bias = ir.constant(graph, _cat(biases), ir.dtype(biases[0]), f"{name}_bias")
+    x = ir.source(first)
+    weight = _stacked(graph, [ir.tensors(m)[1] for m in members], f"{first.name}_merged_weight")
+    bias = _stacked(graph, [ir.tensors(m)[2] for m in members], f"{first.name}_merged_bias")
     with graph.inserting_before(first):
-        tensors = [x, weight, bias, None]
-        merged = ir.emit(graph, ops.linear, tensors, {"activation": "none"}, dtype=ir.dtype(first))
+        merged = ir.emit(graph, ops.linear, [x, weight, bias, None], {"activation": "none"})
     start = 0
     for member in members:
         length = ir.shape(member)[-1]
@@ -53,5 +49,10 @@ def _merge(graph: Graph, x: Node, members: list[Node], no_bias: bool) -> None:
         start += length
 
 
-def _cat(constants: list[Node]) -> Cat:
-    return Cat(tuple(node.meta["recipe"] for node in constants), dim=0)
+def _stacked(graph: Graph, constants: list[Node | None], name: str) -> Node | None:
+    """One constant of all rows, or None for absent biases."""
+    present = [node for node in constants if node is not None]
+    if not present:
+        return None
+    recipe = Cat(tuple(node.meta["recipe"] for node in present), dim=0)
+    return ir.constant(graph, recipe, ir.dtype(present[0]), name)

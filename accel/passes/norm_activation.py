@@ -12,11 +12,10 @@ def fuse_norm_activation(graph: Graph) -> None:
     """Fuse where the SiLU is the norm's only reader."""
     for norm in ir.calls(graph, ops.group_norm):
         user = ir.only_user(norm)
-        if norm.kwargs["activation"] != "none" or not ir.is_call(user, ops.silu):
+        if ir.attribute(norm, "activation") != "none" or not ir.is_call(user, ops.silu):
             continue
-        assert user is not None
+        attrs = {**norm.kwargs, "activation": "silu"}
         with graph.inserting_before(user):
-            attrs = {**norm.kwargs, "activation": "silu"}
-            new = ir.emit(graph, ops.group_norm, norm.args, attrs, like=user)  # type: ignore[arg-type]
+            new = ir.emit(graph, ops.group_norm, ir.tensors(norm), attrs, like=user)
         ir.replace(user, new)
         graph.erase_node(norm)

@@ -20,40 +20,35 @@ def simplify_views(graph: Graph) -> None:
             new = _RULES[node.target](graph, node)
         if new is not None:
             ir.replace(node, new)
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
-            graph.erase_node(node)
+    ir.erase_dead_calls(graph)
 
 
 def _simpler_reshape(graph: Graph, node: Node) -> Node | None:
-    x: Any = node.args[0]
-    if ir.shape(x) == ir.shape(node):
-        return x
-    if not ir.is_call(x, ops.reshape):
-        return None
-    source: Any = x.args[0]
+    x = ir.source(node)
+    source = ir.source(x) if ir.is_call(x, ops.reshape) else x
     if ir.shape(source) == ir.shape(node):
         return source
+    if source is x:
+        return None
     return ir.emit(graph, ops.reshape, [source], {"shape": ir.shape(node)}, like=node)
 
 
 def _simpler_permute(graph: Graph, node: Node) -> Node | None:
-    x: Any = node.args[0]
-    dims: Any = node.kwargs["dims"]
+    x, dims = ir.source(node), ir.attribute(node, "dims")
     if ir.is_call(x, ops.permute):
-        inner: Any = x.kwargs["dims"]
-        x, dims = x.args[0], tuple(inner[d] for d in dims)
+        inner = ir.attribute(x, "dims")
+        x, dims = ir.source(x), tuple(inner[d] for d in dims)
     if dims == tuple(range(len(dims))):
         return x
     if _moves_only_ones(ir.shape(x), dims):
         reshaped = ir.emit(graph, ops.reshape, [x], {"shape": ir.shape(node)}, like=node)
         return _simpler_reshape(graph, reshaped) or reshaped
-    if x is node.args[0]:
+    if x is ir.source(node):
         return None
     return ir.emit(graph, ops.permute, [x], {"dims": dims}, like=node)
 
 
-def _moves_only_ones(shape: tuple[Any, ...], dims: tuple[int, ...]) -> bool:
+def _moves_only_ones(shape: ir.Shape, dims: tuple[int, ...]) -> bool:
     """Whether the dimensions larger than one keep their order: then memory does not change."""
     kept = [d for d in dims if shape[d] != 1]
     return kept == sorted(kept)
@@ -61,29 +56,32 @@ def _moves_only_ones(shape: tuple[Any, ...], dims: tuple[int, ...]) -> bool:
 
 def _simpler_concat(graph: Graph, node: Node) -> Node | None:
     """The tensor itself, where its slices along the last dimension are put side by side again."""
-    parts: Any = node.args[::2]
-    if any(node.args[1::2]) or not all(ir.is_call(part, ops.slice_dim) for part in parts):
+    tensors = ir.tensors(node)
+    parts = [part for part in tensors[::2] if ir.is_call(part, ops.slice_dim)]
+    if len(parts) < len(tensors) // 2 or any(tensors[1::2]):
         return None
-    source = parts[0].args[0]
+    source = ir.source(parts[0])
     start: Any = 0
     for part in parts:
-        if part.args[0] is not source or part.kwargs["dim"] != ir.rank(source) - 1:
+        attrs = {"dim": ir.rank(source) - 1, "start": start, "length": ir.shape(part)[-1]}
+        if ir.source(part) is not source or part.kwargs != attrs:
             return None
-        if part.kwargs["start"] != start:
-            return None
-        start += part.kwargs["length"]
+        start += ir.shape(part)[-1]
     return source if start == ir.shape(source)[-1] else None
 
 
 def _simpler_slice(graph: Graph, node: Node) -> Node | None:
     """The part itself, where a concatenation is cut where it was joined."""
-    x: Any = node.args[0]
-    if not ir.is_call(x, ops.concat) or node.kwargs["dim"] != ir.rank(x) - 1:
+    joined = ir.source(node)
+    if not ir.is_call(joined, ops.concat) or ir.attribute(node, "dim") != ir.rank(joined) - 1:
         return None
+    tensors = ir.tensors(joined)
+    wanted = (ir.attribute(node, "start"), ir.attribute(node, "length"))
     start: Any = 0
-    for part, residual in zip(x.args[::2], x.args[1::2], strict=True):
+    for part, residual in zip(tensors[::2], tensors[1::2], strict=True):
+        assert part is not None
         length = ir.shape(part)[-1]
-        if (start, length) == (node.kwargs["start"], node.kwargs["length"]):
+        if (start, length) == wanted:
             return part if residual is None else None
         start += length
     return None

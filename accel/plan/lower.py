@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain, count
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.fx import Graph, Node
 from .. import ops
 from ..errors import UnsupportedModel
 from .recipe import Recipe, params
-from .schema import COMPUTE, DTYPES, Constant, Input, Output, Plan, Step
+from .schema import COMPUTE, DTYPES, Constant, Input, Output, Plan, Step, frozen
 from .shapes import Size, from_sympy
 
 CAPTURE_DTYPE = torch.float16
@@ -20,10 +21,11 @@ CAPTURE_DTYPE = torch.float16
 _ROLES = {dtype: name for name, dtype in DTYPES.items()} | {CAPTURE_DTYPE: COMPUTE}
 
 
-def lower(graph: Graph, structure: dict[str, Any]) -> Plan:
+def lower(graph: Graph, structure: Mapping[str, Any]) -> Plan:
     """The plan of a graph that has been through `PASSES`.
 
-    Raises `UnsupportedModel` for a call that is neither an operator of ours nor a functional ATen one.
+    Raises `UnsupportedModel` for a call that is neither an operator of ours nor a functional ATen
+    one of tensors.
     """
     inputs: list[Input] = []
     constants: list[Constant] = []
@@ -41,12 +43,11 @@ def lower(graph: Graph, structure: dict[str, Any]) -> Plan:
             results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
             outputs = tuple(_output(result, names) for result in results)
         elif node not in names:
-            entry = ops.of(node.target)
-            names[node] = f"{entry.name if entry else str(node.target).split('.')[1]}_{len(steps)}"
-            steps.append(_step(node, names))
+            steps.append(_step(node, names, len(steps)))
+            names[node] = steps[-1].output
     written = {output.value for output in outputs} | {n for s in steps for n in s.inputs if n}
     plan = Plan(
-        structure,
+        frozen(structure),
         tuple(inputs),
         outputs,
         tuple(constants),
@@ -84,53 +85,77 @@ def _input(node: Node, names: dict[Node, str]) -> Input:
     """An input; if all that is read of it is one permutation, it is stored permuted."""
     entry: Input = node.meta["input"]
     names[node] = entry.name
-    permute = None
+    permute: tuple[int, ...] | None = None
     readers = list(node.users)
-    permutations = {r.kwargs.get("dims") for r in readers if r.target is ops.permute}
-    if readers and len(permutations) == 1 and all(r.target is ops.permute for r in readers):
+    permutations: set[Any] = {r.kwargs.get("dims") for r in readers if r.target is ops.permute}
+    if len(permutations) == 1 and all(r.target is ops.permute for r in readers):
         permute = permutations.pop()
         names.update(dict.fromkeys(readers, entry.name))
     dtype = entry.dtype or _role(node)
-    return Input(entry.name, _sizes(node), dtype, entry.phase, entry.optional, permute)  # type: ignore[arg-type]
+    return Input(entry.name, _sizes(node), dtype, entry.phase, entry.optional, permute)
 
 
 def _output(node: Node, names: dict[Node, str]) -> Output:
-    if node.op == "call_function" and node.target is ops.permute:
-        source: Any = node.args[0]
-        return Output(names[source], tuple(node.kwargs["dims"]))  # type: ignore[arg-type]
-    return Output(names[node])
+    if node.target is not ops.permute:
+        return Output(names[node])
+    (source,) = node.all_input_nodes
+    if source.op == "placeholder":  # which may be stored permuted already
+        return Output(names[node])
+    dims: Any = node.kwargs["dims"]
+    return Output(names[source], dims)
 
 
-def _step(node: Node, names: dict[Node, str]) -> Step:
+def _step(node: Node, names: dict[Node, str], index: int) -> Step:
     entry = ops.of(node.target)
+    aten = ops.aten_name(node.target)
+    if "shape" not in node.meta or (entry is None and aten is None):
+        raise UnsupportedModel(f"the network calls {node.target}, which cannot be compiled")
+    inputs: tuple[Node | None, ...]
     if entry is not None:
-        tensors = [None if n is None else names[n] for n in node.args]  # type: ignore[index]
-        attrs = {
+        op = name = entry.name
+        inputs = tuple(value if isinstance(value, Node) else None for value in node.args)
+        attrs: dict[str, Any] = {
             key: _sized(value) if key in entry.sizes else _plain(value, node)
             for key, value in node.kwargs.items()
         }
-        name = entry.name
     else:
-        aten = ops.aten_name(node.target)
-        if aten is None:
-            raise UnsupportedModel(f"the network calls {node.target}, which cannot be compiled")
-        sources: list[str | None] = []
+        assert aten is not None
+        op, name = aten, aten.split(".")[1]
+        inputs, attrs = _template(node)
+    if not any(inputs):
+        raise UnsupportedModel(f"the network makes a tensor of its own: it calls {node.target}")
+    return Step(
+        op,
+        tuple(None if value is None else names[value] for value in inputs),
+        attrs,
+        f"{name}_{index}",
+        _sizes(node),
+        _role(node),
+        node.meta["phase"],
+    )
 
-        def template(value: Any) -> Any:
-            if isinstance(value, Node):
-                sources.append(names[value])
-                return {"tensor": len(sources) - 1}
-            if isinstance(value, (tuple, list)):
-                return tuple(template(item) for item in value)
-            return _plain(value, node)
 
-        attrs = {"args": [template(value) for value in node.args]}
-        kwargs = {k: template(v) for k, v in node.kwargs.items() if k != "device"}
-        if kwargs:
-            attrs["kwargs"] = kwargs
-        tensors, name = sources, aten
-    phase = node.meta["phase"]
-    return Step(name, tuple(tensors), attrs, names[node], _sizes(node), _role(node), phase)
+def _template(node: Node) -> tuple[tuple[Node, ...], dict[str, Any]]:
+    """The tensors of an ATen call, and its arguments with their positions in place of them."""
+    tensors: list[Node] = []
+
+    def template(value: Any) -> Any:
+        if isinstance(value, Node):
+            if "shape" not in value.meta:
+                raise UnsupportedModel(
+                    f"the network computes with sizes: {node.target} reads {value.target}"
+                )
+            tensors.append(value)
+            return {"tensor": len(tensors) - 1}
+        if isinstance(value, (tuple, list)):
+            return tuple(template(item) for item in value)
+        return _plain(value, node)
+
+    attrs: dict[str, Any] = {"args": tuple(template(value) for value in node.args)}
+    kwargs = {key: template(value) for key, value in node.kwargs.items() if key != "device"}
+    if kwargs:
+        attrs["kwargs"] = kwargs
+    return tuple(tensors), attrs
 
 
 def _sized(value: Any) -> Any:
@@ -147,7 +172,4 @@ def _plain(value: Any, node: Node) -> Any:
         return tuple(_plain(item, node) for item in value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    size = getattr(value, "is_Integer", None)
-    if size is not None:
-        raise UnsupportedModel(f"{node.name} computes with a size, which plans do not express")
     raise UnsupportedModel(f"{node.name} has an attribute of type {type(value).__name__}")

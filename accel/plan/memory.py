@@ -1,7 +1,8 @@
 """Liveness planning: offsets in one arena for tensors that live over an interval of steps.
 
-The arena is a row of blocks. Blocks that exist keep their addresses, because captured graphs hold them;
-what does not fit goes into one new block at the end. So a larger image size never moves a smaller one.
+The arena is a row of blocks. Blocks that exist keep their addresses, because captured graphs hold
+them; what does not fit goes into one new block at the end. So a larger image size never moves a
+smaller one.
 """
 
 from __future__ import annotations
@@ -41,14 +42,16 @@ class Layout:
 
 
 def align(size: int) -> int:
+    """`size` in bytes, rounded up to `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def plan_memory(intervals: Sequence[Interval], blocks: Sequence[int] = ()) -> Layout:
     """Place every interval so that no two that live at once overlap.
 
-    Greedy by size, largest first, each at the best-fitting hole among its contemporaries: within a few
-    percent of the peak of live bytes on UNets. `blocks`: sizes in bytes of the blocks that exist.
+    Greedy by size, largest first, each at the best-fitting hole among its contemporaries: within a
+    few percent of the peak of live bytes on UNets. `blocks`: sizes in bytes of the blocks that
+    exist.
     """
     order = sorted(intervals, key=lambda i: (-i.bytes, i.first, i.name))
     placed: list[list[tuple[int, int, Interval]]] = [[] for _ in range(len(blocks) + 1)]

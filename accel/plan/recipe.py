@@ -1,8 +1,8 @@
 """Recipes: how a constant of the plan is made from parameters of the source model.
 
-A recipe never computes; it says where each source parameter lies inside the constant. So a parameter can
-be rewritten alone (a LoRA touches three keys of a merged projection, not the whole of it), and one `copy_`
-into a view does the cast, the transposition and the placing at once.
+A recipe never computes; it says where each source parameter lies inside the constant. So a
+parameter can be rewritten alone (a LoRA touches three keys of a merged projection, not the whole of
+it), and one `copy_` into a view does the cast, the transposition and the placing at once.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Permute:
 
     @property
     def shape(self) -> Shape:
+        """The shape of the result."""
         return tuple(self.of.shape[d] for d in self.dims)
 
 
@@ -56,6 +57,7 @@ class Cat:
 
     @property
     def shape(self) -> Shape:
+        """The shape of the result."""
         shape = list(self.parts[0].shape)
         shape[self.dim] = sum(part.shape[self.dim] for part in self.parts)
         return tuple(shape)
@@ -84,8 +86,10 @@ def params(recipe: Recipe) -> Iterator[Param]:
                 yield from params(part)
 
 
-def places(recipe: Recipe, constant: torch.Tensor) -> Iterator[tuple[Param | Literal, torch.Tensor]]:
-    """Each source of `recipe` with the view of `constant`, in the source's own shape, that it fills."""
+def places(
+    recipe: Recipe, constant: torch.Tensor
+) -> Iterator[tuple[Param | Literal, torch.Tensor]]:
+    """Each source of `recipe` with the view of `constant` that it fills, in the source's shape."""
     match recipe:
         case Param() | Literal():
             yield recipe, constant
@@ -103,6 +107,7 @@ def places(recipe: Recipe, constant: torch.Tensor) -> Iterator[tuple[Param | Lit
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as `json.dumps` takes it."""
     match recipe:
         case Param(name=name, shape=shape):
             return {"param": name, "shape": list(shape)}
@@ -129,7 +134,11 @@ def from_json(data: dict[str, Any]) -> Recipe:
                 raise InvalidPlan(f"a recipe reshapes {of.shape} to {shape}")
             return Reshape(of, shape)
         if "cat" in data:
-            return Cat(tuple(from_json(part) for part in data["of"]), data["cat"])
+            cat = Cat(tuple(from_json(part) for part in data["of"]), data["cat"])
+            rests = {(*part.shape[: cat.dim], *part.shape[cat.dim + 1 :]) for part in cat.parts}
+            if len(rests) != 1:
+                raise InvalidPlan(f"a recipe joins parts of unlike shapes: {sorted(rests)}")
+            return cat
         return Literal(tuple(data["literal"]), tuple(data["shape"]))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise InvalidPlan(f"a weight recipe cannot be read: {str(data)[:80]}") from error

@@ -1,7 +1,8 @@
 """The plan: what an engine runs, for any size and any GPU, without the model's code.
 
-Every name stands for one tensor, written once. Sizes are expressions over named dimensions (`shapes.py`),
-dtypes are roles: `compute` is whatever precision the session runs in, the others are themselves.
+Every name stands for one tensor, written once. Sizes are expressions over named dimensions
+(`shapes.py`), dtypes are roles: `compute` is whatever precision the session runs in, the others are
+themselves.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Constant:
+    """A tensor made from source parameters by a recipe: a weight, in the layout steps want."""
+
     name: str
     dtype: str
     recipe: Recipe
@@ -89,7 +92,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled structure. `structure` identifies it: kind, family, graph_key, shape_key, config."""
+    """A compiled structure. `structure` says which: kind, family, graph_key, shape_key, config."""
 
     structure: dict[str, Any]
     inputs: tuple[Input, ...]
@@ -120,6 +123,7 @@ class Plan:
     def without(self, absent: Iterable[str]) -> Plan:
         """The plan specialised to calls in which the optional inputs `absent` are not given."""
         gone = set(absent)
+        assert gone <= {entry.name for entry in self.inputs if entry.optional}
         alias: dict[str, str] = {}
         steps = []
         for step in self.steps:
@@ -144,6 +148,7 @@ class Plan:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """The plan as `json.dumps` takes it; `from_json` gives an equal plan back."""
         return {
             "version": self.version,
             "structure": self.structure,
@@ -175,7 +180,7 @@ class Plan:
             raise InvalidPlan(f"the plan has version {found}, this pack reads {PLAN_VERSION}")
         try:
             plan = Plan(
-                dict(data["structure"]),
+                frozen(dict(data["structure"])),
                 tuple(
                     Input(
                         entry["name"],
@@ -199,7 +204,7 @@ class Plan:
                     Step(
                         entry["op"],
                         tuple(entry["in"]),
-                        {name: _frozen(value) for name, value in entry["attrs"].items()},
+                        frozen(entry["attrs"]),
                         entry["out"],
                         tuple(entry["shape"]),
                         entry["dtype"],
@@ -208,7 +213,7 @@ class Plan:
                     for entry in data["steps"]
                 ),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InvalidPlan(f"the plan is damaged: {type(error).__name__} {error}") from error
         plan.check()
         return plan
@@ -246,12 +251,17 @@ def dumps(plan: Plan) -> str:
 
 
 def _drop_defaults(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if value not in (None, False)}
+    return {
+        name: value for name, value in entry.items() if value is not None and value is not False
+    }
 
 
 def _tuple(value: Any) -> tuple[int, ...] | None:
     return None if value is None else tuple(value)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(entry) for entry in value) if isinstance(value, list) else value
+def frozen(value: Any) -> Any:
+    """JSON data with tuples for lists, however deep: plans hold nothing else."""
+    if isinstance(value, Mapping):
+        return {name: frozen(entry) for name, entry in value.items()}
+    return tuple(frozen(entry) for entry in value) if isinstance(value, (list, tuple)) else value

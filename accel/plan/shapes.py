@@ -1,15 +1,15 @@
 """Symbolic sizes: integer expressions over the named dimensions of a plan.
 
-A size is an `int` or a string such as `"(height - 1)//2 + 1"`. The grammar is what a denoiser needs and
-nothing more: integers, names, `+ - * // %`, `max(a, b)`, `min(a, b)` and parentheses. Strings are parsed
-once into closures; nothing is ever handed to `eval`.
+A size is an `int` or a string such as `"(height - 1)//2 + 1"`. The grammar is what a denoiser needs
+and nothing more: integers, names, `+ - * // %`, `max(a, b)`, `min(a, b)` and parentheses. Strings
+are parsed once into closures; nothing is ever handed to `eval`.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from ..errors import InvalidPlan
@@ -32,10 +32,14 @@ def evaluate(size: Size, dims: Dims) -> int:
     """The value of `size` for concrete `dims`. Raises `InvalidPlan` for an unknown name."""
     if isinstance(size, int):
         return size
-    return _parse(size)(dims)
+    try:
+        return _parse(size)(dims)
+    except (ZeroDivisionError, RecursionError) as error:
+        raise InvalidPlan(f"size expression {size[:80]!r} has no value: {error}") from error
 
 
 def evaluate_shape(shape: Iterable[Size], dims: Dims) -> tuple[int, ...]:
+    """The sizes' values for concrete `dims`."""
     return tuple(evaluate(size, dims) for size in shape)
 
 
@@ -53,11 +57,11 @@ def names(size: Size) -> frozenset[str]:
 def _tree(text: str) -> ast.expr:
     try:
         return ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InvalidPlan(f"size expression {text[:80]!r} cannot be read") from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(text: str) -> _Evaluate:
     return _compile(_tree(text), text)
 
@@ -82,7 +86,13 @@ def _compile(node: ast.expr, text: str) -> _Evaluate:
         apply = _BINARY[type(node.op)]
         left, right = _compile(node.left, text), _compile(node.right, text)
         return lambda dims: apply(left(dims), right(dims))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS:
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in _CALLS
+        and len(node.args) > 1
+        and not node.keywords
+    ):
         call = _CALLS[node.func.id]
         arguments = [_compile(argument, text) for argument in node.args]
         return lambda dims: call(*(argument(dims) for argument in arguments))
@@ -115,7 +125,7 @@ def _print(expression: Any) -> str:
         return "(" + "*".join(parts) + ")"
     if kind == "Pow" and expression.exp.is_Integer and expression.exp > 0:
         return "(" + "*".join([parts[0]] * int(expression.exp)) + ")"
-    if kind in ("FloorDiv", "CleanDiv", "IntTrueDiv"):
+    if kind in ("FloorDiv", "CleanDiv"):
         return f"({parts[0]}//{parts[1]})"
     if kind in ("Mod", "PythonMod"):
         return f"({parts[0]}%{parts[1]})"

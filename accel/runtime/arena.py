@@ -1,4 +1,4 @@
-"""The activation arena: one set of blocks of device memory that every shape's executable plans into."""
+"""The activation arena: blocks of device memory that every shape's executable plans into."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ..plan.memory import Interval, Layout, plan_memory
 class Arena:
     """Blocks of bytes with fixed addresses. Executables hold the blocks that they use.
 
-    Captured graphs keep addresses, so a block is never moved: a larger shape adds one, and a block goes
-    when the last executable that uses it does.
+    Captured graphs keep addresses, so a block is never moved: a larger shape adds one, and a block
+    goes when the last executable that uses it does.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,6 +22,7 @@ class Arena:
 
     @property
     def bytes(self) -> int:
+        """Bytes of all blocks together."""
         return sum(block.numel() for block in self._blocks if block is not None)
 
     def acquire(self, intervals: list[Interval]) -> tuple[Layout, list[torch.Tensor | None]]:

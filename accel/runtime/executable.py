@@ -1,7 +1,8 @@
 """One plan at one shape: buffers, kernels, and on CUDA a captured graph.
 
-The prompt's part (`static` and `prompt` steps) is apart from the rest: its results live outside the arena,
-shared by all executables of like prompt shapes, and stay valid while the caller's key says so.
+The prompt's part (`static` and `prompt` steps) is apart from the rest: its results live outside the
+arena, shared by all executables of like prompt shapes, and stay valid while the caller's key says
+so.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ _PROMPT = ("static", "prompt")
 def bind_dims(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """The plan's dimensions as given by the inputs' shapes.
 
-    Raises `InvalidInput` for a missing or unknown input, a wrong rank, width or a size that disagrees.
+    Raises `InvalidInput` for a missing or unknown input, a wrong rank, width or a size that
+    disagrees.
     """
     known = {entry.name for entry in plan.inputs}
     for name in shapes:
         if name not in known:
-            raise InvalidInput(f"the engine takes no input {name!r}, but {', '.join(sorted(known))}")
+            raise InvalidInput(f"the engine takes {', '.join(sorted(known))}, not {name!r}")
     dims: dict[str, int] = {}
     for entry in plan.inputs:
         shape = shapes.get(entry.name)
@@ -47,11 +49,12 @@ def bind_dims(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]
                 f"{entry.name} must have {len(entry.shape)} dimensions "
                 f"({_describe(entry)}), not {len(shape)}: {list(shape)}"
             )
-        if min(shape) < 1:
+        if 0 in shape:
             raise InvalidInput(f"{entry.name} is empty: {list(shape)}")
-        for size, expected in zip(shape, entry.shape, strict=True):
-            if isinstance(expected, str) and expected.isidentifier():
-                dims.setdefault(expected, int(size))
+        if not entry.optional:
+            for given, size in zip(shape, entry.shape, strict=True):
+                if isinstance(size, str) and size.isidentifier():
+                    dims.setdefault(size, int(given))
     for entry in plan.inputs:
         shape = shapes.get(entry.name)
         if shape is None:
@@ -65,9 +68,7 @@ def bind_dims(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]
 
 
 def _describe(entry: Input) -> str:
-    return " x ".join(
-        str(size) if isinstance(size, int) or size.isidentifier() else "*" for size in entry.shape
-    )
+    return " x ".join("*" if "//" in str(size) else str(size) for size in entry.shape)
 
 
 @dataclass
@@ -80,7 +81,7 @@ class PromptState:
 
 @dataclass(frozen=True)
 class _Call:
-    """A step bound to its kernel. `out` is None when the kernel allocates, or the step is a view."""
+    """A step bound to its kernel. `out` is None if the kernel allocates or the step is a view."""
 
     step: Step
     run: Callable[..., torch.Tensor]
@@ -134,7 +135,7 @@ class Executable:
         )
 
     def _prompt_part(self) -> list[Step]:
-        """Steps that depend on the prompt alone, sizes included, so that image sizes share results."""
+        """Steps that depend on the prompt alone, sizes too: image sizes share their results."""
         dims = {
             name
             for entry in self.plan.inputs
@@ -145,8 +146,8 @@ class Executable:
         apart: set[str | None] = set()
         part = []
         for step in self.plan.steps:
-            sizes = frozenset().union(*(names(size) for size in step.shape))
-            if step.phase in _PROMPT and sizes <= dims and not apart.intersection(step.inputs):
+            own = step.phase in _PROMPT and _dims_of(step) <= dims
+            if own and not apart.intersection(step.inputs):
                 part.append(step)
             else:
                 apart.add(step.output)
@@ -154,7 +155,8 @@ class Executable:
 
     def _bind(self) -> None:
         plan = self.plan
-        # The prompt's part first. Both parts keep the plan's order, which respects every dependency.
+        # The prompt's part first. Both parts keep the plan's order, which respects every
+        # dependency.
         first = self._prompt_part()
         in_first = {step.output for step in first}
         steps = first + [step for step in plan.steps if step.output not in in_first]
@@ -176,13 +178,13 @@ class Executable:
             if trait.root != step.output or (trait.allocates and not escapes):
                 continue
             last = read_until.get(step.output, index)
-            if step.output in outputs:
-                kept[step.output] = self._empty(trait.shape, trait.dtype)
-            elif index < split <= last:
+            if index < split and (step.output in outputs or last >= split):
                 buffers = self._prompt.buffers
                 if step.output not in buffers:
                     buffers[step.output] = self._empty(trait.shape, trait.dtype)
                 kept[step.output] = buffers[step.output]
+            elif step.output in outputs:
+                kept[step.output] = self._empty(trait.shape, trait.dtype)
             else:
                 size = prod(trait.shape) * trait.dtype.itemsize
                 intervals.append(Interval(step.output, size, index, last))
@@ -197,7 +199,8 @@ class Executable:
         # Results that kernels allocate must go when their last reader is done, as planned ones do.
         dead: dict[int, list[str]] = {}
         for name, trait in traits.items():
-            if traits[trait.root].allocates and trait.root not in kept:
+            owner = traits.get(trait.root)
+            if owner is not None and owner.allocates and trait.root not in kept:
                 dead.setdefault(read_until.get(trait.root, -1), []).append(name)
         calls = [
             _Call(
@@ -227,49 +230,48 @@ class Executable:
             )
         traits: dict[str, _Trait] = {}
         for step in steps:
-            entry = ops.get(step.op)
+            op = ops.get(step.op)
             shape = evaluate_shape(step.shape, self.dims)
             dtype = resolve(step.dtype, self.dtype)
-            attrs = self._attrs(step, entry)
+            attrs = self._attrs(step, op)
             sources = [None if name is None else metas[name] for name in step.inputs]
-            by_rule = entry.shape([None if s is None else tuple(s.shape) for s in sources], attrs)
-            if tuple(by_rule) != shape:
-                raise InvalidPlan(f"{step.output} should be {list(shape)}, {step.op} makes {by_rule}")
-            view = _as_view(entry, sources, attrs) if entry.view else None
+            made = op.shape([None if s is None else tuple(s.shape) for s in sources], attrs)
+            if tuple(made) != shape:
+                raise InvalidPlan(f"{step.output} should be {list(shape)}, {step.op} makes {made}")
+            view = _as_view(op, sources, attrs) if op.view else None
             if view is not None:
                 source = step.inputs[0]
                 assert source is not None
                 root = traits[source].root if source in traits else source
-                traits[step.output] = _Trait(shape, dtype, root, False, entry.reference, attrs, None)
+                run, allocates, kernel = op.reference, False, None
                 metas[step.output] = view
-                continue
-            choice = select(step.op, self.device.type)
-            traits[step.output] = _Trait(
-                shape,
-                dtype,
-                step.output,
-                choice.kernel.allocates,
-                choice.kernel.run,
-                attrs,
-                choice.kernel,
-            )
-            metas[step.output] = torch.empty(shape, dtype=dtype, device="meta")
-        for name in [*self._constants, *(entry.name for entry in self.plan.inputs)]:
-            traits.setdefault(name, _Trait((), torch.float32, name, False, _nothing, {}, None))
+            else:
+                kernel = select(step.op, self.device.type).kernel
+                root, run, allocates = step.output, kernel.run, kernel.allocates
+                metas[step.output] = torch.empty(shape, dtype=dtype, device="meta")
+            traits[step.output] = _Trait(shape, dtype, root, allocates, run, attrs, kernel)
         return traits
 
-    def _attrs(self, step: Step, entry: ops.Op) -> dict[str, Any]:
-        attrs = dict(step.attrs)
-        for name in entry.sizes:
+    def _attrs(self, step: Step, op: ops.Op) -> dict[str, Any]:
+        """The step's attributes with sizes and dtypes made concrete."""
+        attrs = {name: self._with_dtypes(value) for name, value in step.attrs.items()}
+        for name in op.sizes:
             value = attrs[name]
-            attrs[name] = (
-                evaluate_shape(value, self.dims)
-                if isinstance(value, (tuple, list))
-                else evaluate(value, self.dims)
-            )
-        if entry.output_dtype is not None:
-            attrs[entry.output_dtype] = resolve(step.dtype, self.dtype)
+            many = isinstance(value, tuple)
+            attrs[name] = (evaluate_shape if many else evaluate)(value, self.dims)
+        if op.output_dtype is not None:
+            attrs[op.output_dtype] = resolve(step.dtype, self.dtype)
         return attrs
+
+    def _with_dtypes(self, value: Any) -> Any:
+        """`value` with each `{"dtype": role}` of an ATen call's arguments replaced by the dtype."""
+        if isinstance(value, Mapping):
+            if value.keys() == {"dtype"} and isinstance(value["dtype"], str):
+                return resolve(value["dtype"], self.dtype)
+            return {name: self._with_dtypes(entry) for name, entry in value.items()}
+        if isinstance(value, tuple):
+            return tuple(self._with_dtypes(entry) for entry in value)
+        return value
 
     def _stored_shape(self, entry: Input) -> tuple[int, ...]:
         shape = evaluate_shape(entry.shape, self.dims)
@@ -294,10 +296,14 @@ class Executable:
     def run(self, inputs: Mapping[str, torch.Tensor], key: object | None) -> list[torch.Tensor]:
         """Run on `inputs` (by name, any dtype and device); fresh tensors come back.
 
-        key: equal keys vouch for equal prompt inputs and equal weights since the last call with it, so
-        that the prompt's part is skipped. `None` vouches for nothing.
+        key: equal keys vouch for equal prompt inputs and equal weights since the last call with it,
+        so that the prompt's part is skipped. `None` vouches for nothing.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
+        ):
             hit = key is not None and self._prompt.key == key
             self.prompt_hits += hit
             if not hit:
@@ -306,7 +312,9 @@ class Executable:
                 if not (hit and entry.phase == "prompt"):
                     value = inputs[entry.name]
                     stored = value if entry.permute is None else value.permute(entry.permute)
-                    self._inputs[entry.name].copy_(stored, non_blocking=True)
+                    # The caller may write to pinned memory as soon as this returns.
+                    wait = self.device.type != "cuda" or value.is_pinned()
+                    self._inputs[entry.name].copy_(stored, non_blocking=not wait)
             if self.device.type == "cuda":
                 self._replay(hit)
             else:
@@ -412,19 +420,24 @@ class _Trait:
     kernel: Kernel | None
 
 
-def _nothing(*tensors: Any, **attrs: Any) -> torch.Tensor:
-    raise AssertionError("an input is not computed")
+def _dims_of(step: Step) -> frozenset[str]:
+    """The dimensions that a step's result depends on by its sizes."""
+    sizes = list(step.shape)
+    for name in ops.get(step.op).sizes:
+        value = step.attrs[name]
+        sizes += value if isinstance(value, tuple) else [value]
+    return frozenset[str]().union(*map(names, sizes))
 
 
 def _as_view(
-    entry: ops.Op, sources: Sequence[torch.Tensor | None], attrs: dict[str, Any]
+    op: ops.Op, sources: Sequence[torch.Tensor | None], attrs: dict[str, Any]
 ) -> torch.Tensor | None:
     """The view on meta tensors, or None where the strides force a copy."""
     source = sources[0]
     assert source is not None
-    if entry.name == "reshape":
+    if op.name == "reshape":
         try:
             return source.view(attrs["shape"])
         except RuntimeError:
             return None
-    return entry.reference(source, **attrs)
+    return op.reference(source, **attrs)
