@@ -6,8 +6,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:  # a test without torch shall not pay for its import
+    import torch
+
+    from accel.plan.schema import Plan
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,3 +83,24 @@ def plan_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     structure = structure_of(make_unet(0, tiny_config()))
     assert session.plan(structure, UNet2DConditionModel)[1] == "built"
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_unet() -> torch.nn.Module:
+    """The tiny SD1.5-shaped UNet of diffusers, seeded. Not to be changed."""
+    from support import make_unet
+
+    return make_unet(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_plan(plan_cache: Path, tiny_unet: torch.nn.Module) -> Plan:
+    """The plan of `tiny_unet`, from the cache that a run fills once."""
+    from accel.session import Session
+    from accel.structure import structure_of
+
+    plan, origin = Session("cpu", "fp32", cache_dir=plan_cache).plan(
+        structure_of(tiny_unet), tiny_unet
+    )
+    assert origin == "cache"
+    return plan

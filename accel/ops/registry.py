@@ -104,10 +104,9 @@ def aten_arguments(
 
 
 def _aten(name: str) -> Op:
-    parts = name.split(".")
-    packet = getattr(torch.ops.aten, parts[1], None) if len(parts) == 3 else None
-    overload = getattr(packet, parts[2], None)
-    if overload is None or aten_name(overload) is None:
+    packet, _, kind = name.removeprefix("aten.").partition(".")
+    overload = getattr(getattr(torch.ops.aten, packet, None), kind, None)
+    if overload is None or aten_name(overload) != name:
         raise InvalidPlan(f"unknown operator {name!r}: the plan was made by another version")
 
     def reference(*tensors: torch.Tensor, args: Any = (), kwargs: Any = None) -> torch.Tensor:

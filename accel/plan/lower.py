@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import chain, count
 from typing import Any
@@ -12,7 +13,7 @@ from torch.fx import Graph, Node
 from .. import ops
 from ..errors import UnsupportedModel
 from .recipe import Recipe, params
-from .schema import COMPUTE, DTYPES, Constant, Input, Output, Plan, Step, frozen
+from .schema import COMPUTE, DTYPES, Constant, Input, Output, Plan, Step
 from .shapes import Size, from_sympy
 
 CAPTURE_DTYPE = torch.float16
@@ -47,7 +48,7 @@ def lower(graph: Graph, structure: Mapping[str, Any]) -> Plan:
             names[node] = steps[-1].output
     written = {output.value for output in outputs} | {n for s in steps for n in s.inputs if n}
     plan = Plan(
-        frozen(structure),
+        json.loads(json.dumps(structure)),
         tuple(inputs),
         outputs,
         tuple(constants),

@@ -92,7 +92,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled structure. `structure` says which: kind, family, graph_key, shape_key, config."""
+    """A compiled structure.
+
+    `structure` says which, as JSON data: kind, family, graph_key, shape_key, config.
+    """
 
     structure: dict[str, Any]
     inputs: tuple[Input, ...]
@@ -180,7 +183,7 @@ class Plan:
             raise InvalidPlan(f"the plan has version {found}, this pack reads {PLAN_VERSION}")
         try:
             plan = Plan(
-                frozen(dict(data["structure"])),
+                dict(data["structure"]),
                 tuple(
                     Input(
                         entry["name"],
@@ -261,7 +264,7 @@ def _tuple(value: Any) -> tuple[int, ...] | None:
 
 
 def frozen(value: Any) -> Any:
-    """JSON data with tuples for lists, however deep: plans hold nothing else."""
+    """JSON data with tuples for lists, however deep, as the attributes of steps are held."""
     if isinstance(value, Mapping):
         return {name: frozen(entry) for name, entry in value.items()}
     return tuple(frozen(entry) for entry in value) if isinstance(value, (list, tuple)) else value

@@ -53,3 +53,6 @@ class Arena:
             self._users[index] -= 1
             if self._users[index] == 0:
                 self._blocks[index] = None
+        while self._blocks and self._blocks[-1] is None:
+            self._blocks.pop()
+            self._users.pop()
