@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from typing import Any
 
@@ -11,8 +10,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..tensorfile import TensorFile
-
-logger = logging.getLogger(__name__)
 
 # Published linear fits of what the VAEs make of a latent pixel: rows are its four channels, columns
 # red, green and blue in -1..1. Colours and shapes come out, details do not.
@@ -82,7 +79,6 @@ def _load_vae(file: TensorFile) -> Any:
         # Only the VAE's part of the file is handed on, and its configuration: no hub is asked.
         vae.save_config(folder)
         tensors = {name: file.read(name) for name in file.tensors if name.startswith(_PREFIX)}
-        loaded: Any = AutoencoderKL.from_single_file(
-            tensors, config=folder, torch_dtype=torch.float32
-        )
+        loaded: Any = AutoencoderKL.from_single_file(tensors, config=folder)
+    torch.nn.Module.to(loaded, torch.float32)  # diffusers' own `to` warns about every cast
     return loaded.eval()

@@ -152,7 +152,7 @@ def own_files(
         conditioning=conditioning,
         guidance=6.0,
         size=chosen,
-        other_size=(chosen[0], max(8, chosen[1] * 3 // 4)),
+        other_size=(chosen[0], chosen[1] * 3 // 4 if chosen[1] > 16 else chosen[1] + 8),
         hint=hint,
         decode=decoder,
         remarks=tuple(remarks),

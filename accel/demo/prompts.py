@@ -53,11 +53,9 @@ def conditioning(
     if why is not None or words is None:
         note = f"the prompt is NOT used, random vectors stand in for it: {why}"
         return _random(config, size, seed), note
-    encoded = [_encode(file, config, words, text) for text in ("", prompt)]
-    context = torch.cat([states for states, _ in encoded])
-    if config.pooled_dim is None:
+    context, pooled = _encode(file, config, [words(text) for text in ("", prompt)])
+    if pooled is None:
         return Conditioning(context), f"prompts are encoded by the text encoder in {file.path.name}"
-    pooled = torch.cat([vector for _, vector in encoded])
     note = f"prompts are encoded by the text encoders in {file.path.name}"
     return Conditioning(context, _added(pooled, size)), note
 
@@ -97,28 +95,29 @@ def _tokenizer(folder: Path | None) -> Callable[[str], list[int]] | None:
             tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
         except (OSError, ValueError):
             continue
+        if len(tokenizer) != _END + 1:  # without its files some versions give an empty one
+            continue
         return lambda text: list(tokenizer(text, max_length=_LENGTH, truncation=True)["input_ids"])
     return None
 
 
 def _encode(
-    file: TensorFile, config: UNetConfig, words: Callable[[str], list[int]], text: str
-) -> tuple[Tensor, Tensor]:
-    """Context [1, 77, width] and pooled vector [1, 1280], float32."""
-    ids = words(text)
-    end = len(ids) - 1
+    file: TensorFile, config: UNetConfig, texts: list[list[int]]
+) -> tuple[Tensor, Tensor | None]:
+    """Context [B, 77, width] and SDXL's pooled vector [B, 1280], float32, of texts as ids."""
     prefix = _small_prefix(file)
     assert prefix is not None
     small = _encoder(_strip(file, prefix), width=768, layers=12, heads=12, act="quick_gelu")
     # Each encoder is padded as it was trained: one with the end of text, the other with zeros.
-    last, before_last = _states(small, [*ids, *[_END] * (_LENGTH - len(ids))])
+    last, before_last = _states(small, texts, padding=_END)
     if config.pooled_dim is None:
-        return last, torch.empty(1, 0)
+        return last, None
     tensors = _from_open_clip(_strip(file, _LARGE))
     projection = tensors.pop("text_projection").float()
     large = _encoder(tensors, width=1280, layers=32, heads=20, act="gelu")
-    large_last, large_before_last = _states(large, [*ids, *[0] * (_LENGTH - len(ids))])
-    pooled = large_last[:, end] @ projection
+    large_last, large_before_last = _states(large, texts, padding=0)
+    ends = torch.tensor([len(ids) - 1 for ids in texts])
+    pooled = large_last[torch.arange(len(texts)), ends] @ projection
     return torch.cat([before_last, large_before_last], dim=-1), pooled
 
 
@@ -191,10 +190,11 @@ def _encoder(
     return encoder
 
 
-def _states(encoder: Any, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """The last states, normed, and those before the last layer; each [1, 77, width]."""
+def _states(encoder: Any, texts: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """The last states, normed, and those before the last layer; each [B, 77, width]."""
+    padded = [[*ids, *[padding] * (_LENGTH - len(ids))] for ids in texts]
     with torch.no_grad():
-        result = encoder(torch.tensor([ids]), output_hidden_states=True)
+        result = encoder(torch.tensor(padded), output_hidden_states=True)
     return result.last_hidden_state, result.hidden_states[-2]
 
 

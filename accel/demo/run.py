@@ -422,4 +422,6 @@ def _remarks(stuff: Material, engine: _Engined, rows: list[Row], picture: Path) 
         "error: relative L2 between the final latents of engine and plain PyTorch"
         + ("; = N: bit for bit the engine's picture N" if any(r.same_as for r in rows) else ""),
     ]
+    if engine.session.device.type == "cpu":
+        lines.append("on a CPU the engine runs its reference operators: right, not fast")
     return (*lines, *stuff.remarks, f"side by side: {picture}")
