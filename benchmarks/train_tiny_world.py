@@ -196,8 +196,10 @@ def tuned(name: str) -> bool:
     return ".attentions." in name or name.startswith(("conv_in.", "conv_norm_out.", "conv_out."))
 
 
-def make(seed: int, minutes: float, batch: int, device: torch.device, out: Path) -> None:
-    """Train everything, write the weights to `out` and the samples to a PNG beside it."""
+def make(
+    seed: int, minutes: float, batch: int, steps: int, device: torch.device, out: Path
+) -> None:
+    """Train everything, write the weights to `out` and samples of `steps` steps to a PNG beside."""
     torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     painter = Painter(seed, batch, device)
@@ -210,7 +212,7 @@ def make(seed: int, minutes: float, batch: int, device: torch.device, out: Path)
 
     train("flat", [*unet.parameters()], paint, painter, seconds["flat"], "flat")
     found = {f"flat/{name}": p.detach().clone() for name, p in unet.named_parameters()}
-    rows = [samples(unet, None, painter), samples(unet, None, painter, size=(65, 33))]
+    rows = [samples(unet, None, painter, steps), samples(unet, None, painter, steps, size=(65, 33))]
 
     controlnet = ControlNetModel(**diffusers_kwargs(world.CONTROLNET)).to(device)
     controlnet.requires_grad_(False)
@@ -235,18 +237,18 @@ def make(seed: int, minutes: float, batch: int, device: torch.device, out: Path)
     learned = {n: p for n, p in controlnet.named_parameters() if n not in copied or tuned(n)}
     train("outline", [*learned.values()], place, painter, seconds["outline"], "flat", hinted=True)
     found |= {f"outline/{name}": p for name, p in learned.items()}
-    rows.append(samples(unet, controlnet, painter))
+    rows.append(samples(unet, controlnet, painter, steps))
 
     learned = {name: p for name, p in unet.named_parameters() if tuned(name)}
     train("neon", [*learned.values()], paint, painter, seconds["neon"], "neon")
     found |= {f"neon/{name}": p for name, p in learned.items()}
-    rows += [samples(unet, None, painter), samples(unet, controlnet, painter)]
+    rows += [samples(unet, None, painter, steps), samples(unet, controlnet, painter, steps)]
 
     with_adapters = adapters(unet)
     learned_lora = [p for adapter in with_adapters.values() for p in adapter.parameters()]
     with adapted(unet, with_adapters):
         train("stripes", learned_lora, paint, painter, seconds["stripes"], "neon", stripes=True)
-        rows.append(samples(unet, None, painter))
+        rows.append(samples(unet, None, painter, steps))
     found |= {f"stripes/{name}": tensor for name, tensor in kohya(with_adapters).items()}
 
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -260,6 +262,7 @@ def samples(
     unet: nn.Module,
     controlnet: nn.Module | None,
     painter: Painter,
+    steps: int,
     size: tuple[int, int] = (32, 32),
 ) -> list[Tensor]:
     """One picture [3, H, W] for each of some prompts; with a ControlNet, of a shape top left."""
@@ -290,7 +293,7 @@ def samples(
                 latent,
                 Conditioning(context).to(painter.device, torch.float32),
                 hint,
-                20,
+                steps,
                 3.0,
             )
         pictures.append(world.to_picture(latent)[0].cpu())
@@ -317,11 +320,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default)
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--sample-steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
-    make(options.seed, options.minutes, options.batch, device, options.out)
+    make(options.seed, options.minutes, options.batch, options.sample_steps, device, options.out)
 
 
 if __name__ == "__main__":
