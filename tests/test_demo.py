@@ -250,7 +250,7 @@ def test_without_a_vae_there_is_a_preview(tmp_path: Path, sdxl: bool) -> None:
 
     path = tmp_path / "unet.safetensors"
     save_file({"x": torch.zeros(1)}, path)
-    decoder = Decoder(TensorFile(path), sdxl)
+    decoder = Decoder(TensorFile(path), sdxl, torch.device("cpu"))
     assert "holds no VAE" in decoder.about
     picture = decoder(torch.randn(1, 4, 6, 9))
     assert picture.shape == (3, 48, 72) and picture.min() >= 0 and picture.max() <= 1

@@ -29,13 +29,14 @@ _PREFIX = "first_stage_model."
 
 
 class Decoder:
-    """Latent [1, 4, H, W] to picture [3, 8H, 8W] in 0..1, both float32 on the CPU.
+    """Latent [1, 4, H, W] to picture [3, 8H, 8W] in 0..1, float32 on the CPU.
 
-    `about` says in one line how. The VAE is read from the file at the first call.
+    `about` says in one line how. The VAE is read from the file at the first call, and runs on
+    `device` while it fits there.
     """
 
-    def __init__(self, file: TensorFile, sdxl: bool) -> None:
-        self._file, self._sdxl = file, sdxl
+    def __init__(self, file: TensorFile, sdxl: bool, device: torch.device) -> None:
+        self._file, self._sdxl, self._device = file, sdxl, device
         self._vae: Any = None
         self._with_vae = f"{_PREFIX}decoder.conv_in.weight" in file.tensors
         self.about = (
@@ -46,15 +47,23 @@ class Decoder:
 
     def __call__(self, latent: Tensor) -> Tensor:
         """The picture of a final latent."""
-        latent = latent.float().cpu()
         if not self._with_vae:
-            return self._preview(latent)
+            return self._preview(latent.float().cpu())
         if self._vae is None:
             self._vae = _load_vae(self._file)
         scale = _SCALE_SDXL if self._sdxl else _SCALE_SD15
-        with torch.no_grad():
-            picture: Tensor = self._vae.decode(latent / scale, return_dict=False)[0]
+        try:
+            picture = self._decode(latent.float() / scale)
+        except torch.OutOfMemoryError:
+            self._device = torch.device("cpu")
+            picture = self._decode(latent.float() / scale)
         return (picture[0] / 2 + 0.5).clamp(0, 1)
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        torch.nn.Module.to(self._vae, self._device)
+        with torch.no_grad():
+            picture: Tensor = self._vae.decode(latent.to(self._device), return_dict=False)[0]
+        return picture.cpu()
 
     def _preview(self, latent: Tensor) -> Tensor:
         colours = torch.einsum("blhw,lc->bchw", latent, _SDXL if self._sdxl else _SD15)

@@ -99,6 +99,7 @@ def own_files(
     size: Size | None,
     tokenizer: Path | None,
     seed: int,
+    device: torch.device,
 ) -> Material:
     """An artist's own files. Every file is checked by its header before anything is loaded.
 
@@ -129,7 +130,7 @@ def own_files(
     file = TensorFile(first)
     text = prompt or "a lighthouse on a cliff at sunset, oil painting"
     conditioning, about_prompt = prompts.conditioning(file, config, text, size, tokenizer, seed)
-    decoder = Decoder(file, sdxl=config.pooled_dim is not None)
+    decoder = Decoder(file, config.pooled_dim is not None, device)
     side = _SIDE.get(family, 128)
     chosen = size or (side, side)
     shape = torch.tensor([world.SHAPES.index("disc")])

@@ -129,7 +129,7 @@ def run_demo(options: Options, report: Report = lambda fraction, text: None) -> 
     _require_packages()
     device, precision = _device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
-    stuff = _material(options)
+    stuff = _material(options, device)
     changes = _changes(stuff)
     networks = 1 if stuff.controlnet is None else 2
     ticker = _Ticker(report, 2 * options.steps * len(changes) + CAPTURE_STEPS * networks)
@@ -138,6 +138,7 @@ def run_demo(options: Options, report: Report = lambda fraction, text: None) -> 
         painted = [plain.paint(change, options, ticker) for change in changes]
         engine = _Engined(stuff, plain, device, precision, ticker)
         rows, latents = _paint_by_engine(engine, changes, painted, options)
+        ticker.begin("decoding the pictures")
         picture = options.out / "side-by-side.png"
         _save_sheet(stuff, rows, painted, latents, picture)
     return Result(
@@ -175,7 +176,7 @@ def _device(wanted: str | None) -> tuple[torch.device, str]:
     return torch.device(found), "fp32" if found == "cpu" else "fp16"
 
 
-def _material(options: Options) -> Material:
+def _material(options: Options, device: torch.device) -> Material:
     width, height = options.size or (0, 0)
     size = (height // 8, width // 8) if options.size else None
     if not options.checkpoints:
@@ -188,6 +189,7 @@ def _material(options: Options) -> Material:
         size,
         options.tokenizer,
         options.seed,
+        device,
     )
 
 
