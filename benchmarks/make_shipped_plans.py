@@ -21,8 +21,10 @@ def main() -> None:
     """Capture each family on the `meta` device and write its plan."""
     names = [family.name for family in FAMILIES]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("family", nargs="*", default=names, choices=[*names, []])
-    chosen = parser.parse_args().family
+    parser.add_argument("family", nargs="*", help=", ".join(names))
+    chosen = parser.parse_args().family or names
+    if unknown := set(chosen) - set(names):
+        parser.error(f"unknown family: {', '.join(sorted(unknown))}")
     SHIPPED.mkdir(parents=True, exist_ok=True)
     for family in FAMILIES:
         if family.name not in chosen:

@@ -34,7 +34,7 @@ from accel.models import diffusers_kwargs
 SIZES = ((32, 32), (32, 32), (32, 32), (24, 40), (40, 24), (33, 33), (48, 32), (33, 65), (65, 33))
 LORA_RANK, LORA_ALPHA = 4, 2.0
 DROPPED = 0.1  # of the prompts, so that there is something for guidance to move away from
-SHARES = {"flat": 0.6, "neon": 0.15, "stripes": 0.1, "outline": 0.15}  # of the time
+SHARES = {"flat": 0.5, "neon": 0.15, "stripes": 0.1, "outline": 0.25}  # of the time
 RATES = {"flat": 1e-3, "neon": 5e-4, "stripes": 1e-3, "outline": 1e-3}
 
 
