@@ -102,8 +102,6 @@ def _import(exported: torch.export.ExportedProgram, twin: Twin) -> Graph:
     """Exported graph to pass graph: placeholders become constants and inputs, symbols get names."""
     graph = exported.graph_module.graph
     signature = exported.graph_signature
-    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        raise UnsupportedModel("the network writes to its own buffers or inputs")
     if signature.lifted_tensor_constants:
         name = signature.lifted_tensor_constants[0]
         raise UnsupportedModel(f"the network holds a tensor outside its parameters, {name}")
@@ -118,16 +116,19 @@ def _import(exported: torch.export.ExportedProgram, twin: Twin) -> Graph:
     _make_pure(graph)
     for node in graph.nodes:
         _annotate(node, symbols)
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if node in inputs:
             entry = inputs[node]
             dtype = "" if entry.dtype == "compute" else entry.dtype
             node.meta["input"] = Input(entry.name, (), dtype, entry.phase)
         elif node.op == "placeholder":
             own = stored[node.name]
-            if own not in twin.names:
+            if own in twin.names:
+                node.meta["recipe"] = Param(twin.names[own], tuple(node.meta["shape"]))
+            elif node.users:
                 raise UnsupportedModel(f"the network has a parameter more than its family, {own}")
-            node.meta["recipe"] = Param(twin.names[own], tuple(node.meta["shape"]))
+            else:
+                graph.erase_node(node)
     return graph
 
 
@@ -138,13 +139,11 @@ def _bind(node: Node, entry: TwinInput, symbols: dict[sympy.Symbol, sympy.Expr])
             continue
         factor, base = _factor(name)
         named = factor * sympy.Symbol(base, integer=True, positive=True)
-        if isinstance(size, int):
-            raise UnsupportedModel(f"the network works for {name} = {size} only")
-        expression = size.node.expr
+        expression = _expression(size)
         if expression.is_Symbol:
             symbols.setdefault(expression, named)
-        if expression.xreplace(symbols) != named:
-            found = expression.xreplace(symbols)
+        found = expression.xreplace(symbols)
+        if found != named:
             raise UnsupportedModel(f"the network works only where {name} is {found}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from accel.plan.recipe import Param, places
-from accel.plan.schema import Plan
+from accel.plan.schema import Plan, resolve
 from accel.runtime.arena import Arena
 from accel.runtime.executable import Executable, bind_dims
 
@@ -21,7 +21,7 @@ def constants_of(
     """The plan's constants, filled from the source's parameters."""
     constants = {}
     for entry in plan.constants:
-        constant = torch.empty(entry.recipe.shape, dtype=dtype)
+        constant = torch.empty(entry.recipe.shape, dtype=resolve(entry.dtype, dtype))
         for source, place in places(entry.recipe, constant):
             if isinstance(source, Param):
                 assert source.shape == tuple(state[source.name].shape), source.name
@@ -40,16 +40,18 @@ def without_absent(plan: Plan, inputs: Mapping[str, torch.Tensor]) -> Plan:
 class Runner:
     """Executables of one plan with one set of weights, over one arena, as an engine keeps them."""
 
-    def __init__(self, plan: Plan, state: Mapping[str, torch.Tensor]) -> None:
-        self.plan = plan
-        self.constants = constants_of(plan, state)
+    def __init__(
+        self, plan: Plan, state: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.plan, self.dtype = plan, dtype
+        self.constants = constants_of(plan, state, dtype)
         self.arena = Arena(CPU)
         self.prompts: dict[Any, Any] = {}
 
     def bind(self, inputs: Mapping[str, torch.Tensor]) -> Executable:
         plan = without_absent(self.plan, inputs)
         dims = bind_dims(plan, {name: value.shape for name, value in inputs.items()})
-        return Executable(plan, dims, self.constants, torch.float32, self.arena, self.prompts)
+        return Executable(plan, dims, self.constants, self.dtype, self.arena, self.prompts)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         return self.bind(inputs).run(inputs, None)

@@ -63,17 +63,18 @@ def unet_twin(config: UNetConfig, source: nn.Module | type[nn.Module], marker: M
     Residuals are numbered in the order of the skips, the middle block's last.
     """
     compute = torch.float16
-    if isinstance(source, type) or hasattr(unwrap(source), "down_blocks"):
-        cls = source if isinstance(source, type) else type(unwrap(source))
-        with torch.device("meta"):
-            net = cls(**diffusers_kwargs(config)).eval()
-        nn.Module.to(net, compute)  # diffusers' own `to` warns about every cast
-        call = _diffusers_call(config, net, marker)
-        names = {f"net.{name}": name for name in parameters(config)}
-    else:
-        net = _meta_copy(unwrap(source), compute)
-        call = _comfyui_call(config, net, marker)
-        names = {f"net.{p.ldm_name}": name for name, p in parameters(config).items()}
+    with torch.inference_mode(False):  # a host may be in it, and its tensors cannot be traced
+        if isinstance(source, type) or hasattr(unwrap(source), "down_blocks"):
+            cls = source if isinstance(source, type) else type(unwrap(source))
+            with torch.device("meta"):
+                net = cls(**diffusers_kwargs(config)).eval()
+            nn.Module.to(net, compute)  # diffusers' own `to` warns about every cast
+            call = _diffusers_call(config, net, marker)
+            names = {f"net.{name}": name for name in parameters(config)}
+        else:
+            net = _meta_copy(unwrap(source), compute)
+            call = _comfyui_call(config, net, marker)
+            names = {f"net.{p.ldm_name}": name for name, p in parameters(config).items()}
     inputs = _inputs(config)
     return Twin(_Wrapper(net, inputs, call), inputs, _EXAMPLE, names)
 

@@ -109,8 +109,10 @@ def _output(node: Node, names: dict[Node, str]) -> Output:
 def _step(node: Node, names: dict[Node, str], index: int) -> Step:
     entry = ops.of(node.target)
     aten = ops.aten_name(node.target)
-    if "shape" not in node.meta or (entry is None and aten is None):
+    if entry is None and aten is None:
         raise UnsupportedModel(f"the network calls {node.target}, which cannot be compiled")
+    if "shape" not in node.meta:
+        raise UnsupportedModel(f"the network computes with sizes: it calls {node.target}")
     inputs: tuple[Node | None, ...]
     if entry is not None:
         op = name = entry.name
@@ -142,10 +144,6 @@ def _template(node: Node) -> tuple[tuple[Node, ...], dict[str, Any]]:
 
     def template(value: Any) -> Any:
         if isinstance(value, Node):
-            if "shape" not in value.meta:
-                raise UnsupportedModel(
-                    f"the network computes with sizes: {node.target} reads {value.target}"
-                )
             tensors.append(value)
             return {"tensor": len(tensors) - 1}
         if isinstance(value, (tuple, list)):
