@@ -207,7 +207,7 @@ class Plan:
                     Step(
                         entry["op"],
                         tuple(entry["in"]),
-                        frozen(entry["attrs"]),
+                        frozen(dict(entry["attrs"])),
                         entry["out"],
                         tuple(entry["shape"]),
                         entry["dtype"],
