@@ -389,10 +389,10 @@ def _comfyui_findings(root: str) -> Any:
         arguments = {**_comfyui_arguments(config), "device": "cpu", "dtype": torch.float32}
         torch.manual_seed(3)
         module = cls(**arguments, operations=comfy.ops.manual_cast).eval().requires_grad_(False)
-        for parameter in module.parameters():
-            parameter.copy_(
-                torch.randn_like(parameter) * (0.5 / max(1, parameter[0].numel()) ** 0.5)
-            )
+        for name, parameter in module.named_parameters():  # ComfyUI leaves them uninitialised
+            scale = 0.1 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
+            mean = float(parameter.dim() == 1 and name.endswith("weight"))  # of a norm
+            parameter.copy_(torch.randn_like(parameter) * scale + mean)
         plan = plan_of(unet_twin(config, module, ResidualMarker))
         own = module.state_dict()
         state = {name: own[p.ldm_name] for name, p in parameters(config).items()}
