@@ -82,7 +82,18 @@ def run(options: argparse.Namespace) -> int:
     for line in result.heading:
         console.print(line, soft_wrap=True, markup=False)
     output.print_table(
-        ("", "picture", "size", "engine", "captures", "change s", "plain s", "engine s", "error"),
+        (
+            "",
+            "picture",
+            "size",
+            "engine",
+            "captures",
+            "change s",
+            "plain s",
+            "engine s",
+            "error",
+            "dB",
+        ),
         [
             (
                 str(row.number),
@@ -94,10 +105,11 @@ def run(options: argparse.Namespace) -> int:
                 f"{row.plain_seconds:.2f}",
                 f"{row.engine_seconds:.2f}",
                 f"{row.error:.1e}" + (f" (= {row.same_as})" if row.same_as else ""),
+                "same" if row.psnr is None else f"{row.psnr:.0f}",
             )
             for row in result.rows
         ],
-        right=("captures", "change s", "plain s", "engine s"),
+        right=("captures", "change s", "plain s", "engine s", "dB"),
     )
     for line in result.remarks:
         console.print(line, soft_wrap=True, markup=False)

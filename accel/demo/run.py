@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -61,8 +62,9 @@ class Change:
 class Row:
     """One line of the table. Seconds are wall time; `error` is the relative L2 of the latents.
 
-    captures: torch.export runs since the start, of all networks. same_as: number of an earlier
-    picture with the same ingredients whose latent is equal bit for bit.
+    captures: torch.export runs since the start, of all networks. psnr: of the finished picture, dB,
+    None where not a pixel differs. same_as: number of an earlier picture with the same
+    ingredients whose latent is equal bit for bit.
     """
 
     number: int
@@ -74,6 +76,7 @@ class Row:
     plain_seconds: float
     engine_seconds: float
     error: float
+    psnr: float | None
     same_as: int | None
 
 
@@ -101,6 +104,7 @@ class Result:
 @dataclass(frozen=True)
 class _Painted:
     latent: Tensor
+    picture: Tensor
     seconds: float
 
 
@@ -137,10 +141,9 @@ def run_demo(options: Options, report: Report = lambda fraction, text: None) -> 
         plain = _Plain(stuff, device, torch.float32 if precision == "fp32" else torch.float16)
         painted = [plain.paint(change, options, ticker) for change in changes]
         engine = _Engined(stuff, plain, device, precision, ticker)
-        rows, latents = _paint_by_engine(engine, changes, painted, options)
-        ticker.begin("decoding the pictures")
+        rows, results = _paint_by_engine(engine, changes, painted, options)
         picture = options.out / "side-by-side.png"
-        _save_sheet(stuff, rows, painted, latents, picture)
+        _save_sheet(rows, painted, results, picture)
     return Result(
         heading=_heading(stuff, engine, options),
         rows=tuple(rows),
@@ -344,14 +347,15 @@ def _paint(
         plain.stuff.guidance,
         step_done,
     ).cpu()  # waits for the GPU
-    return _Painted(latent, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return _Painted(latent, plain.stuff.decode(latent), seconds)
 
 
 def _paint_by_engine(
     engine: _Engined, changes: list[Change], painted: list[_Painted], options: Options
-) -> tuple[list[Row], list[Tensor]]:
+) -> tuple[list[Row], list[_Painted]]:
     rows: list[Row] = []
-    latents: list[Tensor] = []
+    results: list[_Painted] = []
     for number, (change, reference) in enumerate(zip(changes, painted, strict=True), 1):
         said, seconds = engine.change(change)
         result = engine.paint(change, options)
@@ -360,7 +364,7 @@ def _paint_by_engine(
         earlier = [
             index for index in range(number - 1) if replace(changes[index], title="") == alike
         ]
-        same = [index + 1 for index in earlier if torch.equal(latents[index], result.latent)]
+        same = [index + 1 for index in earlier if torch.equal(results[index].latent, result.latent)]
         rows.append(
             Row(
                 number=number,
@@ -372,11 +376,12 @@ def _paint_by_engine(
                 plain_seconds=reference.seconds,
                 engine_seconds=result.seconds,
                 error=_error(result.latent, reference.latent),
+                psnr=_psnr(result.picture, reference.picture),
                 same_as=same[0] if same else None,
             )
         )
-        latents.append(result.latent)
-    return rows, latents
+        results.append(result)
+    return rows, results
 
 
 def _error(value: Tensor, reference: Tensor) -> float:
@@ -384,21 +389,23 @@ def _error(value: Tensor, reference: Tensor) -> float:
     return float(difference / reference.double().norm())
 
 
+def _psnr(picture: Tensor, reference: Tensor) -> float | None:
+    """Peak signal-to-noise ratio of pictures in 0..1, dB."""
+    noise = float((picture.double() - reference.double()).square().mean())
+    return None if noise == 0 else -10 * math.log10(noise)
+
+
 def _save_sheet(
-    stuff: Material,
-    rows: list[Row],
-    painted: list[_Painted],
-    latents: list[Tensor],
-    path: Path,
+    rows: list[Row], painted: list[_Painted], results: list[_Painted], path: Path
 ) -> None:
     columns = [
         Column(
             f"{row.number}  {row.title}",
             f"{row.engine.partition(';')[0]}, error {row.error:.1e}",
-            stuff.decode(reference.latent),
-            stuff.decode(latent),
+            reference.picture,
+            result.picture,
         )
-        for row, reference, latent in zip(rows, painted, latents, strict=True)
+        for row, reference, result in zip(rows, painted, results, strict=True)
     ]
     sheet(columns).save(path)
 
