@@ -1,0 +1,1 @@
+"""What ties engines to the programs that hold the models: diffusers, ComfyUI, A1111."""
