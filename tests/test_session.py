@@ -452,3 +452,19 @@ def test_unsupported_state_is_refused_before_anything(plan_cache: Path) -> None:
     session = Session("cpu", "fp32", cache_dir=plan_cache)
     refused(UnsupportedModel, lambda: session.engine(module))
     assert session.captures == 0 and not session._networks
+
+
+def test_evicted_shapes_take_their_prompts_along(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many prompt lengths a day brings, memory holds those of the shapes that are ready."""
+    monkeypatch.setattr("accel.runtime.network.MAX_EXECUTABLES", 2)
+    sizes = []
+    for tokens in (77, 154, 231, 308):
+        inputs = arguments()
+        inputs["encoder_hidden_states"] = torch.randn(2, tokens, 32)
+        engine(**inputs)
+        sizes.append(len(engine._network._prompts))
+    assert sizes == [1, 2, 2, 2]
+    report = engine.report()
+    assert report["evictions"] == 2 and len(report["shapes"]) == 2

@@ -118,7 +118,7 @@ class Executable:
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         self._inputs: dict[str, torch.Tensor] = {}
         self._outputs: list[torch.Tensor] = []
-        self._prompt = prompts.setdefault(self._prompt_shapes(), PromptState())
+        self.prompt = prompts.setdefault(self._prompt_shapes(), PromptState())
         with torch.inference_mode(False):  # buffers must be writable in and out of inference mode
             self._bind()
         self.captures = 0
@@ -179,7 +179,7 @@ class Executable:
                 continue
             last = read_until.get(step.output, index)
             if index < split and (step.output in outputs or last >= split):
-                buffers = self._prompt.buffers
+                buffers = self.prompt.buffers
                 if step.output not in buffers:
                     buffers[step.output] = self._empty(trait.shape, trait.dtype)
                 kept[step.output] = buffers[step.output]
@@ -279,7 +279,7 @@ class Executable:
 
     def _make_inputs(self) -> None:
         for entry in self.plan.inputs:
-            shared = self._prompt.buffers if entry.phase == "prompt" else {}
+            shared = self.prompt.buffers if entry.phase == "prompt" else {}
             if entry.name not in shared:
                 dtype = resolve(entry.dtype, self.dtype)
                 shared[entry.name] = self._empty(self._stored_shape(entry), dtype)
@@ -304,10 +304,10 @@ class Executable:
             torch.no_grad(),
             torch.autocast(self.device.type, enabled=False),
         ):
-            hit = key is not None and self._prompt.key == key
+            hit = key is not None and self.prompt.key == key
             self.prompt_hits += hit
             if not hit:
-                self._prompt.key = None
+                self.prompt.key = None
             for entry in self.plan.inputs:
                 if not (hit and entry.phase == "prompt"):
                     value = inputs[entry.name]
@@ -325,7 +325,7 @@ class Executable:
                     self._execute(self._prompt_calls, environment)
                 self._execute(self._step_calls, environment)
                 self._collect(environment)
-            self._prompt.key = key
+            self.prompt.key = key
             return [output.clone(memory_format=torch.contiguous_format) for output in self._outputs]
 
     def _environment(self) -> dict[str, torch.Tensor]:

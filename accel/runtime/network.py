@@ -7,9 +7,10 @@ there is room, otherwise at their source. A call for a seat that waits first bri
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +65,9 @@ class Network:
         self._prompts: dict[Any, PromptState] = {}
         self._optional = [entry.name for entry in plan.inputs if entry.optional]
         self._plans: dict[frozenset[str], Plan] = {}
-        self._graph_pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        cuda = device.type == "cuda"
+        self._graph_pool = torch.cuda.graph_pool_handle() if cuda else None
+        self._last_run = torch.cuda.Event() if cuda else None
 
     # Weights.
 
@@ -157,15 +160,27 @@ class Network:
         """
         plan = self._specialised(inputs)
         dims = bind_dims(plan, {name: tuple(value.shape) for name, value in inputs.items()})
-        self.activate(seat)
-        executable = self._executable(plan, dims)
-        vouched = None if key is None else (key, self._epoch)
-        hits, captures = executable.prompt_hits, executable.captures
-        results = executable.run(inputs, vouched)
+        with self._turn():
+            self.activate(seat)
+            executable = self._executable(plan, dims)
+            vouched = None if key is None else (key, self._epoch)
+            hits, captures = executable.prompt_hits, executable.captures
+            results = executable.run(inputs, vouched)
         self.counters.forwards += 1
         self.counters.prompt_hits += executable.prompt_hits - hits
         self.counters.graphs += executable.captures - captures
         return results
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """On the network's device, after the last run: one on another stream used its buffers."""
+        if self._last_run is None:
+            yield
+            return
+        with torch.cuda.device(self.device):
+            self._last_run.wait()
+            yield
+            self._last_run.record()
 
     def _specialised(self, inputs: Mapping[str, torch.Tensor]) -> Plan:
         absent = frozenset(self._optional).difference(inputs)
@@ -206,13 +221,14 @@ class Network:
         _, executable = self._executables.popitem(last=False)
         executable.release()
         self.counters.evictions += 1
+        in_use = {id(other.prompt) for other in self._executables.values()}
+        self._prompts = {k: state for k, state in self._prompts.items() if id(state) in in_use}
 
     def clear_executables(self) -> None:
         """Free every shape's graph and activation memory; the next call binds it anew."""
         self.weights.synchronize()
         while self._executables:
             self._evict()
-        self._prompts.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
