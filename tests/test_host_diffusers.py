@@ -20,6 +20,7 @@ from diffusers import (
     DiffusionPipeline,
     MultiControlNetModel,
     StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -97,7 +98,7 @@ def network(seed: int, config: UNetConfig = SD) -> Any:
     torch.manual_seed(seed)
     module: Any
     if config.kind == "unet":
-        module = UNet2DConditionModel(**settings)
+        module = UNet2DConditionModel(sample_size=64, **settings)
         scaled = {"conv_out": 0.3}
     else:
         module = ControlNetModel(**settings)
@@ -626,10 +627,12 @@ def test_copies_are_plain(pair: tuple[Any, Any], how: str) -> None:
 
 def test_another_pipeline_of_the_same_parts(pair: tuple[Any, Any]) -> None:
     plain, ours = pair
-    other = StableDiffusionPipeline(**ours.components, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
+    direct = StableDiffusionPipeline(**ours.components, requires_safety_checker=False)
+    for other in (direct, StableDiffusionImg2ImgPipeline.from_pipe(ours)):
+        assert other.unet is ours.unet
+        other.set_progress_bar_config(disable=True)
     forwards = count(ours, "forwards")
-    check(draw(other), draw(plain))
+    check(draw(direct), draw(plain))
     assert count(ours, "forwards") == forwards + 4
 
 
@@ -690,6 +693,73 @@ def test_hooks_that_move_the_network_are_lived_with(pair: tuple[Any, Any]) -> No
     restore(ours)
     assert "forward" not in vars(ours.unet)
     check(draw(ours), draw(plain))
+
+
+def test_parked_weights_go_along_in_name_only(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `meta` for a card: what the engine has is not moved, and the pipeline goes by words."""
+    monkeypatch.setattr(host, "_DEVICES", ("cpu", "meta"))
+    plain, ours = network(0), accelerate(network(0), session)
+    places = [parameter.data_ptr() for parameter in ours.parameters()]
+    for _ in range(2):
+        assert ours.to("meta") is ours and ours.device.type == "meta"
+        assert all(parameter.device.type == "cpu" for parameter in ours.parameters())
+    assert [parameter.data_ptr() for parameter in ours.parameters()] == places
+    arguments = (torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 32))
+    with torch.no_grad():
+        check(ours(*arguments)[0], plain(*arguments)[0])
+    # Another dtype is for the weights themselves.
+    ours.double()
+    assert ours.dtype == torch.float64 and ours.device.type == "meta"
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float64}
+
+
+@pytest.mark.gpu
+def test_on_a_card_the_weights_wait_on_the_cpu(session: Session) -> None:
+    card, half = torch.device("cuda", 0), torch.float16
+    host._sessions[card, half] = Session("cuda", "fp16", cache_dir=session.cache.root)
+    plain, ours = (sd().to("cuda", half) for _ in range(2))
+    embeddings = {name: value.to("cuda", half) for name, value in prompt(0).items()}
+
+    def same(**kwargs: Any) -> None:
+        mine, theirs = draw(ours, **embeddings, **kwargs), draw(plain, **embeddings, **kwargs)
+        assert mine.device == theirs.device and mine.dtype == theirs.dtype
+        assert (mine - theirs).float().norm() <= 1e-2 * theirs.float().norm()
+
+    def where() -> set[str]:
+        return {parameter.device.type for parameter in ours.unet.parameters()}
+
+    accelerate(ours)
+    assert where() == {"cpu"} and not fallbacks(ours)
+    assert ours.unet.device == ours.device == ours._execution_device == card
+    same()
+    both((plain, ours), lambda p: p.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6))
+    same()
+    assert where() == {"cuda"} and len(fallbacks(ours)) == 1
+    both((plain, ours), lambda p: p.disable_freeu())
+    same()
+    assert where() == {"cpu"} and len(fallbacks(ours)) == 1
+    both((plain, ours), lambda p: p.load_lora_weights(lora_of(1)))
+    same()
+    both((plain, ours), lambda p: p.fuse_lora())
+    both((plain, ours), lambda p: p.unload_lora_weights())
+    same()
+    ours.to("cpu")
+    assert ours.unet.device.type == "cpu"
+    ours.to("cuda")
+    assert ours.unet.device == card and where() == {"cpu"}
+    same()
+    ours.enable_model_cpu_offload()
+    same()
+    same()
+    ours.remove_all_hooks()
+    ours.to("cuda")
+    same()
+    assert len(fallbacks(ours)) == 1
+    restore(ours)
+    assert where() == {"cuda"} and ours.unet.device == card
+    same()
 
 
 # What cannot be accelerated.

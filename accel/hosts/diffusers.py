@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 Target = TypeVar("Target")
 
 _PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_DEVICES = ("cpu", "cuda")
 _CPU = torch.device("cpu")
 
 
@@ -119,7 +120,7 @@ def _why_not(module: nn.Module) -> str | None:
     device, dtype = _placement(module)
     if dtype not in _PRECISIONS:
         return _unknown(dtype)
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in _DEVICES:
         return f"it is on {device}, and engines run on CUDA or the CPU"
     try:
         _adapters(module)
@@ -153,6 +154,16 @@ def _default_session(device: torch.device, dtype: torch.dtype) -> Session:
 # Subclasses that pass for the original.
 
 
+class _PassesForBase(type):
+    """Its classes equal the class they are made from: `from_pipe` compares types, not ancestry."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__base__
+
+    def __hash__(cls) -> int:
+        return hash(cls.__base__)
+
+
 def _subclass(original: type, state: object, members: dict[str, Any]) -> type:
     """A subclass that carries `state`, with the name of `original`: what is saved goes by names.
 
@@ -170,7 +181,7 @@ def _subclass(original: type, state: object, members: dict[str, Any]) -> type:
         "__reduce_ex__": reduce,
         "_switchyard": state,
     }
-    return type(original.__name__, (original,), own | members)
+    return _PassesForBase(original.__name__, (original,), own | members)
 
 
 def _state(target: object) -> Any:
@@ -327,6 +338,8 @@ class _Network:
             return False
         with torch.inference_mode(False):
             nn.Module.to(plain, device)
+        if device == _CPU:
+            torch.cuda.empty_cache()  # the engine's weights are one block, which needs the room
         return True
 
     def moves(self, convert: Callable[[Tensor], Tensor]) -> bool:
@@ -336,7 +349,7 @@ class _Network:
             device, dtype = _placement(self.module)
             asked = convert(torch.empty(0, dtype=dtype, device=self.home))
             before, self.home = self.home, asked.device
-            if asked.dtype != dtype or device != _CPU or asked.device.type not in ("cpu", "cuda"):
+            if asked.dtype != dtype or device != _CPU or asked.device.type not in _DEVICES:
                 return False
             if before == self.home == _CPU:
                 return False
@@ -370,8 +383,8 @@ class _Network:
             or engine.config != config_of_module(bare)
         ):
             self.engine = engine = self._weights = None
-            engine = session.engine(bare)
             self._place(_CPU)
+            engine = session.engine(bare)
             self._loras, self._scales = _Contents(()), []
         elif (
             self._weights is None
