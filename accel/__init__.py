@@ -1,5 +1,7 @@
 """Switchyard: one compiled engine, every checkpoint.
 
+In use:
+
     import accel
 
     session = accel.Session(device="cuda", precision="fp16")

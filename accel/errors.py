@@ -12,7 +12,7 @@ class UnsupportedModel(SwitchyardError):
 
 
 class StructureUnknown(SwitchyardError):
-    """A file fixes names and shapes only, and its family is unknown: the module itself is needed."""
+    """A file fixes names and shapes only, and its family is unknown: the module is needed."""
 
 
 class StructureMismatch(SwitchyardError):

@@ -7,11 +7,12 @@ like the module's own.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,12 @@ class Session:
         self._progress = progress
         self._lock = threading.RLock()
         self._building = threading.Lock()
-        self._networks: dict[str, Network] = {}
+        # Held by their engines: when the last engine of a structure goes, so does its memory.
+        self._networks: weakref.WeakValueDictionary[str, Network] = weakref.WeakValueDictionary()
         self._loras: dict[Any, Lora] = {}
 
     def engine(self, module: nn.Module) -> Engine:
-        """The engine of a UNet or ControlNet, built or fetched by structure, with its weights
-        seated.
+        """The engine of a UNet or ControlNet, its weights seated; built, or fetched by structure.
 
         The module itself is left as it is, but moved to the CPU if it is on the engine's device:
         only one copy of the weights stays there. Raises `UnsupportedModel` when the module or its
@@ -84,29 +85,24 @@ class Session:
         if reason is not None:
             raise UnsupportedModel(reason)
         structure = structure_of(module)
-        network, origin = self._network(structure, module)
-        with self._lock:
-            if self.device.type == "cuda" and _first_device(module) == self.device:
-                module.to("cpu")
-            engine = Engine(self, network, structure, origin, _host(module))
-            network.load(engine.seat, ModuleSource(module, structure))
-            return engine
+        with self._building:  # not the session's lock: engines run while another is built
+            key = str(structure.graph_key)
+            network, origin = self._networks.get(key), "memory"
+            if network is None:
+                plan, origin = self.plan(structure, module)
+            with _off_the_device(module, self.device):
+                if network is None:
+                    network = self._networks[key] = Network(plan, self.device, self.dtype)
+                with self._lock:
+                    engine = Engine(self, network, structure, origin, _host(module))
+                    network.load(engine.seat, ModuleSource(module, structure))
+        return engine
 
     def plan(self, structure: Structure, network: nn.Module | type[nn.Module]) -> tuple[Plan, str]:
         """The plan of a structure and where it came from: "shipped", "cache" or "built"."""
         plan, origin = plan_for(structure, network, self.cache, self._progress)
         self.captures += origin == "built"
         return plan, origin
-
-    def _network(self, structure: Structure, module: nn.Module) -> tuple[Network, str]:
-        key = structure.graph_key
-        assert key is not None
-        with self._building:  # not the session's lock: engines run while another is built
-            if key in self._networks:
-                return self._networks[key], "memory"
-            plan, origin = self.plan(structure, module)
-            self._networks[key] = Network(plan, self.device, self.dtype)
-            return self._networks[key], origin
 
     def _lora(self, source: Weightlike, config: UNetConfig) -> Lora:
         """A parsed LoRA; that of a file is kept while the file is the same: strengths are cheap."""
@@ -287,9 +283,23 @@ class StateDictSource:
         return self._tensors[self._names[name]]
 
 
-def _first_device(module: nn.Module) -> torch.device | None:
+@contextlib.contextmanager
+def _off_the_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move a module that is on `device` to the CPU first, so that two copies never lie there.
+
+    Should the block fail, the module goes back.
+    """
     parameter = next(module.parameters(), None)
-    return None if parameter is None else parameter.device
+    if device.type == "cpu" or parameter is None or parameter.device != device:
+        yield
+        return
+    nn.Module.to(module, "cpu")
+    torch.cuda.empty_cache()
+    try:
+        yield
+    except BaseException:
+        nn.Module.to(module, device)
+        raise
 
 
 def _host(module: nn.Module) -> str:

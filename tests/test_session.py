@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +253,17 @@ def test_an_engine_of_a_collected_handle_frees_its_seat(plan_cache: Path) -> Non
     del dropped
     assert seat.source is None and seat.parked is None
     assert relative(kept(**arguments()), make_unet(1)(**arguments())[0]) < 1e-5
+
+
+def test_memory_goes_with_the_last_engine(plan_cache: Path) -> None:
+    session = Session("cpu", "fp32", cache_dir=plan_cache)
+    first, second = session.engine(make_unet(1)), session.engine(make_unet(2))
+    del first
+    assert len(session._networks) == 1
+    storage = weakref.ref(second._network.weights.storage)
+    del second
+    gc.collect()
+    assert not session._networks and storage() is None
 
 
 def test_two_threads_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

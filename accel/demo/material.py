@@ -84,10 +84,7 @@ def tiny_world(folder: Path, prompt: str | None, size: Size | None) -> Material:
         other_size=(33, 65) if size != (33, 65) else (32, 48),
         hint=hint,
         decode=decode,
-        remarks=(
-            *(() if world.trained() else ("the tiny world is not trained yet: it paints noise",)),
-            f"the files are in {folder}: try them in your own programs",
-        ),
+        remarks=(f"the files are in {folder}: try them in your own programs",),
     )
 
 

@@ -205,19 +205,12 @@ def write_files(folder: Path) -> Files:
     return files
 
 
-def trained() -> bool:
-    """Whether the trained weights are here; without them the pictures are noise."""
-    return _DATA.is_file()
-
-
 def weights() -> dict[str, dict[str, Tensor]]:
     """The world, fp16: the UNets "flat" and "neon" and the ControlNet "outline" by canonical names,
-    and the LoRA "stripes" by kohya's. Random, from a fixed seed, where `trained()` is false.
+    and the LoRA "stripes" by kohya's.
 
     "neon" and "outline" were trained from "flat"; what training left alone is stored once.
     """
-    if not trained():
-        return _random_weights()
     file = TensorFile(_DATA)
     found: dict[str, dict[str, Tensor]] = {}
     for name in file.tensors:
@@ -228,35 +221,6 @@ def weights() -> dict[str, dict[str, Tensor]]:
     shared = {name: flat[name] for name in parameters(CONTROLNET) if name in flat}
     found["outline"] = {**shared, **found["outline"]}
     return found
-
-
-def _random_weights() -> dict[str, dict[str, Tensor]]:
-    random = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        scale = math.prod(shape[1:]) ** -0.5
-        return (scale * torch.randn(shape, generator=random)).half()
-
-    def network(config: UNetConfig) -> dict[str, Tensor]:
-        tensors = {}
-        for name, parameter in parameters(config).items():
-            if len(parameter.shape) > 1:
-                tensors[name] = draw(*parameter.shape)
-            else:  # biases 0; of a norm the weight is 1
-                one = name.endswith(".weight")
-                tensors[name] = torch.full(parameter.shape, float(one), dtype=torch.float16)
-        return tensors
-
-    lora = {}
-    for name, parameter in parameters(UNET).items():
-        if name.endswith((".to_q.weight", ".to_v.weight", ".conv1.weight")):
-            outer, *inner = parameter.shape
-            layer = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
-            lora[f"{layer}.lora_down.weight"] = draw(4, *inner)
-            lora[f"{layer}.lora_up.weight"] = draw(outer, 4, *(1 for _ in inner[1:]))
-            lora[f"{layer}.alpha"] = torch.tensor(2.0, dtype=torch.float16)
-    flat, neon = network(UNET), network(UNET)
-    return {"flat": flat, "neon": neon, "stripes": lora, "outline": network(CONTROLNET)}
 
 
 def _single_file(tensors: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:

@@ -99,8 +99,10 @@ class Network:
         self.weights.synchronize()  # replays under way still read the arena
         try:
             report = self.weights.write(names, source, adapters)
-        except BaseException:
+        except BaseException as error:
             self._restore(seat, names)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise OutOfMemory(f"no memory is left on {self.device} to swap weights") from error
             raise
         seat.source, seat.adapters, seat.parked = source, adapters, None
         self.live = seat
