@@ -110,7 +110,9 @@ def test_one_engine_paints_what_plain_pytorch_paints(tmp_path: Path) -> None:
         "another size",
         "back to tiny-flat",
     ]
-    assert all(row.error <= 1e-5 for row in result.rows)
+    # One forward is held to 1e-5 elsewhere; the first steps of sampling amplify it some ten times.
+    assert all(row.error <= 5e-5 for row in result.rows)
+    assert all(row.psnr is None or row.psnr >= 80 for row in result.rows)
     assert [row.captures for row in result.rows] == [1, 1, 1, 1, 2, 2, 2]
     assert [row.same_as for row in result.rows] == [None, None, None, 2, None, None, 1]
     assert result.rows[5].size == "520x264", "odd latents"
