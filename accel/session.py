@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import nn
 from . import hardware
 from .capture import Progress
 from .compiler import open_cache, plan_for
-from .errors import InvalidInput, InvalidLora, UnsupportedModel
+from .errors import InvalidFile, InvalidInput, InvalidLora, SwitchyardError, UnsupportedModel
 from .lora import Lora, fits, read_lora
 from .models import FAMILIES, UNetConfig, adapter_names, parameters, unsupported_state
 from .models.calls import bind_call
@@ -85,17 +87,23 @@ class Session:
         if reason is not None:
             raise UnsupportedModel(reason)
         structure = structure_of(module)
+        started = time.perf_counter()
         with self._building:  # not the session's lock: engines run while another is built
             key = str(structure.graph_key)
             network, origin = self._networks.get(key), "memory"
             if network is None:
                 plan, origin = self.plan(structure, module)
+            planned = time.perf_counter()
             with _off_the_device(module, self.device):
                 if network is None:
                     network = self._networks[key] = Network(plan, self.device, self.dtype)
                 with self._lock:
                     engine = Engine(self, network, structure, origin, _host(module))
                     network.load(engine.seat, ModuleSource(module, structure))
+        engine.times = {
+            "plan_seconds": planned - started,
+            "weights_seconds": time.perf_counter() - planned,
+        }
         return engine
 
     def plan(self, structure: Structure, network: nn.Module | type[nn.Module]) -> tuple[Plan, str]:
@@ -117,9 +125,10 @@ class Session:
         except InvalidLora as error:
             raise InvalidLora(f"{error}{_made_for(source, config)}") from error
         if key is not None:
-            while len(self._loras) >= 32:
-                self._loras.pop(next(iter(self._loras)))
-            self._loras[key] = lora
+            with self._lock:
+                while len(self._loras) >= 32:
+                    self._loras.pop(next(iter(self._loras)))
+                self._loras[key] = lora
         return lora
 
 
@@ -141,6 +150,7 @@ class Engine:
         self._swaps: deque[dict[str, Any]] = deque(maxlen=32)
         self._fallbacks: deque[str] = deque(maxlen=32)
         self._lora_names: list[tuple[str, float]] = []
+        self.times: dict[str, float] = {}
         weakref.finalize(self, network.leave, self.seat)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,6 +166,7 @@ class Engine:
         an equal key; weights need no vouching. Raises `InvalidInput` for tensors that do not fit,
         and `UnsupportedModel` for an argument that the engine does not know.
         """
+        _require_comparable(key)
         bound = bind_call(self.config, self._host, args, kwargs)  # type: ignore[arg-type]
         with self.session._lock:
             return bound.finish(self._network.run(self.seat, bound.inputs, key))
@@ -174,7 +185,7 @@ class Engine:
             weights = StateDictSource(source, self.config)
         with self.session._lock:
             report = self._network.load(self.seat, weights)
-        self._note("load_weights", report, weights.label)
+            self._note("load_weights", report, weights.label)
         return report
 
     def set_loras(self, loras: Sequence[tuple[Weightlike, float]]) -> SwapReport:
@@ -184,12 +195,14 @@ class Engine:
         and then nothing has changed.
         """
         parsed = []
-        for source, strength in loras:
-            parsed.append((self.session._lora(source, self.config), float(strength)))
+        for source, strength in _checked(loras):
+            parsed.append((self.session._lora(source, self.config), strength))
         with self.session._lock:
             report = self._network.set_adapters(self.seat, tuple(parsed))
-        self._lora_names = [(lora.name, strength) for lora, strength in parsed]
-        self._note("set_loras", report, ", ".join(name for name, _ in self._lora_names) or "none")
+            self._lora_names = [(lora.name, strength) for lora, strength in parsed]
+            self._note(
+                "set_loras", report, ", ".join(name for name, _ in self._lora_names) or "none"
+            )
         return report
 
     def note_fallback(self, reason: str) -> None:
@@ -222,6 +235,7 @@ class Engine:
                 "device": str(self.session.device),
                 "precision": self.session.precision,
                 "source": self.origin,
+                "times": dict(self.times),
                 "captures": self.session.captures,
                 "graphs": counters.graphs,
                 "binds": counters.binds,
@@ -256,6 +270,10 @@ class ModuleSource:
         """The parameter as the module has it now."""
         return self._module.get_parameter(self._names[name])
 
+    def stamp(self) -> Hashable:
+        """Where every parameter lies, and its version."""
+        return _stamp(self.read(name) for name in self._names)
+
 
 class FileSource:
     """The parameters of a `.safetensors` file, mapped: each is read when it is asked for."""
@@ -264,23 +282,75 @@ class FileSource:
         self._file = file
         self._names = canonical_names(file.tensors, config)
         self.label = str(file.path)
+        for name in self._names.values():
+            _require_numbers(f"{file.path}: {name}", file.tensors[name].dtype, InvalidFile)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, backed by the mapped file."""
         return self._file.read(self._names[name])
+
+    def stamp(self) -> Hashable:
+        """The file's fingerprint; InvalidFile once it has changed, since it is mapped."""
+        self._file.check_unchanged()
+        return self._file.fingerprint
 
 
 class StateDictSource:
     """The parameters of a state dict, by reference."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], config: UNetConfig) -> None:
-        self._tensors = tensors
-        self._names = canonical_names(tensors, config)
+        if not isinstance(tensors, Mapping) or not all(
+            isinstance(value, torch.Tensor) for value in tensors.values()
+        ):
+            raise InvalidInput("weights are given as a .safetensors path or a dict of tensors")
+        names = canonical_names(tensors, config)
+        self._tensors = {name: tensors[source] for name, source in names.items()}
         self.label = "state dict"
+        for name, tensor in self._tensors.items():
+            _require_numbers(name, tensor.dtype, InvalidInput)
+            if tensor.is_meta or tensor.is_sparse:
+                raise InvalidInput(f"{name} is a {tensor.device} tensor without plain values")
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor itself."""
-        return self._tensors[self._names[name]]
+        return self._tensors[name]
+
+    def stamp(self) -> Hashable:
+        """Where every tensor lies, and its version."""
+        return _stamp(self._tensors.values())
+
+
+def _checked(loras: Sequence[tuple[Weightlike, float]]) -> Iterator[tuple[Weightlike, float]]:
+    """The set as given, or InvalidInput for what is no set of LoRAs."""
+    for entry in loras:
+        if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+            raise InvalidInput("LoRAs are given as a list of (path or state dict, strength)")
+        source, strength = entry
+        if not isinstance(source, (str, Path, Mapping)):
+            raise InvalidInput(f"a LoRA is a path or a state dict, not a {type(source).__name__}")
+        if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+            raise InvalidInput(f"a LoRA's strength is a finite number, not {strength!r}")
+        yield source, float(strength)
+
+
+def _require_comparable(key: object) -> None:
+    """A key that can change, or that does not compare to a bool, vouches for nothing."""
+    try:
+        hash(key)
+    except TypeError:
+        raise InvalidInput(f"the key must be hashable, a {type(key).__name__} is not") from None
+    if isinstance(key, torch.Tensor):
+        raise InvalidInput("the key must not be a tensor: give its identity and version")
+
+
+def _stamp(tensors: Iterable[torch.Tensor]) -> Hashable:
+    # Tensors made in inference mode count no versions.
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+def _require_numbers(what: str, dtype: torch.dtype, error: type[SwitchyardError]) -> None:
+    if not dtype.is_floating_point:
+        raise error(f"{what} holds {dtype}: an engine takes floating-point weights")
 
 
 @contextlib.contextmanager

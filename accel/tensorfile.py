@@ -100,6 +100,15 @@ class TensorFile:
             tensor = tensor.clone()
         return tensor
 
+    def check_unchanged(self) -> None:
+        """Raise InvalidFile where the file is no more what its header said when it was read."""
+        try:
+            stat = self.path.stat()
+        except OSError:
+            stat = None
+        if stat is None or (stat.st_size, stat.st_mtime_ns) != self.fingerprint[1:]:
+            raise InvalidFile(f"{self.path} changed while it was in use: load it again")
+
     def _map(self) -> Any:
         try:
             stat = self.path.stat()

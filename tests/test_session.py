@@ -32,7 +32,7 @@ from accel.errors import (
 )
 from accel.models import FAMILIES, UNetConfig, parameters
 from accel.plan.schema import Plan
-from accel.session import Engine, Session
+from accel.session import Engine, Session, StateDictSource
 from accel.structure import Structure, structure_of
 
 ROOT = Path(__file__).parents[1]
@@ -414,24 +414,120 @@ def test_lora_of_another_family_names_what_fits(plan_cache: Path, tmp_path: Path
     assert torch.equal(engine(**arguments()), before)
 
 
-def test_a_load_that_fails_half_way_changes_nothing(engine: Engine) -> None:
+def test_a_load_that_fails_half_way_changes_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine.set_loras([(make_lora(3), 0.5)])
     before = engine(**arguments())
+    original, reads = StateDictSource.read, []
 
-    class Failing(dict[str, torch.Tensor]):
-        reads = 0
+    def failing(self: StateDictSource, name: str) -> torch.Tensor:
+        reads.append(name)
+        if len(reads) == 300:
+            raise OSError("the disk went away")
+        return original(self, name)
 
-        def __getitem__(self, name: str) -> torch.Tensor:
-            self.reads += 1
-            if self.reads > 300:
-                raise OSError("the disk went away")
-            return super().__getitem__(name)
-
-    source = Failing(make_unet(2).state_dict())
+    monkeypatch.setattr(StateDictSource, "read", failing)
     with pytest.raises(OSError, match="went away"):
-        engine.load_weights(source)
-    assert source.reads > 300
+        engine.load_weights(make_unet(2).state_dict())
+    assert len(reads) >= 300
     assert torch.equal(engine(**arguments()), before)
+
+
+def test_a_file_changed_under_the_engine_is_refused(engine: Engine, tmp_path: Path) -> None:
+    """Rereading the touched keys from it would mix two checkpoints."""
+    path = tmp_path / "a.safetensors"
+    save_file(make_unet(2).state_dict(), path)
+    engine.load_weights(path)
+    before = engine(**arguments())
+    save_file(make_unet(3).state_dict(), tmp_path / "b.safetensors")
+    path.write_bytes((tmp_path / "b.safetensors").read_bytes())
+    message = refused(InvalidFile, lambda: engine.set_loras([(make_lora(3), 1.0)]))
+    assert "changed" in message
+    assert torch.equal(engine(**arguments()), before)
+
+
+def test_a_lora_file_may_change_once_it_is_read(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "style.safetensors"
+    save_file(make_lora(3), path)
+    engine.set_loras([(path, 1.0)])
+    save_file({k: v * 3 for k, v in make_lora(3).items()}, tmp_path / "other.safetensors")
+    path.write_bytes((tmp_path / "other.safetensors").read_bytes())
+    engine.load_weights(make_unet(2).state_dict())
+    expected = merged(make_unet(2), (make_lora(3), 1.0))(**arguments())[0]
+    assert relative(engine(**arguments()), expected) < 1e-5
+
+
+def test_a_state_dict_changed_in_place_is_read_anew_as_a_whole(engine: Engine) -> None:
+    state = make_unet(2).state_dict()
+    engine.load_weights(state)
+    for tensor in state.values():
+        tensor.mul_(0.9)
+    lora = make_lora(3)
+    engine.set_loras([(lora, 0.5)])
+    changed = make_unet(2)
+    changed.load_state_dict(state)
+    expected = merged(changed, (lora, 0.5))(**arguments())[0]
+    assert relative(engine(**arguments()), expected) < 1e-5
+
+
+@pytest.mark.parametrize("setting", ["fp32_precision", "matmul"])
+def test_hosts_with_pytorchs_newer_precision_settings(setting: str, plan_cache: Path) -> None:
+    """Reading the older setting raises then; and the host's choice must stand afterwards."""
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "import torch\n"
+        "matmul = torch.backends.cuda.matmul\n"
+        "owner = matmul if sys.argv[4] == 'matmul' else torch.backends\n"
+        "owner.fp32_precision = 'tf32'\n"
+        "from support import make_lora, make_unet\n"
+        "from accel.session import Session\n"
+        "engine = Session('cpu', 'fp32', cache_dir=sys.argv[3]).engine(make_unet(1))\n"
+        "engine.set_loras([(make_lora(3), 1.0)])\n"
+        "weights = engine._network.weights\n"
+        "weights.device = torch.device('cuda')\n"
+        "with weights._exact_matmul(((None, 1.0),)):\n"
+        "    print(matmul.fp32_precision)\n"
+        "print(matmul.fp32_precision)\n"
+    )
+    paths = [str(ROOT), str(ROOT / "tests"), str(plan_cache)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths, setting], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["ieee", "tf32"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"a": 1},
+        None,
+        {n: t.to(torch.int8) for n, t in make_unet(2).state_dict().items()},
+        {n: t.to("meta") for n, t in make_unet(2).state_dict().items()},
+    ],
+    ids=["numbers", "none", "int8", "meta"],
+)
+def test_what_is_no_checkpoint(engine: Engine, bad: Any) -> None:
+    before = engine(**arguments())
+    refused(InvalidInput, lambda: engine.load_weights(bad))
+    assert torch.equal(engine(**arguments()), before)
+
+
+def test_an_integer_checkpoint_file(engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "int8.safetensors"
+    save_file({n: t.to(torch.int8) for n, t in make_unet(2).state_dict().items()}, path)
+    assert "int8" in refused(InvalidFile, lambda: engine.load_weights(path))
+
+
+@pytest.mark.parametrize("bad", [[{}], [({}, "x")], [(None, 1.0)], [({}, float("nan"))]])
+def test_what_is_no_lora_set(engine: Engine, bad: Any) -> None:
+    refused(InvalidInput, lambda: engine.set_loras(bad))
+
+
+@pytest.mark.parametrize("key", [[1], torch.zeros(2)], ids=["list", "tensor"])
+def test_keys_that_cannot_vouch(engine: Engine, key: Any) -> None:
+    refused(InvalidInput, lambda: engine.call((), arguments(), key=key))
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@
     restore(pipe)
 
 The pipeline and its networks stay the objects that they are, of a subclass made for each: LoRAs,
-FreeU, schedulers, saving and loading go on as before. Every call follows the network as it then is.
-What an engine cannot do runs on the network's own forward, with a warning that says why.
+FreeU, schedulers, saving and loading go on as before. Every call follows the network as it then is;
+only a write through `.data` to single elements may go unseen until the next load. What an engine
+cannot do runs on the network's own forward, with a warning that says why.
 """
 
 from __future__ import annotations
@@ -440,6 +441,8 @@ class _Network:
 
     def _on_engine(self, run: _Run | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Raises `UnsupportedModel` while the module, as it stands, cannot run there."""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
+            raise UnsupportedModel("gradients are asked for: call it under torch.no_grad()")
         new, self._seen = run is None or run is not self._seen, run
         known = self._layers is not None and (
             self._weights is not None if self.reason is None else self._layers.same()

@@ -39,6 +39,14 @@ def linear(
     return out if residual is None else out.add_(residual)
 
 
+def _tf32_allowed() -> bool:
+    """Whether the host lets cuDNN round float32 to TF32, in whichever of PyTorch's two settings."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the host has used the newer setting, and the older cannot be read then
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 @kernel("conv2d", name="cudnn.conv2d", devices=_CUDA)
 def conv2d(
     out: torch.Tensor,
@@ -63,7 +71,7 @@ def conv2d(
         groups,
         True,  # benchmark
         False,  # deterministic
-        torch.backends.cudnn.allow_tf32,
+        x.dtype == torch.float32 and _tf32_allowed(),
         out=out.permute(0, 3, 1, 2),
     )
     if embedding is not None:
@@ -86,7 +94,7 @@ def group_norm(
     activation: str,
 ) -> torch.Tensor:
     """PyTorch's norm makes a channels-first result; the activation's pass puts it back in order."""
-    y = F.group_norm(x.movedim(-1, 1), groups, weight, bias, eps)
+    y = torch.group_norm(x.movedim(-1, 1), groups, weight, bias, eps)
     if activation == "silu":
         torch.ops.aten.silu.out(y, out=out.movedim(-1, 1))
         return out

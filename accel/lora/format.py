@@ -43,8 +43,13 @@ class Source:
     load: Callable[[str], Tensor]
 
     def read(self, key: str) -> Tensor:
-        """The tensor `key` in its stored dtype; InvalidLora when that is not floating point."""
+        """The tensor `key` in its stored dtype; InvalidLora when that is not floating point.
+
+        A file's is copied: factors are small, are kept, and must not follow what befalls the file.
+        """
         value = self.load(key).detach()
+        if self.path is not None:
+            value = value.clone()
         if not value.dtype.is_floating_point:
             raise InvalidLora(
                 f"LoRA {self.title!r}: {key!r} holds {value.dtype}, not floating-point numbers; "

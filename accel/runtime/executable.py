@@ -405,8 +405,17 @@ class Executable:
 
     def kernels(self) -> Counter[str]:
         """How many calls go to each kernel."""
+        return Counter(kernel.name for kernel in self._kernels())
+
+    def reasons(self) -> dict[str, str]:
+        """Why each kernel was chosen."""
+        return {
+            kernel.name: select(kernel.op, self.device.type).reason for kernel in self._kernels()
+        }
+
+    def _kernels(self) -> list[Kernel]:
         calls = (*self._prompt_calls, *self._step_calls)
-        return Counter(call.kernel.name for call in calls if call.kernel is not None)
+        return [call.kernel for call in calls if call.kernel is not None]
 
 
 @dataclass(frozen=True)

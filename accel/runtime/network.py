@@ -8,9 +8,10 @@ there is room, otherwise at their source. A call for a seat that waits first bri
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ from ..plan.schema import Plan
 from .arena import Arena
 from .executable import Executable, PromptState, bind_dims
 from .weights import Adapters, Source, SwapReport, Weights
+
+logger = logging.getLogger(__name__)
 
 MAX_EXECUTABLES = 64
 """Shapes kept ready. A captured graph of a large UNet takes some 10 MiB beside the shared arena."""
@@ -35,6 +38,7 @@ class Seat:
     """Weights that may be live. `parked`: the arena as it was when another seat took over."""
 
     source: Source | None = None
+    stamp: Hashable = None
     adapters: Adapters = ()
     parked: torch.Tensor | None = None
 
@@ -85,16 +89,17 @@ class Network:
         """Replace the seat's whole LoRA set, rewriting only parameters whose adapters change."""
         self.activate(seat)
         assert seat.source is not None
-        names = [
-            name
-            for name in self.weights.shapes
-            if _changes(name, seat.adapters) != _changes(name, adapters)
-        ]
+        names: Collection[str] = self.weights.shapes.keys()
+        if seat.source.stamp() == seat.stamp:  # else all of it is read anew, never a mixture
+            names = [
+                name for name in names if _changes(name, seat.adapters) != _changes(name, adapters)
+            ]
         return self._write(seat, names, seat.source, adapters)
 
     def _write(
         self, seat: Seat, names: Collection[str], source: Source, adapters: Adapters
     ) -> SwapReport:
+        stamp = source.stamp()
         self._epoch += 1
         self.weights.synchronize()  # replays under way still read the arena
         try:
@@ -104,15 +109,22 @@ class Network:
             if isinstance(error, torch.OutOfMemoryError):
                 raise OutOfMemory(f"no memory is left on {self.device} to swap weights") from error
             raise
-        seat.source, seat.adapters, seat.parked = source, adapters, None
+        seat.source, seat.stamp, seat.adapters, seat.parked = source, stamp, adapters, None
         self.live = seat
         return report
 
     def _restore(self, seat: Seat, names: Collection[str]) -> None:
         """After a write that failed half-way: what the seat held before, or nothing live."""
         was_live, self.live = self.live is seat, None
-        if was_live and seat.source is not None:
+        if not was_live or seat.source is None:
+            return
+        try:
             self.weights.write(names, seat.source, seat.adapters)
+        except (
+            Exception
+        ) as error:  # the first error is the one to tell; the seat is read anew later
+            logger.warning("the weights from before could not be restored: %s", error)
+        else:
             self.live = seat
 
     def activate(self, seat: Seat) -> None:
@@ -164,10 +176,20 @@ class Network:
         dims = bind_dims(plan, {name: tuple(value.shape) for name, value in inputs.items()})
         with self._turn():
             self.activate(seat)
-            executable = self._executable(plan, dims)
             vouched = None if key is None else (key, self._epoch)
-            hits, captures = executable.prompt_hits, executable.captures
-            results = executable.run(inputs, vouched)
+            try:
+                return self._run(self._executable(plan, dims), inputs, vouched)
+            except OutOfMemory:  # capturing a graph may need what other shapes hold
+                if len(self._executables) < 2:
+                    raise
+                self.clear_executables()
+                return self._run(self._executable(plan, dims), inputs, vouched)
+
+    def _run(
+        self, executable: Executable, inputs: Mapping[str, torch.Tensor], key: object | None
+    ) -> list[torch.Tensor]:
+        hits, captures = executable.prompt_hits, executable.captures
+        results = executable.run(inputs, key)
         self.counters.forwards += 1
         self.counters.prompt_hits += executable.prompt_hits - hits
         self.counters.graphs += executable.captures - captures
@@ -181,8 +203,10 @@ class Network:
             return
         with torch.cuda.device(self.device):
             self._last_run.wait()
-            yield
-            self._last_run.record()
+            try:
+                yield
+            finally:
+                self._last_run.record()
 
     def _specialised(self, inputs: Mapping[str, torch.Tensor]) -> Plan:
         absent = frozenset(self._optional).difference(inputs)
@@ -252,6 +276,7 @@ class Network:
                 "controlnet": any(entry.optional for entry in executable.plan.inputs),
                 "bind_seconds": executable.seconds,
                 "kernels": dict(executable.kernels()),
+                "reasons": executable.reasons(),
             }
             for executable in self._executables.values()
         ]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -31,6 +31,12 @@ class Source(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """The parameter by canonical name, any floating dtype, any device. Not to be written to."""
+
+    def stamp(self) -> Hashable:
+        """Something that differs once what `read` gives has changed.
+
+        Raises `InvalidFile` where it changed in a way that must not be read on from.
+        """
 
 
 class Patch(Protocol):
@@ -104,7 +110,7 @@ class Weights:
         """Bring the parameters `names` to the values that `source` and `adapters` give them."""
         started = time.perf_counter()
         written, touched = 0, set()
-        with torch.inference_mode(False), torch.no_grad(), _exact_matmul():
+        with torch.inference_mode(False), torch.no_grad(), self._exact_matmul(adapters):
             for name in names:
                 value = self._value(name, source.read(name), adapters)
                 for constant, place in self._places[name]:
@@ -130,6 +136,32 @@ class Weights:
             total += strength * patch.delta(self.shapes[name], self.device)
         return base + total
 
+    @contextlib.contextmanager
+    def _exact_matmul(self, adapters: Adapters) -> Iterator[None]:
+        """Deltas in full float32, whatever the host has allowed its own matrix products.
+
+        PyTorch has an older and a newer setting, and refuses the older's use after the newer's.
+        """
+        setting: Any = torch.backends.cuda.matmul
+        if self.device.type != "cuda" or not adapters:
+            yield
+            return
+        name: str
+        exact: Any
+        before: Any
+        try:
+            name, exact, before = "allow_tf32", False, setting.allow_tf32
+        except RuntimeError:
+            name, exact, before = "fp32_precision", "ieee", setting.fp32_precision
+        if before == exact:
+            yield
+            return
+        setattr(setting, name, exact)
+        try:
+            yield
+        finally:
+            setattr(setting, name, before)
+
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
         if self.device.type == "cuda":
@@ -141,14 +173,3 @@ def _allocate(size: int, device: torch.device) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"{size >> 20} MiB of weights do not fit on {device}") from error
-
-
-@contextlib.contextmanager
-def _exact_matmul() -> Iterator[None]:
-    """Deltas in full float32, whatever the host has allowed its own matrix products."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
