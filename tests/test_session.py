@@ -26,12 +26,14 @@ from accel.errors import (
     InvalidFile,
     InvalidInput,
     InvalidLora,
+    OutOfMemory,
     StructureMismatch,
     SwitchyardError,
     UnsupportedModel,
 )
 from accel.models import FAMILIES, UNetConfig, parameters
 from accel.plan.schema import Plan
+from accel.runtime.arena import Arena
 from accel.session import Engine, Session, StateDictSource
 from accel.structure import Structure, structure_of
 
@@ -331,6 +333,46 @@ def test_unwritable_cache_costs_only_the_cache(
     assert problem and "\n" not in problem
     assert sum(problem in record.getMessage() for record in caplog.records) == 1
     assert engine(**arguments()).isfinite().all()
+
+
+def test_full_memory_costs_parked_seats_and_other_shapes_first(
+    plan_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A size that does not fit at first does once all that can be had again is given up."""
+    session = Session("cpu", "fp32", cache_dir=plan_cache)
+    waiting, engine = session.engine(make_unet(2)), session.engine(make_unet(1))
+    before = waiting(**arguments()), engine(**arguments())
+    assert waiting.seat.parked is not None
+    acquire, calls = Arena.acquire, []
+
+    def full_once(self: Arena, intervals: Any) -> Any:
+        calls.append(len(engine._network._executables))
+        if len(calls) == 1:
+            raise OutOfMemory("the card is full")
+        return acquire(self, intervals)
+
+    monkeypatch.setattr(Arena, "acquire", full_once)
+    larger = {**arguments(), "sample": torch.randn(2, 4, 24, 24)}
+    assert relative(engine(**larger), make_unet(1)(**larger)[0]) < 1e-5
+    assert calls == [1, 0]
+    assert waiting.seat.parked is None
+    assert torch.equal(waiting(**arguments()), before[0])
+    assert torch.equal(engine(**arguments()), before[1])
+
+
+def test_memory_that_stays_full_is_one_clear_error(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = engine(**arguments())
+
+    def full(self: Arena, intervals: Any) -> Any:
+        raise OutOfMemory("the card is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Arena, "acquire", full)
+        larger = {**arguments(), "sample": torch.randn(2, 4, 24, 24)}
+        refused(OutOfMemory, lambda: engine(**larger))
+    assert torch.equal(engine(**arguments()), before)
 
 
 # Shipped plans.

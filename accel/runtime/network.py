@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ class Network:
         self.counters = Counters()
         self.live: Seat | None = None
         self._epoch = 0
+        self._parked: weakref.WeakSet[Seat] = weakref.WeakSet()
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
         self._prompts: dict[Any, PromptState] = {}
         self._optional = [entry.name for entry in plan.inputs if entry.optional]
@@ -76,8 +78,7 @@ class Network:
     # Weights.
 
     def load(self, seat: Seat, source: Source) -> SwapReport:
-        """Seat the parameters of `source`, with the seat's LoRAs on them. The seat is live after
-        it.
+        """Seat the parameters of `source` with the seat's LoRAs on them, and make the seat live.
 
         On failure the seat keeps what it had.
         """
@@ -120,9 +121,7 @@ class Network:
             return
         try:
             self.weights.write(names, seat.source, seat.adapters)
-        except (
-            Exception
-        ) as error:  # the first error is the one to tell; the seat is read anew later
+        except Exception as error:  # the first error is the one to tell
             logger.warning("the weights from before could not be restored: %s", error)
         else:
             self.live = seat
@@ -154,8 +153,15 @@ class Network:
         try:
             with torch.inference_mode(False):
                 leaving.parked = self.weights.storage.clone()
+            self._parked.add(leaving)
         except torch.OutOfMemoryError:
             leaving.parked = None
+
+    def _free_parked(self) -> None:
+        """Give up the copies of seats that wait: they are read from their sources again."""
+        for seat in self._parked:
+            seat.parked = None
+        self._parked.clear()
 
     def leave(self, seat: Seat) -> None:
         """Forget a seat whose engine is gone."""
@@ -179,9 +185,8 @@ class Network:
             vouched = None if key is None else (key, self._epoch)
             try:
                 return self._run(self._executable(plan, dims), inputs, vouched)
-            except OutOfMemory:  # capturing a graph may need what other shapes hold
-                if len(self._executables) < 2:
-                    raise
+            except OutOfMemory:  # what seats that wait and other shapes hold is given up for it
+                self._free_parked()
                 self.clear_executables()
                 return self._run(self._executable(plan, dims), inputs, vouched)
 
@@ -221,19 +226,8 @@ class Network:
             return self._executables[key]
         while len(self._executables) >= MAX_EXECUTABLES:
             self._evict()
-        try:
-            executable = self._bind(plan, dims)
-        except OutOfMemory:
-            if not self._executables:
-                raise
-            self.clear_executables()
-            executable = self._bind(plan, dims)
-        self._executables[key] = executable
-        return executable
-
-    def _bind(self, plan: Plan, dims: Mapping[str, int]) -> Executable:
         self.counters.binds += 1
-        return Executable(
+        executable = self._executables[key] = Executable(
             plan,
             dims,
             self.weights.constants,
@@ -242,6 +236,7 @@ class Network:
             self._prompts,
             self._graph_pool,
         )
+        return executable
 
     def _evict(self) -> None:
         _, executable = self._executables.popitem(last=False)
