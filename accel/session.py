@@ -33,7 +33,7 @@ from .runtime.network import Network, Seat
 from .runtime.weights import SwapReport
 from .settings import settings
 from .structure import Structure, canonical_names, structure_of
-from .tensorfile import TensorFile
+from .tensorfile import TensorFile, fingerprint_of
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,8 @@ class Session:
         """A parsed LoRA; that of a file is kept while the file is the same: strengths are cheap."""
         key = None
         if isinstance(source, (str, Path)):
-            key = (TensorFile(source).fingerprint, config)
+            with contextlib.suppress(OSError):  # reading it says what is wrong with the path
+                key = (fingerprint_of(source), config)
             if key in self._loras:
                 return self._loras[key]
         shapes = {name: parameter.shape for name, parameter in parameters(config).items()}

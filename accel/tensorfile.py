@@ -48,6 +48,9 @@ class TensorInfo:
     dtype: torch.dtype
 
 
+Fingerprint = tuple[str, int, int]
+
+
 class TensorFile:
     """Read-only view of a .safetensors file.
 
@@ -82,7 +85,7 @@ class TensorFile:
         except OSError as error:
             raise InvalidFile(f"{self.path} cannot be read: {error.strerror or error}") from None
         self._parse(header, data_bytes)
-        self.fingerprint = (str(self.path.resolve()), stat.st_size, stat.st_mtime_ns)
+        self.fingerprint = _fingerprint(self.path, stat)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, backed by the mapped file: a copy on write, no copy on read.
@@ -103,20 +106,18 @@ class TensorFile:
     def check_unchanged(self) -> None:
         """Raise InvalidFile where the file is no more what its header said when it was read."""
         try:
-            stat = self.path.stat()
-        except OSError:
-            stat = None
-        if stat is None or (stat.st_size, stat.st_mtime_ns) != self.fingerprint[1:]:
+            now = fingerprint_of(self.path)
+        except OSError as error:
+            raise InvalidFile(f"{self.path} cannot be read: {_line(error)}") from None
+        if now != self.fingerprint:
             raise InvalidFile(f"{self.path} changed while it was in use: load it again")
 
     def _map(self) -> Any:
+        self.check_unchanged()
         try:
-            stat = self.path.stat()
-            if (stat.st_size, stat.st_mtime_ns) == self.fingerprint[1:]:
-                return safetensors.safe_open(str(self.path), framework="pt", device="cpu")
+            return safetensors.safe_open(str(self.path), framework="pt", device="cpu")
         except (OSError, safetensors.SafetensorError) as error:
             raise InvalidFile(f"{self.path} cannot be read: {_line(error)}") from None
-        raise InvalidFile(f"{self.path} changed while it was in use: load it again")
 
     def _header(self, prefix: bytes, read: Callable[[int], bytes], size: int) -> tuple[bytes, int]:
         """The header's bytes, and how many bytes of data follow it."""
@@ -170,6 +171,15 @@ class TensorFile:
             raise InvalidFile(
                 f"{self.path} is damaged: {data_bytes - position} bytes follow its last tensor"
             )
+
+
+def fingerprint_of(path: str | os.PathLike[str]) -> Fingerprint:
+    """What `TensorFile(path).fingerprint` would be, without opening the file. Raises OSError."""
+    return _fingerprint(Path(path), os.stat(path))
+
+
+def _fingerprint(path: Path, stat: os.stat_result) -> Fingerprint:
+    return (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
 
 
 def _line(error: Exception) -> str:

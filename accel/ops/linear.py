@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from ..errors import InvalidPlan
 from .registry import Shape, op
 
-ACTIVATIONS = ("none", "geglu")
-
 
 def _shape(shapes: Any, attrs: dict[str, Any]) -> Shape:
     columns = shapes[1][0]
