@@ -86,6 +86,20 @@ class Network:
         names = self.weights.shapes.keys()
         return self._write(seat, names, source, seat.adapters)
 
+    def update(self, seat: Seat, names: Collection[str], source: Source) -> SwapReport:
+        """Give a seat another source that differs from its own in the parameters `names` alone.
+
+        The caller vouches for that. The seat is live afterwards; on failure it holds nothing.
+        """
+        if self.live is not seat and seat.parked is None:
+            return self.load(seat, source)
+        try:
+            self.activate(seat)
+            return self._write(seat, names, source, seat.adapters)
+        except BaseException:
+            self.leave(seat)
+            raise
+
     def set_adapters(self, seat: Seat, adapters: Adapters) -> SwapReport:
         """Replace the seat's whole LoRA set, rewriting only parameters whose adapters change."""
         self.activate(seat)
@@ -157,7 +171,7 @@ class Network:
         except torch.OutOfMemoryError:
             leaving.parked = None
 
-    def _free_parked(self) -> None:
+    def free_parked(self) -> None:
         """Give up the copies of seats that wait: they are read from their sources again."""
         for seat in self._parked:
             seat.parked = None
@@ -186,7 +200,7 @@ class Network:
             try:
                 return self._run(self._executable(plan, dims), inputs, vouched)
             except OutOfMemory:  # what seats that wait and other shapes hold is given up for it
-                self._free_parked()
+                self.free_parked()
                 self.clear_executables()
                 return self._run(self._executable(plan, dims), inputs, vouched)
 
@@ -252,6 +266,12 @@ class Network:
             self._evict()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on the device: weights, those of seats that wait, activations."""
+        waiting = sum(seat.parked.numel() for seat in self._parked if seat.parked is not None)
+        return self.weights.bytes + waiting + self.activation_bytes
 
     @property
     def activation_bytes(self) -> int:

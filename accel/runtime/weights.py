@@ -78,10 +78,7 @@ class Weights:
 
     def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        offsets, end = [], 0
-        for constant in plan.constants:
-            offsets.append(end)
-            end += align(prod(constant.recipe.shape) * resolve(constant.dtype, dtype).itemsize)
+        *offsets, end = _offsets(plan, dtype)
         with torch.inference_mode(False):  # written in and out of inference mode
             self.storage = _allocate(end, device)
             self.constants: dict[str, torch.Tensor] = {}
@@ -110,7 +107,7 @@ class Weights:
         """Bring the parameters `names` to the values that `source` and `adapters` give them."""
         started = time.perf_counter()
         written, touched = 0, set()
-        with torch.inference_mode(False), torch.no_grad(), self._exact_matmul(adapters):
+        with torch.inference_mode(False), torch.no_grad(), self._exact_matmul():
             for name in names:
                 value = self._value(name, source.read(name), adapters)
                 for constant, place in self._places[name]:
@@ -137,13 +134,13 @@ class Weights:
         return base + total
 
     @contextlib.contextmanager
-    def _exact_matmul(self, adapters: Adapters) -> Iterator[None]:
-        """Deltas in full float32, whatever the host has allowed its own matrix products.
+    def _exact_matmul(self) -> Iterator[None]:
+        """Deltas, the source's own too, in full float32, whatever the host allows its products.
 
         PyTorch has an older and a newer setting, and refuses the older's use after the newer's.
         """
         setting: Any = torch.backends.cuda.matmul
-        if self.device.type != "cuda" or not adapters:
+        if self.device.type != "cuda":
             yield
             return
         name: str
@@ -166,6 +163,20 @@ class Weights:
         """Wait until the device has done all that was asked of it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def weights_bytes(plan: Plan, dtype: torch.dtype) -> int:
+    """Bytes that a structure's weights take on the device."""
+    return _offsets(plan, dtype)[-1]
+
+
+def _offsets(plan: Plan, dtype: torch.dtype) -> list[int]:
+    """Where each constant starts, and the end of the last."""
+    offsets = [0]
+    for constant in plan.constants:
+        size = prod(constant.recipe.shape) * resolve(constant.dtype, dtype).itemsize
+        offsets.append(offsets[-1] + align(size))
+    return offsets
 
 
 def _allocate(size: int, device: torch.device) -> torch.Tensor:

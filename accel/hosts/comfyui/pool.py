@@ -1,0 +1,273 @@
+"""The engines' memory, owned by the process and counted by the host.
+
+ComfyUI drops a MODEL as soon as no node of the prompt uses it, so what an engine holds in VRAM must
+not belong to one: it would die at every change of checkpoint. A `NetworkPatcher` owns it instead,
+one per structure, device and precision. To the host it is a model like any other: it stands in the
+list of loaded models, makes room and is evicted like them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from torch import Tensor, nn
+
+from ...plan.schema import Plan
+from ...runtime.network import Network, Seat
+from ...runtime.weights import weights_bytes
+from ...structure import Structure
+from .weights import PatchedSource
+
+logger = logging.getLogger(__name__)
+
+MAX_CHECKPOINTS = 8
+"""Checkpoints of one structure that are remembered. Those beyond are read anew."""
+
+CPU = torch.device("cpu")
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """The weights of one file or model in a network: a seat, and what stands in it."""
+
+    seat: Seat = field(default_factory=Seat)
+    sample: str = ""
+    patched: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    patches_id: Hashable = None
+
+
+class NetworkPatcher(comfy.model_patcher.ModelPatcher):
+    """A structure's engine on one device, as a model that the host loads and unloads.
+
+    Loading allocates nothing yet: the weights come with `seat`, at the start of a sampling.
+    """
+
+    def __init__(
+        self, pool: Pool, structure: Structure, plan: Plan, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__(_Holder(structure), device, CPU, size=1)
+        # Copies on other devices answer to the same name.
+        self.clone_base_uuid = uuid.uuid5(uuid.NAMESPACE_OID, f"{structure.graph_key}{dtype}")
+        self.pool, self.structure, self.plan, self.dtype = pool, structure, plan, dtype
+        self.network: Network | None = None
+        self.lock = threading.RLock()
+        self.last_used = 0.0
+        self.graphs = 0
+        self._checkpoints: OrderedDict[Hashable, Checkpoint] = OrderedDict()
+        self._weights_bytes = weights_bytes(plan, dtype)
+
+    # What the host asks of a model.
+
+    def clone(self, *args: Any, **kwargs: Any) -> NetworkPatcher:
+        """Itself: there is one engine, whoever uses it."""
+        return self
+
+    def deepclone_multigpu(
+        self, new_load_device: torch.device | None = None, models_cache: Any = None
+    ) -> NetworkPatcher:
+        """The same structure's engine on another device."""
+        device = self.load_device if new_load_device is None else new_load_device
+        return self.pool.network(self.structure, self.plan, device, self.dtype)
+
+    def model_size(self) -> int:
+        """Bytes that it needs on the device, or has there."""
+        return max(self._weights_bytes, self.loaded_size())
+
+    def loaded_size(self) -> int:
+        """Bytes that it has on the device."""
+        network = self.network
+        return 0 if network is None else network.bytes
+
+    def partially_load(
+        self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False
+    ) -> int:
+        """Nothing: `seat` follows at once, in the room that the host has made."""
+        return 0
+
+    def partially_unload(
+        self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False
+    ) -> int:
+        """Give up the cheapest to have again until `memory_to_free` bytes are free; bytes freed."""
+        with self.lock:
+            before = self.loaded_size()
+            for give_up in self._parts():
+                if before - self.loaded_size() >= memory_to_free:
+                    break
+                give_up()
+            freed = before - self.loaded_size()
+        if freed:
+            comfy.model_management.soft_empty_cache()
+        return freed
+
+    def _parts(self) -> list[Any]:
+        if self.network is None:
+            return []
+        return [self.network.free_parked, self.network.clear_executables, self.free]
+
+    def detach(self, unpatch_all: bool = True) -> nn.Module:
+        """Free everything on the device, unless the host only means to load it again."""
+        if unpatch_all:
+            self.free()
+        return self.model
+
+    def patch_model(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """There is nothing to patch."""
+        return self.model
+
+    def unpatch_model(self, *args: Any, **kwargs: Any) -> None:
+        """There is nothing to restore."""
+
+    def current_loaded_device(self) -> torch.device:
+        """Where its weights are."""
+        return CPU if self.network is None else self.load_device
+
+    def free(self) -> None:
+        """Give back all memory of the device."""
+        with self.lock:
+            network, self.network = self.network, None
+            for checkpoint in self._checkpoints.values():
+                checkpoint.seat.parked = None
+            self._checkpoints.clear()
+            if network is not None:
+                network.free_parked()
+                network.clear_executables()
+                self.graphs += network.counters.graphs
+
+    # What a sampling asks of it.
+
+    def seat(
+        self, identity: Hashable, source: PatchedSource, patches_id: Hashable
+    ) -> tuple[Seat, float]:
+        """Bring in weights: the seat that holds them, live, and the milliseconds that it took.
+
+        identity: what the unpatched weights are known by. patches_id: equal ones vouch for equal
+        patches. Only parameters whose patches differ from those in the seat are rewritten.
+        Raises `OutOfMemory`, or whatever reading the source raises; the seat is then forgotten.
+        """
+        started = time.perf_counter()
+        with self.lock:
+            network = self._network()
+            checkpoint = self._checkpoints.pop(identity, None)
+            sample = source.sample()
+            if checkpoint is None or checkpoint.sample != sample:
+                if checkpoint is not None:
+                    network.leave(checkpoint.seat)
+                checkpoint = Checkpoint(sample=sample)
+                network.load(checkpoint.seat, source)
+                checkpoint.patched = source.patched
+            elif checkpoint.patches_id == patches_id:
+                checkpoint.seat.source = source
+                network.activate(checkpoint.seat)
+            else:
+                patched = source.patched
+                names = [
+                    name
+                    for name in patched.keys() | checkpoint.patched.keys()
+                    if patched.get(name) != checkpoint.patched.get(name)
+                ]
+                network.update(checkpoint.seat, names, source)
+                checkpoint.patched = patched
+            checkpoint.patches_id = patches_id
+            self._checkpoints[identity] = checkpoint
+            while len(self._checkpoints) > MAX_CHECKPOINTS:
+                network.leave(self._checkpoints.popitem(last=False)[1].seat)
+            self.last_used = time.time()
+        return checkpoint.seat, (time.perf_counter() - started) * 1e3
+
+    def holds(self, seat: Seat) -> bool:
+        """Whether a seat still has its weights: the host may have evicted them."""
+        return (
+            self.network is not None
+            and seat.source is not None
+            and (self.network.live is seat or seat.parked is not None)
+        )
+
+    def run(self, seat: Seat, inputs: Mapping[str, Tensor], key: object | None) -> list[Tensor]:
+        """The engine's outputs with the weights of `seat`."""
+        with self.lock:
+            assert self.network is not None
+            return self.network.run(seat, inputs, key)
+
+    def graphs_captured(self) -> int:
+        """CUDA graphs captured so far, those of an engine since freed among them."""
+        return self.graphs + (0 if self.network is None else self.network.counters.graphs)
+
+    def _network(self) -> Network:
+        if self.network is None:
+            self.network = Network(self.plan, self.load_device, self.dtype)
+        return self.network
+
+
+class Pool:
+    """All engines of the process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._patchers: dict[tuple[str, torch.device, torch.dtype], NetworkPatcher] = {}
+
+    def network(
+        self, structure: Structure, plan: Plan, device: torch.device, dtype: torch.dtype
+    ) -> NetworkPatcher:
+        """The engine of a structure on a device, which may hold no memory yet."""
+        key = (str(structure.graph_key), device, dtype)
+        with self._lock:
+            if key not in self._patchers:
+                self._patchers[key] = NetworkPatcher(self, structure, plan, device, dtype)
+            return self._patchers[key]
+
+    def forget(self, graph_key: str) -> None:
+        """Free a structure's engines on all devices, and forget its plan."""
+        with self._lock:
+            keys = [key for key in self._patchers if key[0] == graph_key]
+            gone = [self._patchers.pop(key) for key in keys]
+        for patcher in gone:
+            patcher.free()
+
+    def networks(self) -> list[dict[str, Any]]:
+        """Every engine as plain values, for the panel."""
+        with self._lock:
+            patchers = list(self._patchers.values())
+        return [_described(patcher) for patcher in patchers]
+
+
+def _described(patcher: NetworkPatcher) -> dict[str, Any]:
+    network = patcher.network
+    return {
+        "graph_key": patcher.structure.graph_key,
+        "family": patcher.structure.family,
+        "device": str(patcher.load_device),
+        "precision": str(patcher.dtype).removeprefix("torch."),
+        "loaded": network is not None,
+        "weights_bytes": 0 if network is None else network.weights.bytes,
+        "activation_bytes": 0 if network is None else network.activation_bytes,
+        "bytes": patcher.loaded_size(),
+        "graphs": patcher.graphs_captured(),
+        "shapes": [] if network is None else network.shapes(),
+        "last_used": patcher.last_used or None,
+    }
+
+
+@lru_cache(maxsize=1)
+def pool() -> Pool:
+    """The process's engines."""
+    return Pool()
+
+
+class _Holder(nn.Module):
+    """What the host takes for the model behind a patcher. The engine has no module."""
+
+    def __init__(self, structure: Structure) -> None:
+        super().__init__()
+        self.device = CPU
+        self.title = structure.family or str(structure.graph_key)

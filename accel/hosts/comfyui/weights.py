@@ -1,0 +1,186 @@
+"""The weights of a ComfyUI MODEL as a source for the arena: its parameters with its patches on.
+
+LoRAs and merges are the host's own patches, computed by the host's own code, so every format that
+the host reads works. They are computed in float32 and rounded once, into the arena.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from ...errors import UnsupportedModel
+from ...models import UNetConfig
+from ...structure import canonical_names
+from ...tensorfile import fingerprint_of
+
+PREFIX = "diffusion_model."
+
+_names: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
+_tokens: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
+
+
+class PatchedSource:
+    """The parameters of a patcher's model, each with the patches that are on it.
+
+    prefix: the keys' way from the patcher's model to the denoiser, "diffusion_model." or nothing.
+    device: where patches are computed.
+    Only a weak reference to the patcher is held: a seat must not keep in RAM what the host has
+    given up.
+    """
+
+    def __init__(
+        self, patcher: Any, config: UNetConfig, prefix: str, device: torch.device, label: str
+    ) -> None:
+        self._patcher = weakref.ref(patcher)
+        self._device = device
+        self.label = label
+        self._keys = {
+            name: prefix + source
+            for name, source in _canonical(patcher.model, config, prefix).items()
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Canonical names of all parameters."""
+        return list(self._keys)
+
+    @property
+    def patched(self) -> dict[str, tuple[Any, ...]]:
+        """By canonical name: what is on each parameter that is patched, comparable."""
+        patches = self._alive().patches
+        return {
+            name: _description(patches[key]) for name, key in self._keys.items() if key in patches
+        }
+
+    def read(self, name: str) -> Tensor:
+        """The parameter with its patches; float32 on the device if it has any.
+
+        Raises `UnsupportedModel` for a patch that changes its shape, and the host's own exception
+        when the user has interrupted the run.
+        """
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        key = self._keys[name]
+        patcher = self._alive()
+        value = _stored(patcher, key)
+        patches = patcher.patches.get(key)
+        if not patches:
+            return value
+        shape = value.shape
+        # A copy: the host's code adds in place.
+        start = value.detach().to(self._device, torch.float32, copy=True)
+        changed = comfy.lora.calculate_weight(patches, start, key, torch.float32)
+        if changed.shape != shape:
+            raise UnsupportedModel(
+                f"a LoRA changes the shape of {key}: {list(shape)} to {list(changed.shape)}"
+            )
+        return changed
+
+    def _alive(self) -> Any:
+        patcher = self._patcher()
+        if patcher is None:
+            raise UnsupportedModel(f"{self.label} is no longer loaded")
+        return patcher
+
+    def stamp(self) -> Hashable:
+        """The same always: what may change is compared before a sampling."""
+        return id(self)
+
+    def sample(self) -> str:
+        """A digest of a few bytes of every parameter: writes into them in place show in it.
+
+        A few milliseconds for SDXL. Parameters must be in RAM; others are left out.
+        """
+        digest, patcher = xxhash.xxh3_128(), self._alive()
+        for key in self._keys.values():
+            value = _stored(patcher, key)
+            digest.update(f"{value.dtype}{tuple(value.shape)}")
+            for address, size in samples(value):
+                digest.update(ctypes.string_at(address, size))
+        return digest.hexdigest()
+
+
+def identity(patcher: Any) -> Hashable:
+    """What a MODEL's unpatched weights are known by: its file where that is known, else itself."""
+    path = patcher.get_attachment("switchyard_file")
+    if path is None:
+        made = getattr(patcher, "cached_patcher_init", None)
+        arguments = made[1] if made else ()
+        path = arguments[0] if arguments and isinstance(arguments[0], str) else None
+    if path is not None and Path(path).suffix == ".safetensors":
+        try:
+            return fingerprint_of(path), patcher.model.get_dtype()
+        except OSError:
+            pass
+    return _tokens.setdefault(patcher.model, object())
+
+
+def _stored(patcher: Any, key: str) -> Tensor:
+    """A parameter as it is without patches."""
+    value, setter, converter = comfy.model_patcher.get_key_weight(patcher.model, key)
+    if key in patcher.backup:  # the host has put the original aside
+        value = patcher.backup[key].weight
+    if value is None or setter is not None or converter is not None:
+        raise UnsupportedModel(f"{key} is stored in a format of its own")
+    return value
+
+
+def samples(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Address and size of up to 64 bytes at a tensor's start, middle and end, if it is in RAM."""
+    if tensor.device.type != "cpu" or tensor.numel() == 0 or tensor.data_ptr() == 0:
+        return
+    size = tensor.numel() * tensor.element_size()
+    if not tensor.is_contiguous():
+        size = tensor.element_size()
+    part = min(64, size)
+    for at in sorted({0, (size - part) // 2, size - part}):
+        yield tensor.data_ptr() + at, part
+
+
+class _Same:
+    """Equals another that stands for the very same object. What is gone equals nothing."""
+
+    def __init__(self, what: Any, weak: bool) -> None:
+        self._what = weakref.ref(what) if weak else lambda: what
+
+    def __eq__(self, other: object) -> bool:
+        what = self._what()
+        return isinstance(other, _Same) and what is not None and what is other._what()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _canonical(owner: nn.Module, config: UNetConfig, prefix: str) -> dict[str, str]:
+    module = owner.get_submodule(prefix.rstrip(".")) if prefix else owner
+    if module not in _names:
+        shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        _names[module] = canonical_names(shapes, config)
+    return _names[module]
+
+
+def _description(value: Any) -> tuple[Any, ...]:
+    """A patch, or a part of one, as nested tuples: tensors and functions by identity.
+
+    Loaders make new adapter objects around the same tensors each time they run.
+    """
+    if isinstance(value, (list, tuple)):
+        return tuple(_description(entry) for entry in value)
+    if isinstance(value, Tensor):  # held weakly: a merge's are another checkpoint
+        return (_Same(value, weak=True),)
+    if isinstance(value, dict):
+        return tuple((key, _description(value[key])) for key in sorted(value, key=str))
+    if hasattr(value, "weights") and hasattr(value, "calculate_weight"):
+        return (type(value).__name__, _description(value.weights))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return (value,)
+    return (_Same(value, weak=False),)
