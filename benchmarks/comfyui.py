@@ -1,0 +1,732 @@
+"""KSampler in a real ComfyUI on a GPU: seconds from queue to image, time a step, memory, fidelity.
+
+    python -m benchmarks.comfyui --comfyui PATH --out results.json [--variants plain,engine,…]
+
+Each variant is ComfyUI's own server, started in a process of its own by ComfyUI's own main module,
+without a front end and without custom nodes. Workflows go through its `/prompt` route: checkpoint
+loader, two prompts, KSampler, VAE, picture on disk. Checkpoints are complete files of the real
+structures with random fp16 weights, written first, so the first run reads them from the page cache.
+
+Fidelity: the float32 run's trajectory is kept, and every variant's guided noise prediction is taken
+at each of its points, so that errors of one step don't carry over to the next. Relative L2
+distances from float32 (TF32 off), plain ComfyUI's beside the engine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# Nothing here may import torch at the top: ComfyUI chooses torch's allocator before it does.
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [("sd15", 512, 512), ("sdxl", 1024, 1024)]
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "float32": ("--disable-dynamic-vram", "--fp32-unet"),
+    "plain-legacy": ("--disable-dynamic-vram",),
+    "plain": (),
+    "engine-legacy": ("--disable-dynamic-vram",),
+    "engine": (),
+}
+"""Name -> ComfyUI's arguments. Without any, dynamic VRAM is on where ComfyUI has it."""
+CHILD_SECONDS = 400
+PROMPTS = ("a lighthouse above the sea at dawn, oil on canvas", "blurry, cropped")
+SAMPLER, SCHEDULER, CFG = "euler", "normal", 7.0
+
+
+def main() -> None:
+    """Write the checkpoints, run the variants of every row one after another, write one object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", action="append", help="model:WxH")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=4, help="timed runs, the first included")
+    parser.add_argument("--extra-nodes", action="store_true", help="load ComfyUI's extra nodes too")
+    parser.add_argument("--no-fidelity", action="store_true")
+    parser.add_argument("--cpu", action="store_true", help="only to try this program")
+    parser.add_argument("--logs", type=Path, help="a folder for the servers' output")
+    parser.add_argument("--scratch", type=Path, help="where checkpoints go and stay")
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--child", help="prepare, or model:WxH:variant")
+    arguments = parser.parse_args()
+    if arguments.child == "prepare":
+        arguments.out.write_text(json.dumps(prepare(arguments)))
+        return
+    if arguments.child:
+        model, size, variant = arguments.child.split(":")
+        width, height = map(int, size.split("x"))
+        row = measure(arguments, model, width, height, variant)
+        arguments.out.write_text(json.dumps(row))
+        sys.stdout.flush()
+        os._exit(0)  # the server's threads are not worth waiting for
+    if arguments.scratch is not None:
+        arguments.scratch.mkdir(parents=True, exist_ok=True)
+        run_all(arguments)
+        return
+    with tempfile.TemporaryDirectory(prefix="comfyui-") as scratch:
+        arguments.scratch = Path(scratch)
+        run_all(arguments)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Every variant of every row, each in its own process."""
+    prepared = run_child(arguments, "prepare")
+    if "failed" in prepared:
+        raise SystemExit("\n".join(prepared["failed"]))
+    results: dict[str, Any] = {**prepared, "rows": []}
+    for model, width, height in chosen(arguments):
+        for variant in arguments.variants.split(","):
+            row = run_child(arguments, f"{model}:{width}x{height}:{variant}")
+            results["rows"].append({"model": model, "variant": variant, **row})
+            print(summary(results["rows"][-1]), flush=True)
+            arguments.out.write_text(json.dumps(results, indent=1))
+
+
+def chosen(arguments: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """The rows asked for: those of `ROWS`, or any sizes of their models."""
+    if arguments.only is None:
+        return ROWS
+    rows = []
+    for only in arguments.only:
+        model, size = only.split(":")
+        width, height = map(int, size.split("x"))
+        rows.append((model, width, height))
+    return rows
+
+
+def run_child(arguments: argparse.Namespace, child: str) -> dict[str, Any]:
+    """One child's result; where it fails, the last lines that it wrote."""
+    out = arguments.scratch / "child.json"
+    out.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "benchmarks.comfyui", "--child", child]
+    command += ["--comfyui", str(arguments.comfyui.resolve()), "--out", str(out)]
+    command += ["--scratch", str(arguments.scratch), "--steps", str(arguments.steps)]
+    command += ["--runs", str(arguments.runs), "--commit", arguments.commit]
+    for only in arguments.only or ():
+        command += ["--only", only]
+    for flag in ("extra_nodes", "no_fidelity", "cpu"):
+        if getattr(arguments, flag):
+            command.append("--" + flag.replace("_", "-"))
+    logs = arguments.logs or arguments.scratch
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / (child.replace(":", "-") + ".log")
+    failed = ""
+    with log.open("w") as stream:
+        try:
+            process = subprocess.run(
+                command, stdout=stream, stderr=subprocess.STDOUT, timeout=CHILD_SECONDS, cwd=ROOT
+            )
+            failed = f"ended with {process.returncode}" if process.returncode else ""
+        except subprocess.TimeoutExpired:
+            failed = f"not done after {CHILD_SECONDS} s"
+    if not failed and out.exists():
+        return dict(json.loads(out.read_text()))
+    return {"failed": [failed, *log.read_text(errors="replace").splitlines()[-15:]]}
+
+
+def summary(row: dict[str, Any]) -> dict[str, Any]:
+    """What is worth a line on the console."""
+    left_out = ("runs", "rel_err_by_step", "report", "flags")
+    short = {key: value for key, value in row.items() if key not in left_out}
+    for run in row.get("runs", ())[:1]:
+        short["first"] = run
+    return short
+
+
+# --- before the servers -----------------------------------------------------------------------
+
+
+def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Checkpoints in the scratch folder; what the machine is and does at best."""
+    import torch
+    from safetensors.torch import save_file
+
+    device = "cpu" if arguments.cpu else "cuda"
+    folder = arguments.scratch / "base" / "models" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    for model in sorted({row[0] for row in chosen(arguments)}):
+        path = folder / f"{model}.safetensors"
+        if not path.exists():
+            shapes = {**unet_shapes(model), **text_shapes(model), **dict(vae_shapes())}
+            state = {name: weight(name, shape, device) for name, shape in shapes.items()}
+            save_file(state, path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
+    result: dict[str, Any] = {
+        "meta": {
+            "commit": arguments.commit,
+            "date": time.strftime("%Y-%m-%d"),
+            "command": "python -m benchmarks.comfyui",
+            "torch": torch.__version__,
+            "note": f"random full-size weights, fp16; {SAMPLER}, {arguments.steps} steps, cfg "
+            f"{CFG:g}, one picture (cond and uncond in one batch of 2); complete ComfyUI server, "
+            "prompts through /prompt, no previews, no front end; the checkpoint is in the page "
+            "cache. sample_s: KSampler from call to latent, GPU synchronised; ms: sample_s a step, "
+            "median of the later runs; step_ms: median time between two steps, CUDA events",
+        },
+        "ceilings": {},
+    }
+    if not arguments.cpu:
+        from benchmarks.engine import ceilings, meta
+
+        result["meta"] = {**meta(arguments.commit), **result["meta"]}
+        result["ceilings"] = ceilings()
+    return result
+
+
+def unet_shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the UNet in a single-file checkpoint."""
+    from accel.models import FAMILIES, parameters
+
+    config = next(family.config for family in FAMILIES if family.name == model)
+    prefix = "model.diffusion_model."
+    return {prefix + p.ldm_name: p.shape for p in parameters(config).values()}
+
+
+def text_shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the text encoders: CLIP-L, for SDXL OpenCLIP's bigG too."""
+    if model == "sd15":
+        return dict(clip_l_shapes("cond_stage_model.transformer.text_model."))
+    shapes = dict(clip_l_shapes("conditioner.embedders.0.transformer.text_model."))
+    return shapes | dict(clip_g_shapes("conditioner.embedders.1.model."))
+
+
+def clip_l_shapes(prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """CLIP ViT-L/14's text part, as transformers names it."""
+    width, inner = 768, 3072
+    yield f"{prefix}embeddings.token_embedding.weight", (49408, width)
+    yield f"{prefix}embeddings.position_embedding.weight", (77, width)
+    yield from _norm(f"{prefix}final_layer_norm", width)
+    for layer in range(12):
+        block = f"{prefix}encoder.layers.{layer}"
+        for part in "qkv":
+            yield from _affine(f"{block}.self_attn.{part}_proj", width, width)
+        yield from _affine(f"{block}.self_attn.out_proj", width, width)
+        yield from _affine(f"{block}.mlp.fc1", inner, width)
+        yield from _affine(f"{block}.mlp.fc2", width, inner)
+        yield from _norm(f"{block}.layer_norm1", width)
+        yield from _norm(f"{block}.layer_norm2", width)
+
+
+def clip_g_shapes(prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """OpenCLIP ViT-bigG/14's text part, as open_clip names it."""
+    width, inner = 1280, 5120
+    yield f"{prefix}token_embedding.weight", (49408, width)
+    yield f"{prefix}positional_embedding", (77, width)
+    yield f"{prefix}text_projection", (width, width)
+    yield f"{prefix}logit_scale", ()
+    yield from _norm(f"{prefix}ln_final", width)
+    for layer in range(32):
+        block = f"{prefix}transformer.resblocks.{layer}"
+        yield f"{block}.attn.in_proj_weight", (3 * width, width)
+        yield f"{block}.attn.in_proj_bias", (3 * width,)
+        yield from _affine(f"{block}.attn.out_proj", width, width)
+        yield from _affine(f"{block}.mlp.c_fc", inner, width)
+        yield from _affine(f"{block}.mlp.c_proj", width, inner)
+        yield from _norm(f"{block}.ln_1", width)
+        yield from _norm(f"{block}.ln_2", width)
+
+
+def vae_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The autoencoder with 4 latent channels and a factor of 8 that SD1.5 and SDXL share."""
+    widths = (128, 256, 512, 512)
+    for side in ("encoder", "decoder"):
+        root = f"first_stage_model.{side}"
+        encoder = side == "encoder"
+        yield from _affine(f"{root}.mid.attn_1.q", 512, 512, 1, 1)
+        yield from _affine(f"{root}.mid.attn_1.k", 512, 512, 1, 1)
+        yield from _affine(f"{root}.mid.attn_1.v", 512, 512, 1, 1)
+        yield from _affine(f"{root}.mid.attn_1.proj_out", 512, 512, 1, 1)
+        yield from _norm(f"{root}.mid.attn_1.norm", 512)
+        yield from _vae_block(f"{root}.mid.block_1", 512, 512)
+        yield from _vae_block(f"{root}.mid.block_2", 512, 512)
+        before = widths[0] if encoder else widths[-1]
+        yield from _affine(f"{root}.conv_in", before, 3 if encoder else 4, 3, 3)
+        for level in range(4) if encoder else reversed(range(4)):
+            name = f"{root}.{'down' if encoder else 'up'}.{level}"
+            for block in range(2 if encoder else 3):
+                yield from _vae_block(f"{name}.block.{block}", widths[level], before)
+                before = widths[level]
+            if encoder and level < 3:
+                yield from _affine(f"{name}.downsample.conv", before, before, 3, 3)
+            elif not encoder and level > 0:
+                yield from _affine(f"{name}.upsample.conv", before, before, 3, 3)
+        yield from _norm(f"{root}.norm_out", before)
+        yield from _affine(f"{root}.conv_out", 8 if encoder else 3, before, 3, 3)
+    yield from _affine("first_stage_model.quant_conv", 8, 8, 1, 1)
+    yield from _affine("first_stage_model.post_quant_conv", 4, 4, 1, 1)
+
+
+def _vae_block(name: str, out: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from _norm(f"{name}.norm1", inner)
+    yield from _affine(f"{name}.conv1", out, inner, 3, 3)
+    yield from _norm(f"{name}.norm2", out)
+    yield from _affine(f"{name}.conv2", out, out, 3, 3)
+    if out != inner:
+        yield from _affine(f"{name}.nin_shortcut", out, inner, 1, 1)
+
+
+def _affine(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", shape
+    yield f"{name}.bias", shape[:1]
+
+
+def _norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
+def weight(name: str, shape: tuple[int, ...], device: str) -> Any:
+    """A seeded fp16 tensor of about the size that keeps variances through the network."""
+    import torch
+
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    noise = torch.randn(shape, generator=generator, device=device)
+    if not shape:  # CLIP's temperature, which nothing here uses
+        tensor = noise * 0 + 4.6
+    elif len(shape) > 1:
+        tensor = noise / noise[0].numel() ** 0.5
+        if name.endswith(("out_layers.3.weight", "proj_out.weight")):
+            tensor *= 0.5  # what residual blocks add to the trunk
+    elif name.endswith(".weight"):
+        tensor = 1 + 0.1 * noise
+    else:
+        tensor = 0.05 * noise
+    return tensor.half().cpu()
+
+
+# --- in a server's process --------------------------------------------------------------------
+
+
+class Server:
+    """ComfyUI's server in this process, and clocks around what it does."""
+
+    def __init__(self, arguments: argparse.Namespace, flags: tuple[str, ...]) -> None:
+        """Start it; returns once it answers."""
+        base = arguments.scratch / "base"
+        web = arguments.scratch / "web"
+        for folder in (base / "custom_nodes", base / "input", base / "output", base / "user", web):
+            folder.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        sys.argv = ["main.py", "--port", str(self.port), "--base-directory", str(base)]
+        sys.argv += ["--front-end-root", str(web), "--database-url", "sqlite:///:memory:"]
+        sys.argv += ["--disable-all-custom-nodes", "--disable-api-nodes", *flags]
+        self.flags = sys.argv[1:]
+        started = time.perf_counter()
+        self.main = self._import_main(arguments.comfyui)
+        nodes = self.main.nodes
+        if not arguments.extra_nodes:
+
+            async def no_extra_nodes() -> list[str]:
+                return []
+
+            nodes.init_builtin_extra_nodes = no_extra_nodes
+        loop, self.server, start = self.main.start_comfyui()
+        add_nodes(nodes.NODE_CLASS_MAPPINGS)
+        self._done = threading.Event()
+        self._finished_at = 0.0
+        self.clocks = Clocks(cuda=not arguments.cpu)
+        self._watch()
+
+        def serve() -> None:
+            asyncio.set_event_loop(loop)
+            loop.run_until_complete(start())
+
+        threading.Thread(target=serve, daemon=True).start()
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                self.system = self.get("/system_stats")["system"]
+                break
+            except (urllib.error.URLError, ConnectionError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        self.start_s = time.perf_counter() - started
+
+    @staticmethod
+    def _import_main(comfyui: Path) -> ModuleType:
+        """ComfyUI's main module, imported as its own start does it: allocator first."""
+        sys.path.insert(0, str(comfyui))
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        import cuda_malloc  # noqa: F401  sets the allocator, before anything imports torch
+        import main as comfyui_main
+
+        return comfyui_main
+
+    def _watch(self) -> None:
+        """Clocks around the sampler, its steps, and the end of a prompt."""
+        nodes, queue = self.main.nodes, self.server.prompt_queue
+        task_done, sample = queue.task_done, nodes.common_ksampler
+        prepare_callback = nodes.latent_preview.prepare_callback
+
+        def done(*args: Any, **kwargs: Any) -> Any:
+            self._finished_at = time.perf_counter()
+            result = task_done(*args, **kwargs)
+            self._done.set()
+            return result
+
+        def timed_sample(*args: Any, **kwargs: Any) -> Any:
+            self.clocks.begin()
+            result = sample(*args, **kwargs)
+            self.clocks.end()
+            return result
+
+        def timed_callback(*args: Any, **kwargs: Any) -> Any:
+            callback = prepare_callback(*args, **kwargs)
+
+            def step(index: int, x0: Any, x: Any, total: int) -> Any:
+                self.clocks.step()
+                return callback(index, x0, x, total)
+
+            return step
+
+        queue.task_done = done
+        nodes.common_ksampler = timed_sample
+        nodes.latent_preview.prepare_callback = timed_callback
+
+    def get(self, route: str, data: dict[str, Any] | None = None) -> Any:
+        """A route's JSON; with `data`, it is posted."""
+        body = None if data is None else json.dumps(data).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{route}", body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                text = response.read()
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(error.read().decode(errors="replace")) from error
+        return json.loads(text) if text else None
+
+    def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """Queue one workflow and wait for its end; its times."""
+        self._done.clear()
+        started = time.perf_counter()
+        number = self.get("/prompt", {"prompt": prompt})["prompt_id"]
+        if not self._done.wait(CHILD_SECONDS):
+            raise TimeoutError("the prompt does not end")
+        seconds = self._finished_at - started
+        history = self.get(f"/history/{number}")[number]
+        if history["status"]["status_str"] != "success":
+            raise RuntimeError(json.dumps(history["status"]["messages"][-1])[:4000])
+        return {"queue_to_image_s": seconds, **self.clocks.read()}
+
+    def free(self) -> None:
+        """Unload every model and wait until the server has done so."""
+        self.get("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(3)
+
+
+class Clocks:
+    """Host clocks around a sampling, CUDA events at its steps."""
+
+    def __init__(self, cuda: bool) -> None:
+        """`cuda`: synchronise, and use events."""
+        self.cuda = cuda
+        self.started = self.ended = 0.0
+        self.marks: list[Any] = []
+
+    def _now(self) -> float:
+        if self.cuda:
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def begin(self) -> None:
+        """The sampler is called."""
+        self.marks = []
+        self.started = self._now()
+
+    def end(self) -> None:
+        """The latent is there."""
+        self.ended = self._now()
+
+    def step(self) -> None:
+        """A step's prediction is on its way."""
+        if not self.cuda:
+            self.marks.append(time.perf_counter())
+            return
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append((event, time.perf_counter()))
+
+    def read(self) -> dict[str, Any]:
+        """Times of the last sampling."""
+        seconds = self.ended - self.started
+        result: dict[str, Any] = {"sample_s": seconds, "ms": seconds * 1e3 / len(self.marks)}
+        pairs = list(itertools.pairwise(self.marks))
+        if not pairs:
+            return result
+        if self.cuda:
+            gaps = [a[0].elapsed_time(b[0]) for a, b in pairs]
+            # How far the host runs ahead: where it waits for the GPU, this is the GPU's time too.
+            result["host_step_ms"] = statistics.median((b[1] - a[1]) * 1e3 for a, b in pairs)
+            first = self.marks[0][1]
+        else:
+            gaps = [(b - a) * 1e3 for a, b in pairs]
+            first = self.marks[0]
+        result |= {"step_ms": statistics.median(gaps), "step_ms_min": min(gaps)}
+        result |= {"step_ms_max": max(gaps), "to_first_step_s": first - self.started}
+        return result
+
+
+def add_nodes(mappings: dict[str, Any]) -> None:
+    """Nodes of this benchmark: a model on the engine, and random conditioning."""
+
+    class Accelerated:
+        INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+        RETURN_TYPES = ("MODEL",)
+        FUNCTION = "run"
+        CATEGORY = "benchmark"
+
+        def run(self, model: Any) -> tuple[Any]:
+            return (accelerated(model),)
+
+    class RandomConditioning:
+        INPUT_TYPES = classmethod(
+            lambda cls: {"required": {"model": ("MODEL",), "seed": ("INT", {})}}
+        )
+        RETURN_TYPES = ("CONDITIONING",)
+        FUNCTION = "run"
+        CATEGORY = "benchmark"
+
+        def run(self, model: Any, seed: int) -> tuple[Any]:
+            import torch
+
+            generator = torch.Generator().manual_seed(seed)
+            width = model.model.model_config.unet_config["context_dim"]
+            extra = {}
+            if model.model.model_config.unet_config.get("adm_in_channels"):
+                extra["pooled_output"] = torch.randn(1, 1280, generator=generator)
+            return ([[torch.randn(1, 77, width, generator=generator), extra]],)
+
+    mappings["BenchmarkAccelerated"] = Accelerated
+    mappings["BenchmarkConditioning"] = RandomConditioning
+
+
+def accelerated(model: Any) -> Any:
+    """The model on the engine, as the pack's node makes it."""
+    from accel.hosts.comfyui.patcher import accelerate
+
+    return accelerate(model)
+
+
+def report() -> dict[str, Any] | None:
+    """What the pack's journal says of the last sampling."""
+    import dataclasses
+
+    from accel.hosts.comfyui.journal import journal
+
+    runs = list(journal().runs)
+    if not runs:
+        return None
+    last = max(runs, key=lambda run: run.id)
+    public = {f.name for f in dataclasses.fields(last) if not f.name.startswith("_")}
+    return {name: getattr(last, name) for name in sorted(public)}
+
+
+def workflow(
+    model: str, width: int, height: int, steps: int, seed: int, engine: bool, fidelity: bool = False
+) -> dict[str, Any]:
+    """Text to image in API format; for fidelity with random conditioning and no picture."""
+
+    def node(kind: str, **inputs: Any) -> dict[str, Any]:
+        return {"class_type": kind, "inputs": inputs}
+
+    graph = {
+        "1": node("CheckpointLoaderSimple", ckpt_name=f"{model}.safetensors"),
+        "4": node("EmptyLatentImage", width=width, height=height, batch_size=1),
+        "5": node(
+            "KSampler",
+            model=["8", 0] if engine else ["1", 0],
+            seed=seed,
+            steps=steps,
+            cfg=CFG,
+            sampler_name=SAMPLER,
+            scheduler=SCHEDULER,
+            positive=["2", 0],
+            negative=["3", 0],
+            latent_image=["4", 0],
+            denoise=1.0,
+        ),
+    }
+    if engine:
+        graph["8"] = node("BenchmarkAccelerated", model=["1", 0])
+    for number, text in zip(("2", "3"), PROMPTS, strict=True):
+        if fidelity:
+            graph[number] = node("BenchmarkConditioning", model=["1", 0], seed=int(number))
+        else:
+            graph[number] = node("CLIPTextEncode", clip=["1", 1], text=text)
+    if fidelity:
+        graph["7"] = node("SaveLatent", samples=["5", 0], filename_prefix="latent")
+    else:
+        graph["6"] = node("VAEDecode", samples=["5", 0], vae=["1", 2])
+        graph["7"] = node("SaveImage", images=["6", 0], filename_prefix="picture")
+    return graph
+
+
+def measure(
+    arguments: argparse.Namespace, model: str, width: int, height: int, variant: str
+) -> dict[str, Any]:
+    """Timed runs of one variant, then its predictions along the float32 trajectory, then memory."""
+    flags = VARIANTS[variant]
+    if arguments.cpu:
+        flags = (*(flag for flag in flags if "dynamic" not in flag), "--cpu")
+    server = Server(arguments, flags)
+    import psutil
+    import torch
+
+    engine = variant.startswith("engine")
+    row: dict[str, Any] = {
+        "model": model,
+        "width": width,
+        "height": height,
+        "batch": 2,
+        "variant": variant,
+        "comfyui": server.system["comfyui_version"],
+        "dynamic_vram": "on" if dynamic_vram() else "off",
+        "flags": [flag for flag in flags if flag.startswith("--")],
+        "steps": arguments.steps,
+        "start_s": server.start_s,
+        "vram_mib_at_start": vram_mib(),
+        "runs": [],
+    }
+    if variant == "float32":  # only to compare with
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    else:
+        for seed in range(arguments.runs):
+            graph = workflow(model, width, height, arguments.steps, seed, engine)
+            row["runs"].append(server.run(graph))
+            if engine:
+                row["report"] = report()
+        later = row["runs"][1:] or row["runs"]
+        for key in ("queue_to_image_s", "sample_s", "ms", "step_ms", "host_step_ms"):
+            if key in later[0]:
+                row[key] = statistics.median(run[key] for run in later)
+        row["it_s"] = 1e3 / row["ms"]
+        row["vram_mib"] = vram_mib()
+    row["rss_mib"] = psutil.Process().memory_info().rss >> 20
+    if not arguments.no_fidelity:
+        try:
+            with Peak() as peak:
+                row |= fidelity(server, arguments, model, width, height, variant)
+            row["vram_mib_peak"] = peak.mib
+        except Exception:  # the times stand whatever comes of this
+            row["fidelity_failed"] = traceback.format_exc().splitlines()[-8:]
+    server.free()
+    row["vram_mib_after_free"] = vram_mib()
+    return row
+
+
+def fidelity(
+    server: Server,
+    arguments: argparse.Namespace,
+    model: str,
+    width: int,
+    height: int,
+    variant: str,
+) -> dict[str, Any]:
+    """Guided predictions at every point of the float32 trajectory, against float32's own."""
+    import torch
+    from comfy.k_diffusion import sampling
+
+    name = f"sample_{SAMPLER}"
+    original = getattr(sampling, name)
+    kept = arguments.scratch / f"{model}-{width}x{height}-float32.pt"
+    states: list[Any] | None = None if variant == "float32" else torch.load(kept)["states"]
+    seen: list[Any] = []
+    predictions: list[Any] = []
+
+    def replay(net: Any, x: Any, sigmas: Any, extra_args: Any = None, **_: Any) -> Any:
+        for index, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+            if states is not None:
+                x = states[index].to(x)
+            seen.append(x.float().cpu())
+            denoised = net(x, sigma * x.new_ones(x.shape[0]), **(extra_args or {}))
+            predictions.append(((x - denoised) / sigma).float().cpu())
+            server.clocks.step()
+            x = x + (x - denoised) / sigma * (following - sigma)
+        return x
+
+    setattr(sampling, name, replay)
+    try:
+        engine = variant.startswith("engine")
+        server.run(workflow(model, width, height, arguments.steps, 1, engine, fidelity=True))
+    finally:
+        setattr(sampling, name, original)
+    if states is None:
+        torch.save({"states": seen, "predictions": predictions}, kept)
+        size = [float(p.std()) for p in predictions]
+        return {"prediction_std": [min(size), max(size)]}
+    truth = torch.load(kept)["predictions"]
+    by_step = [
+        float((a - b).double().norm() / b.double().norm())
+        for a, b in zip(predictions, truth, strict=True)
+    ]
+    return {"rel_err": max(by_step), "rel_err_by_step": by_step}
+
+
+class Peak:
+    """The most memory in use on the card while this is open, as the driver has it."""
+
+    def __enter__(self) -> Peak:
+        """Start looking, a few times a second."""
+        self.mib = vram_mib()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._stop.wait(0.02):
+            self.mib = max(self.mib, vram_mib())
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop looking."""
+        self._stop.set()
+        self._thread.join()
+
+
+def dynamic_vram() -> bool:
+    """Whether ComfyUI's dynamic VRAM is at work in this process."""
+    module = sys.modules.get("comfy.memory_management")  # older versions have none
+    return bool(getattr(module, "aimdo_enabled", False))
+
+
+def vram_mib() -> int:
+    """Memory in use on the card, MiB; 0 without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) >> 20
+
+
+if __name__ == "__main__":
+    main()
