@@ -1,0 +1,114 @@
+/**
+ * The badge on a node: building, on the engine, or fell back.
+ *
+ * Nodes drawn on the canvas and nodes drawn by Vue read the same `node.badges`; they learn of a
+ * change in different ways, so both are told.
+ */
+
+import { rootGraph } from "./graph.js";
+import { setting, t } from "./i18n.js";
+
+export const BADGE_SETTING = "Switchyard.Node.Badge";
+
+/** Readable on light and dark palettes, with a contrast of 7 or more. */
+const COLOURS = {
+    build: { bgColor: "#3b3170", fgColor: "#efeaff" },
+    engine: { bgColor: "#14532d", fgColor: "#e7fbee" },
+    host: { bgColor: "#713f12", fgColor: "#fff3d6" },
+};
+
+/** @typedef {import("./server.js").Status} Status */
+
+/** @type {WeakMap<object, Status>} the last status by node; a node that goes takes its own along */
+const statuses = new WeakMap();
+
+/**
+ * Give a node its badge, empty until a status arrives.
+ *
+ * @param {any} node
+ */
+export function addBadge(node) {
+    if (!Array.isArray(node.badges) || !window.LGraphBadge) return;
+    /** @type {{text: string, badge: any}} */
+    let last = { text: "", badge: new window.LGraphBadge({ text: "" }) };
+    const getter = () => {
+        const status = statuses.get(node);
+        const text = status && setting(BADGE_SETTING) !== false ? label(status) : "";
+        if (text !== last.text) {
+            last = { text, badge: new window.LGraphBadge({ text, ...COLOURS[status?.state] }) };
+        }
+        return last.badge;
+    };
+    // The first badge is the front end's own, and it leaves that one out of Vue nodes. Extensions
+    // that were registered later get their turn before a microtask does.
+    if (node.badges.length) node.badges.push(getter);
+    else queueMicrotask(() => node.badges.push(getter));
+}
+
+/**
+ * @param {Status} status
+ * @returns {string} short: the whole line stands on the node already
+ */
+function label({ state, text }) {
+    if (!(state in COLOURS)) return "";
+    const details = [/\b\d+ %/, /\b\d+(\.\d+)?x(?= |$)/, /PSNR [^·;]+/]
+        .map((pattern) => text?.match(pattern)?.[0].trim())
+        .filter(Boolean);
+    return [t(`badge.${state}`), ...details].join(" · ");
+}
+
+/**
+ * Show what an event said about a node.
+ *
+ * @param {Status} status
+ */
+export function showStatus(status) {
+    const node = findNode(status?.node_id);
+    if (!node) return;
+    statuses.set(node, status);
+    redraw(node);
+}
+
+/** Show all badges again, after the language or the setting changed. */
+export function redrawBadges() {
+    const root = rootGraph();
+    for (const graph of root ? [root, ...(root.subgraphs?.values() ?? [])] : []) {
+        for (const node of graph.nodes ?? []) if (statuses.has(node)) redraw(node);
+    }
+}
+
+/** @param {any} node */
+function redraw(node) {
+    node.setDirtyCanvas?.(true, true);
+    node.graph?.trigger?.("node:property:changed", {
+        type: "node:property:changed",
+        nodeId: node.id,
+        property: "badges",
+        oldValue: node.badges,
+        newValue: node.badges,
+    });
+}
+
+/**
+ * The node of an id as the server knows it: inside subgraphs it is a path like "12:5".
+ *
+ * @param {string | number | null | undefined} path
+ * @returns {any} null when this workflow has no such node
+ */
+function findNode(path) {
+    if (path === null || path === undefined) return null;
+    let graph = rootGraph();
+    let node = null;
+    for (const part of String(path).split(":")) {
+        // Older front ends keep numbers as numbers.
+        node = graph?.getNodeById?.(Number.isNaN(Number(part)) ? part : Number(part)) ?? null;
+        if (!node) return null;
+        graph = node.subgraph;
+    }
+    return hasStatus(node) ? node : null;
+}
+
+/** @param {any} node @returns {boolean} whether the pack tells this node's status */
+export function hasStatus(node) {
+    return /^Switchyard(Accelerate|Load)/.test(node?.comfyClass ?? node?.type ?? "");
+}

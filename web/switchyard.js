@@ -1,0 +1,140 @@
+/** The pack's part of the front end: panel, badges, menus. */
+
+import { app } from "../../scripts/app.js";
+import { accelerateWorkflow } from "./js/accelerate.js";
+import { BADGE_SETTING, addBadge, hasStatus, redrawBadges, showStatus } from "./js/badge.js";
+import { canCompare, compareOnce } from "./js/compare.js";
+import { loadTexts, onSetting, setting, t } from "./js/i18n.js";
+import { toast } from "./js/notify.js";
+import { Panel } from "./js/panel.js";
+import { listen } from "./js/server.js";
+
+const TAB = "switchyard";
+const TELL_SETTING = "Switchyard.Build.Notify";
+
+const panel = new Panel();
+
+/** @type {Set<string>} builds under way; what was cancelled or known before is no news */
+const building = new Set();
+
+/** The sidebar icon's own small badge: how far the build is. */
+function showProgress(/** @type {import("./js/server.js").Build} */ build) {
+    // Read back from the store: only its copy of the tab is watched for changes.
+    const tab = app.extensionManager?.sidebarTab?.sidebarTabs?.find(({ id }) => id === TAB);
+    if (!tab) return;
+    const running = build.state === "building";
+    tab.iconBadge = running ? `${Math.floor((build.fraction ?? 0) * 100)}%` : null;
+}
+
+/** @param {import("./js/server.js").Build} build */
+function onBuild(build) {
+    showProgress(build);
+    if (build.state === "building") {
+        building.add(build.id);
+        return;
+    }
+    if (!building.delete(build.id) || setting(TELL_SETTING) === false) return;
+    if (build.state === "ready") toast("success", t("builds.toastReady", { title: build.title }));
+    if (build.state === "failed") {
+        toast("warn", t("builds.toastFailed", { title: build.title, error: build.error ?? "" }));
+    }
+}
+
+function addStyles() {
+    const href = new URL("./switchyard.css", import.meta.url).href;
+    const link = document.createElement("link");
+    link.rel = "stylesheet";
+    link.href = href;
+    document.head.append(link);
+}
+
+function addPanel() {
+    const tab = {
+        id: TAB,
+        icon: "pi pi-bolt",
+        iconBadge: null,
+        title: "Switchyard",
+        tooltip: "Switchyard",
+        type: "custom",
+        render: (/** @type {HTMLElement} */ element) => panel.mount(element),
+        destroy: () => panel.unmount(),
+    };
+    const manager = app.extensionManager;
+    if (manager?.sidebarTab?.registerSidebarTab) manager.sidebarTab.registerSidebarTab(tab);
+    else manager?.registerSidebarTab?.(tab);
+}
+
+app.registerExtension({
+    name: "Switchyard",
+
+    settings: [
+        {
+            id: BADGE_SETTING,
+            category: ["Switchyard", "Node", "Badge"],
+            name: "Show on each accelerated node what it runs on",
+            type: "boolean",
+            defaultValue: true,
+            onChange: () => redrawBadges(),
+        },
+        {
+            id: TELL_SETTING,
+            category: ["Switchyard", "Build", "Notify"],
+            name: "Tell when an engine has been built",
+            type: "boolean",
+            defaultValue: true,
+        },
+    ],
+
+    commands: [
+        {
+            id: "Switchyard.AccelerateWorkflow",
+            label: "Accelerate this workflow",
+            icon: "pi pi-bolt",
+            function: () => void accelerateWorkflow(),
+        },
+        {
+            id: "Switchyard.CompareOnce",
+            label: "Compare once with the host's path",
+            icon: "pi pi-clone",
+            function: async () => {
+                for (const item of app.canvas.selectedItems ?? []) {
+                    if (canCompare(item)) await compareOnce(item);
+                }
+            },
+        },
+    ],
+
+    menuCommands: [{ path: ["Edit"], commands: ["Switchyard.AccelerateWorkflow"] }],
+
+    async setup() {
+        addStyles();
+        addPanel();
+        listen("switchyard.status", showStatus);
+        listen("switchyard.build", onBuild);
+        onSetting("Comfy.Locale", redrawBadges);
+        await loadTexts();
+    },
+
+    /** @param {any} node */
+    nodeCreated(node) {
+        if (hasStatus(node)) addBadge(node);
+    },
+
+    getCanvasMenuItems() {
+        return [
+            null,
+            { content: t("accelerate.label"), callback: () => void accelerateWorkflow() },
+        ];
+    },
+
+    /** @param {any} node */
+    getNodeMenuItems(node) {
+        if (!canCompare(node)) return [];
+        return [null, { content: t("compare.label"), callback: () => void compareOnce(node) }];
+    },
+
+    /** @param {any} item what is selected */
+    getSelectionToolboxCommands(item) {
+        return canCompare(item) ? ["Switchyard.CompareOnce"] : [];
+    },
+});
