@@ -528,7 +528,7 @@ def test_hosts_with_pytorchs_newer_precision_settings(setting: str, plan_cache: 
         "engine.set_loras([(make_lora(3), 1.0)])\n"
         "weights = engine._network.weights\n"
         "weights.device = torch.device('cuda')\n"
-        "with weights._exact_matmul(((None, 1.0),)):\n"
+        "with weights._exact_matmul():\n"
         "    print(matmul.fp32_precision)\n"
         "print(matmul.fp32_precision)\n"
     )

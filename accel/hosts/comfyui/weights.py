@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from ...structure import canonical_names
 from ...tensorfile import fingerprint_of
 
 PREFIX = "diffusion_model."
+
+FILE = "switchyard_file"
+"""Attachment of a MODEL: the path that it was loaded from."""
 
 _names: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 _tokens: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
@@ -103,16 +106,14 @@ class PatchedSource:
         """
         digest, patcher = xxhash.xxh3_128(), self._alive()
         for key in self._keys.values():
-            value = _stored(patcher, key)
-            digest.update(f"{value.dtype}{tuple(value.shape)}")
-            for address, size in samples(value):
-                digest.update(ctypes.string_at(address, size))
+            for part in contents(_stored(patcher, key)):
+                digest.update(part)
         return digest.hexdigest()
 
 
 def identity(patcher: Any) -> Hashable:
     """What a MODEL's unpatched weights are known by: its file where that is known, else itself."""
-    path = patcher.get_attachment("switchyard_file")
+    path = patcher.get_attachment(FILE)
     if path is None:
         made = getattr(patcher, "cached_patcher_init", None)
         arguments = made[1] if made else ()
@@ -135,16 +136,19 @@ def _stored(patcher: Any, key: str) -> Tensor:
     return value
 
 
-def samples(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Address and size of up to 64 bytes at a tensor's start, middle and end, if it is in RAM."""
-    if tensor.device.type != "cpu" or tensor.numel() == 0 or tensor.data_ptr() == 0:
-        return
+def contents(tensor: Tensor) -> list[bytes]:
+    """What a tensor is known by: dtype, shape, and 64 bytes of its start, middle and end.
+
+    Of one that is not in RAM, or not in one piece, dtype and shape alone.
+    """
+    known = [f"{tensor.dtype}{tuple(tensor.shape)}".encode()]
+    if tensor.device.type != "cpu" or tensor.data_ptr() == 0 or not tensor.is_contiguous():
+        return known
     size = tensor.numel() * tensor.element_size()
-    if not tensor.is_contiguous():
-        size = tensor.element_size()
     part = min(64, size)
-    for at in sorted({0, (size - part) // 2, size - part}):
-        yield tensor.data_ptr() + at, part
+    for at in (0, (size - part) // 2, size - part):
+        known.append(ctypes.string_at(tensor.data_ptr() + at, part))
+    return known
 
 
 class _Same:

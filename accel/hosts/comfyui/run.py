@@ -1,0 +1,466 @@
+"""One sampling: where it runs, the weights that it needs, and every call of its denoiser.
+
+The host calls these wrappers from the outside in: OUTER_SAMPLE around everything, PREPARE_SAMPLING
+where models are loaded, SAMPLER_SAMPLE around the loop over the steps, CALC_COND_BATCH once a step,
+DIFFUSION_MODEL in place of the network. Nothing is decided later than it must be: options and
+conditioning are looked at before loading, so that a run of the host's own path is loaded for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management as management
+import torch
+from comfy.patcher_extension import WrapperExecutor
+from torch import Tensor, nn
+
+from ...errors import OutOfMemory, SwitchyardError, UnsupportedModel
+from ...hardware import describe
+from ...models.calls import bind_call
+from ...plan.schema import Plan
+from ...runtime.network import Seat
+from ...runtime.weights import weights_bytes
+from ...structure import Structure, structure_of
+from .builder import builder
+from .decide import Reason, learn, why_host_run
+from .journal import Run, journal, status_line
+from .pool import NetworkPatcher, pool
+from .weights import PREFIX, PatchedSource, identity
+
+logger = logging.getLogger(__name__)
+
+KEY = "switchyard"
+"""Of our wrappers, attachments and additional models in the host's dictionaries."""
+
+PRECISIONS = (torch.float16, torch.bfloat16, torch.float32)
+
+_structures: weakref.WeakKeyDictionary[nn.Module, Structure] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class Options:
+    """What the node says. `wait`: build an unknown structure's engine before the first image.
+
+    compare: run the next sampling on the host's path as well, and say how close the engine is.
+    node_id: where the status line goes. title: the model's name in reports.
+    """
+
+    wait: bool = False
+    compare: bool = False
+    node_id: str | None = None
+    title: str = "model"
+
+
+@dataclass
+class Binding:
+    """A module of the host's, and the engine and weights that stand for it in this sampling."""
+
+    patcher: Any
+    engine: NetworkPatcher
+    seat: Seat
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], key: object | None) -> Tensor:
+        """The denoiser's forward on the engine.
+
+        Raises `UnsupportedModel`, `InvalidInput` or `OutOfMemory` where that cannot be.
+        """
+        config = self.engine.structure.config
+        assert config is not None
+        bound = bind_call(config, "comfyui", args, kwargs)
+        if not self.engine.holds(self.seat):  # evicted by what the host loaded in mid-run
+            self.seat, _ = bring_in(self.patcher, self.engine)
+        result: Tensor = bound.finish(self.engine.run(self.seat, bound.inputs, key))
+        return result
+
+
+@dataclass
+class Sampling:
+    """One run: what was decided, and what happened."""
+
+    run: Run
+    bindings: dict[int, Binding] = field(default_factory=dict)
+    reasons: list[Reason] = field(default_factory=list)
+    engine: NetworkPatcher | None = None
+    on_engine: bool = False
+    calls: list[tuple[str, tuple[int, ...], float]] = field(default_factory=list)
+    graphs_before: int = 0
+    # By cond uuid: the prompt's tensors, held; None once they have changed under it.
+    prompts: dict[Any, tuple[Any, ...] | None] = field(default_factory=dict)
+    prompts_vouched: bool = True
+
+    def why(self, reason: Reason) -> None:
+        """Note why something ran on the host's path."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        self.run.why(reason.text, reason.node)
+
+
+class Acceleration:
+    """How a MODEL is accelerated. Shared by all its clones: its methods are their wrappers."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._samplings: list[Sampling] = []
+        self._said: set[str] = set()
+
+    def __deepcopy__(self, memo: Any) -> Acceleration:
+        return self  # older hosts copy options deeply, bound methods among them
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """The run under way."""
+        return self._samplings[-1] if self._samplings else None
+
+    @property
+    def loading_for_engine(self) -> bool:
+        """Whether the run under way has the engine hold the weights."""
+        return self.sampling is not None and self.sampling.on_engine
+
+    # Around a run.
+
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keep the books of one sampling; with `compare`, repeat it on the host's path."""
+        guider = executor.class_obj
+        conds = {kind: [dict(cond) for cond in given] for kind, given in guider.conds.items()}
+        with self._recorded() as sampling:
+            result = executor(*args, **kwargs)
+        if self.options.compare and sampling.run.engine_calls:
+            self.options.compare = False
+            guider.conds = conds
+            with self._recorded(Reason("the engine is compared with it", None)) as host:
+                expected = executor(*args, **kwargs)
+            self._tell_comparison(sampling, host, result, expected)
+        return result
+
+    @contextmanager
+    def _recorded(self, *reasons: Reason) -> Iterator[Sampling]:
+        options = self.options
+        run = journal().begin(options.title, node_id=options.node_id)
+        sampling = Sampling(run)
+        for reason in reasons:
+            sampling.why(reason)
+        self._samplings.append(sampling)
+        error: str | None = None
+        try:
+            yield sampling
+        except BaseException as problem:
+            error = str(problem) or type(problem).__name__
+            raise
+        finally:
+            self._samplings.remove(sampling)
+            if sampling.engine is not None:
+                run.graphs = sampling.engine.graphs_captured() - sampling.graphs_before
+                run.vram_bytes = sampling.engine.loaded_size()
+            journal().finish(run, error)
+
+    def _tell_comparison(
+        self, engine: Sampling, host: Sampling, result: Tensor, expected: Tensor
+    ) -> None:
+        decibel = psnr(result, expected)
+        ms, sizes = host.run.ms("host"), host.run.dims
+        if ms and len(sizes) == 1 and engine.run.graph_key:
+            journal().note_baseline(engine.run.graph_key, sizes[0], engine.run.gpu, ms)
+        line = f"{status_line(engine.run)} · {decibel:.0f} dB from the host's own"
+        logger.info("%s: %s", self.options.title, line)
+        journal().status(self.options.node_id, "engine", line)
+
+    def prepare_sampling(
+        self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Decide where the run goes, have the host load for that, and bring in the weights."""
+        sampling = self.sampling
+        if sampling is None:  # a caller that goes around the sampler
+            return executor(model, noise_shape, conds, *args, **kwargs)
+        options = kwargs.get("model_options", args[0] if args else None) or {}
+        self._describe(sampling, model, conds)
+        engine = self._engine_for(sampling, model, options, conds, noise_shape)
+        if engine is not None:
+            sampling.on_engine, sampling.engine = True, engine
+            sampling.graphs_before = engine.graphs_captured()
+            model.set_additional_models(KEY, [engine])
+            try:
+                prepared = executor(model, noise_shape, conds, *args, **kwargs)
+                self._bind(sampling, model, prepared[2])
+                self._start(sampling)
+                return prepared
+            except (SwitchyardError, torch.OutOfMemoryError) as error:
+                sampling.why(Reason(_one_line(error), None))
+                self._leave_engine(sampling)
+            finally:
+                model.remove_additional_models(KEY)
+        self._start(sampling)
+        return executor(model, noise_shape, conds, *args, **kwargs)
+
+    def _describe(self, sampling: Sampling, model: Any, conds: Any) -> None:
+        run = sampling.run
+        run.device = str(model.load_device)
+        run.gpu = describe(model.load_device).name if model.load_device.type == "cuda" else "cpu"
+        run.loras = max((len(patches) for patches in model.patches.values()), default=0)
+        run.controlnets = _controlnets(conds)
+
+    def _engine_for(
+        self, sampling: Sampling, model: Any, options: Any, conds: Any, noise_shape: Any
+    ) -> NetworkPatcher | None:
+        """The engine that this run goes to; None, with the reasons noted, for the host's path."""
+        if sampling.reasons:
+            return None
+        if getattr(model, "acceleration", None) is not self:
+            sampling.why(Reason("the host made a model of its own for LoRAs with hooks", None))
+            return None
+        structure = structure_of_model(model)
+        run = sampling.run
+        run.family, run.graph_key = structure.family, structure.graph_key
+        for reason in why_host_run(model, options, conds):
+            sampling.why(reason)
+        dtype = model.model.get_dtype_inference()
+        if dtype not in PRECISIONS:
+            sampling.why(Reason(f"the model computes in {dtype}", None))
+        if sampling.reasons:
+            return None
+        plan = builder().request(structure, model.model.diffusion_model, wait=self.options.wait)
+        if plan is None:
+            self._note_build(sampling, structure)
+            return None
+        problem = _too_small(model, plan, dtype, noise_shape)
+        if problem is not None:
+            sampling.why(problem)
+            return None
+        return pool().network(structure, plan, model.load_device, dtype)
+
+    def _note_build(self, sampling: Sampling, structure: Structure) -> None:
+        state = builder().status(str(structure.graph_key))
+        if state["state"] == "building":
+            sampling.run.mode = "building"
+            line = status_line(sampling.run, state["fraction"])
+            journal().status(self.options.node_id, "build", line)
+        else:
+            sampling.why(Reason(f"its engine could not be built: {state['error']}", None))
+
+    def _bind(self, sampling: Sampling, model: Any, loaded: list[Any]) -> None:
+        """Bring in the weights for the model, and for its copies on other devices."""
+        assert sampling.engine is not None
+        engines = [other for other in loaded if isinstance(other, NetworkPatcher)]
+        for patcher in [model, *loaded]:
+            if getattr(patcher, "acceleration", None) is not self:
+                continue
+            engine = next(
+                other
+                for other in [sampling.engine, *engines]
+                if other.load_device == patcher.load_device
+                and other.clone_base_uuid == sampling.engine.clone_base_uuid
+            )
+            seat, ms = bring_in(patcher, engine)
+            sampling.run.swaps_ms += ms
+            sampling.bindings[id(patcher.model.diffusion_model)] = Binding(patcher, engine, seat)
+
+    def _start(self, sampling: Sampling) -> None:
+        """Say once why this run is not on the engine."""
+        if sampling.on_engine or not sampling.reasons:
+            return
+        sampling.run.mode = "host"
+        line = status_line(sampling.run)
+        journal().status(self.options.node_id, "host", line)
+        if line not in self._said:
+            self._said.add(line)
+            logger.warning("%s: %s", self.options.title, line)
+
+    def _leave_engine(self, sampling: Sampling) -> None:
+        """Free the engine's weights, so that the host's own have the room."""
+        sampling.on_engine = False
+        for engine in {binding.engine for binding in sampling.bindings.values()}:
+            engine.free()
+        if sampling.engine is not None:
+            sampling.engine.free()
+        sampling.bindings.clear()
+
+    def sampler_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Time the loop over the steps."""
+        sampling = self.sampling
+        result = executor(*args, **kwargs)
+        if sampling is not None and sampling.calls:
+            if isinstance(result, Tensor) and result.is_cuda:
+                torch.cuda.synchronize(result.device)
+            _count(sampling, time.perf_counter())
+        return result
+
+    # In a step.
+
+    def calc_cond_batch(
+        self, executor: Any, model: Any, conds: Any, x: Any, timestep: Any, options: Any
+    ) -> Any:
+        """See which prompts stand behind the step's uuids, for `_key`."""
+        sampling = self.sampling
+        if sampling is not None and sampling.on_engine:
+            _see_prompts(sampling, conds, options)
+        return executor(model, conds, x, timestep, options)
+
+    @torch.compiler.disable
+    def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """The network's forward, under whatever wrappers others have added inside ours."""
+        inner = executor.wrappers[executor.idx + 1 :]
+        alone = len(executor.wrappers) == 1
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(executor.original, executor.class_obj, alone, args, kwargs)
+
+        return WrapperExecutor.new_class_executor(run, executor.class_obj, inner).execute(
+            *args, **kwargs
+        )
+
+    def _forward(
+        self,
+        original: Callable[..., Any],
+        module: nn.Module,
+        alone: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        sampling = self.sampling
+        if sampling is None:
+            return original(*args, **kwargs)
+        dims = tuple(args[0].shape)
+        binding = sampling.bindings.get(id(module))
+        if binding is not None:
+            management.throw_exception_if_processing_interrupted()
+            key = _key(sampling, args, kwargs) if alone else None
+            started = time.perf_counter()
+            try:
+                result = binding.call(args, kwargs, key)
+            except SwitchyardError as error:
+                self._go_native(sampling, Reason(_one_line(error), None), args[0])
+            else:
+                sampling.calls.append(("engine", dims, started))
+                return result
+        sampling.calls.append(("host", dims, time.perf_counter()))
+        return original(*args, **kwargs)
+
+    def _go_native(self, sampling: Sampling, reason: Reason, x: Tensor) -> None:
+        """In mid-run: load the host's own weights, for the rest of it."""
+        patchers = [binding.patcher for binding in sampling.bindings.values()]
+        sampling.why(reason)
+        for patcher in patchers:
+            learn(patcher, patcher.model_options)
+        self._leave_engine(sampling)
+        logger.warning("%s goes on without its engine: %s", self.options.title, reason.text)
+        journal().status(self.options.node_id, "host", f"host's path: {reason.text}")
+        used = management.loaded_models(only_currently_used=True)
+        others = [m for m in used if not isinstance(m, NetworkPatcher) and m not in patchers]
+        memory = patchers[0].memory_required(list(x.shape))
+        management.load_models_gpu([*patchers, *others], memory_required=memory)
+
+
+def bring_in(patcher: Any, engine: NetworkPatcher) -> tuple[Seat, float]:
+    """The seat with a MODEL's weights, and the milliseconds that bringing them in took."""
+    config = engine.structure.config
+    assert config is not None
+    source = PatchedSource(patcher, config, PREFIX, patcher.load_device, engine.model.title)
+    return engine.seat(identity(patcher), source, patcher.patches_uuid)
+
+
+def structure_of_model(model: Any) -> Structure:
+    """The structure of a MODEL's denoiser. Raises `UnsupportedModel`."""
+    module = model.model.diffusion_model
+    if module not in _structures:
+        _structures[module] = structure_of(module)
+    return _structures[module]
+
+
+def psnr(image: Tensor, reference: Tensor) -> float:
+    """Peak signal to noise in dB, over the range of `reference`; infinity for equal ones."""
+    error = (image.double() - reference.double()).square().mean().item()
+    peak = (reference.max() - reference.min()).double().item()
+    if error == 0:
+        return float("inf")
+    return 10 * torch.log10(torch.tensor(peak * peak / error)).item()
+
+
+def _too_small(model: Any, plan: Plan, dtype: torch.dtype, noise_shape: Any) -> Reason | None:
+    """Why the device has no room for the engine, whatever the host evicts."""
+    device = model.load_device
+    if device.type == "cpu":
+        return None
+    if management.vram_state == management.VRAMState.NO_VRAM:
+        return Reason("ComfyUI was started with --novram", None)
+    shape = [noise_shape[0] * 2, *noise_shape[1:]]
+    needed = weights_bytes(plan, dtype) + model.memory_required(shape)
+    total = management.get_total_memory(device) - management.extra_reserved_memory()
+    if needed <= total:
+        return None
+    gib = 1 << 30
+    return Reason(
+        f"the engine needs {needed / gib:.1f} GiB of VRAM and {total / gib:.1f} are there", None
+    )
+
+
+def _controlnets(conds: Any) -> int:
+    """ControlNets in the longest chain of the conditioning."""
+    longest = 0
+    for given in conds.values():
+        for cond in given:
+            length, control = 0, cond.get("control")
+            while control is not None:
+                length, control = length + 1, control.previous_controlnet
+            longest = max(longest, length)
+    return longest
+
+
+def _see_prompts(sampling: Sampling, conds: Any, options: Any) -> None:
+    """Hold the tensors behind each uuid; whoever changes them under it loses its vouching."""
+    # These stand between the conditioning and the network, and may change what arrives there.
+    replaced = ("model_function_wrapper", "sampler_calc_cond_batch_function")
+    wrappers = (options.get("transformer_options") or {}).get("wrappers") or {}
+    sampling.prompts_vouched = (
+        not any(options.get(name) for name in replaced)
+        and not any((wrappers.get("apply_model") or {}).values())
+        and _only_ours(wrappers.get("calc_cond_batch"))
+    )
+    for given in conds:
+        for cond in given or ():
+            tensors = tuple(
+                getattr(cond.get("model_conds", {}).get(name), "cond", None)
+                for name in ("c_crossattn", "y")
+            )
+            uuid = cond.get("uuid")
+            seen = sampling.prompts.setdefault(uuid, tensors)
+            if seen is not None and any(a is not b for a, b in zip(seen, tensors, strict=True)):
+                sampling.prompts[uuid] = None
+
+
+def _only_ours(wrappers: Mapping[Any, list[Any]] | None) -> bool:
+    return all(key == KEY or not given for key, given in (wrappers or {}).items())
+
+
+def _key(sampling: Sampling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object | None:
+    """What vouches for an unchanged prompt: the conds whose chunks make up the batch."""
+    options = kwargs.get("transformer_options", args[5] if len(args) > 5 else None) or {}
+    uuids = options.get("uuids")
+    if not sampling.prompts_vouched or not uuids:
+        return None
+    if any(sampling.prompts.get(uuid) is None for uuid in uuids):
+        return None
+    return (*uuids,)
+
+
+def _count(sampling: Sampling, end: float) -> None:
+    """Enter the calls of one loop in the run. The first may have captured a graph: not timed."""
+    calls, sampling.calls = sampling.calls, []
+    alike = len({(path, dims) for path, dims, _ in calls}) == 1
+    ms = (end - calls[1][2]) * 1e3 / (len(calls) - 1) if alike and len(calls) > 1 else None
+    for path, (batch, _, height, width), _ in calls:
+        sampling.run.call(path, {"width": width * 8, "height": height * 8, "batch": batch}, ms)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, torch.OutOfMemoryError) and not isinstance(error, OutOfMemory):
+        return "the device has no memory left"
+    return str(error).split("\n", 1)[0]
+
+
+__all__ = ["Acceleration", "Options", "UnsupportedModel", "structure_of_model"]
