@@ -31,7 +31,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if not torch.cuda.is_available():
             reasons["gpu"] = "needs an NVIDIA GPU"
-    comfyui = Path(os.environ.setdefault("COMFYUI_PATH", "~/ComfyUI")).expanduser()
+    # May name several, as in PATH: comfyui/server.py runs them all, the other tests the first.
+    os.environ.setdefault("COMFYUI_PATHS", os.environ.get("COMFYUI_PATH", "~/ComfyUI"))
+    comfyui = Path(os.environ["COMFYUI_PATHS"].split(os.pathsep)[0]).expanduser()
     os.environ["COMFYUI_PATH"] = str(comfyui)
     if not (comfyui / "comfy").is_dir():
         reasons["comfyui"] = f"needs a ComfyUI checkout; {comfyui} (COMFYUI_PATH) has none"

@@ -1,0 +1,50 @@
+"""Runs the tests of `comfyui/` inside every ComfyUI that COMFYUI_PATH names."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from comfyui.server import Installation, environment, installations, why_not
+
+_ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def test_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints that all the versions share."""
+    return tmp_path_factory.mktemp("comfyui-models")
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize(
+    "installation", installations(), ids=lambda installation: installation.version
+)
+def test_inside_comfyui(installation: Installation, test_models: Path, tmp_path: Path) -> None:
+    reason = why_not(installation)
+    if reason is not None:
+        pytest.skip(reason)
+    variables = environment(tmp_path)
+    for name in [name for name in variables if name.startswith("PYTEST_")]:
+        del variables[name]  # of the run around this one
+    variables["COMFYUI_ROOT"] = str(installation.root)
+    variables["COMFYUI_TEST_MODELS"] = os.environ.get("COMFYUI_TEST_MODELS", str(test_models))
+    done = subprocess.run(
+        [
+            installation.python,
+            *("-m", "pytest", "tests/comfyui", "-q", "-p", "no:cacheprovider", "--tb=short"),
+            f"--basetemp={tmp_path / 'inside'}",
+        ],
+        cwd=_ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-12000:]
+    passed = re.search(r"(\d+) passed", output)
+    assert passed and int(passed[1]) > 0, output[-4000:]
