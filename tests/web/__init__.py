@@ -1,0 +1,1 @@
+"""Tests of the pack's part of the front end, in the real front end in Chromium."""
