@@ -29,7 +29,8 @@ class EngineMixin:
     @property
     def acceleration(self: Any) -> Acceleration | None:
         """How it is accelerated; shared by all clones."""
-        return self.get_attachment(KEY)
+        # Older hosts ask for the size while a clone is made, before it has attachments.
+        return getattr(self, "attachments", {}).get(KEY)
 
     def _on_engine(self: Any) -> bool:
         acceleration = self.acceleration

@@ -21,7 +21,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor, nn
 
-from ...errors import OutOfMemory, SwitchyardError, UnsupportedModel
+from ...errors import SwitchyardError
 from ...hardware import describe
 from ...models.calls import bind_call
 from ...plan.schema import Plan
@@ -190,8 +190,8 @@ class Acceleration:
                 self._bind(sampling, model, prepared[2])
                 self._start(sampling)
                 return prepared
-            except (SwitchyardError, torch.OutOfMemoryError) as error:
-                sampling.why(Reason(_one_line(error), None))
+            except Exception as error:
+                sampling.why(_reason(error))
                 self._leave_engine(sampling)
             finally:
                 model.remove_additional_models(KEY)
@@ -219,7 +219,7 @@ class Acceleration:
         run.family, run.graph_key = structure.family, structure.graph_key
         for reason in why_host_run(model, options, conds):
             sampling.why(reason)
-        dtype = model.model.get_dtype_inference()
+        dtype = model.model.manual_cast_dtype or model.model.get_dtype()
         if dtype not in PRECISIONS:
             sampling.why(Reason(f"the model computes in {dtype}", None))
         if sampling.reasons:
@@ -333,8 +333,8 @@ class Acceleration:
             started = time.perf_counter()
             try:
                 result = binding.call(args, kwargs, key)
-            except SwitchyardError as error:
-                self._go_native(sampling, Reason(_one_line(error), None), args[0])
+            except Exception as error:
+                self._go_native(sampling, _reason(error), args[0])
             else:
                 sampling.calls.append(("engine", dims, started))
                 return result
@@ -457,10 +457,16 @@ def _count(sampling: Sampling, end: float) -> None:
         sampling.run.call(path, {"width": width * 8, "height": height * 8, "batch": batch}, ms)
 
 
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError) and not isinstance(error, OutOfMemory):
-        return "the device has no memory left"
-    return str(error).split("\n", 1)[0]
+def _reason(error: Exception) -> Reason:
+    """Why an error sends a run to the host's path. The user's interrupt is raised again.
 
-
-__all__ = ["Acceleration", "Options", "UnsupportedModel", "structure_of_model"]
+    An error that nobody foresaw costs the speed, not the picture; the log has all of it.
+    """
+    if isinstance(error, management.InterruptProcessingException):
+        raise error
+    if isinstance(error, SwitchyardError):
+        return Reason(str(error), None)
+    if isinstance(error, torch.OutOfMemoryError):
+        return Reason("the device has no memory left", None)
+    logger.warning("the engine failed unexpectedly", exc_info=error)
+    return Reason(f"the engine failed: {type(error).__name__}: {error}".split("\n", 1)[0], None)
