@@ -372,10 +372,11 @@ class Server:
         import comfy.options
 
         comfy.options.enable_args_parsing()
-        import cuda_malloc  # noqa: F401  sets the allocator, before anything imports torch
-        import main as comfyui_main
+        import cuda_malloc  # sets the allocator, before anything imports torch
+        import main
 
-        return comfyui_main
+        main.cuda_malloc = cuda_malloc  # which it imports itself only where it is the program
+        return main
 
     def _watch(self) -> None:
         """Clocks around the sampler, its steps, and the end of a prompt."""
