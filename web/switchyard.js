@@ -74,7 +74,6 @@ app.registerExtension({
             name: "Show on each accelerated node what it runs on",
             type: "boolean",
             defaultValue: true,
-            onChange: () => redrawBadges(),
         },
         {
             id: TELL_SETTING,
@@ -112,6 +111,7 @@ app.registerExtension({
         listen("switchyard.status", showStatus);
         listen("switchyard.build", onBuild);
         onSetting("Comfy.Locale", redrawBadges);
+        onSetting(BADGE_SETTING, redrawBadges);
         await loadTexts();
     },
 

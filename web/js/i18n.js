@@ -42,7 +42,7 @@ export function setting(id) {
 }
 
 /**
- * Call back whenever a setting changes.
+ * Call back whenever a setting has changed.
  *
  * @param {string} id
  * @param {() => void} callback
@@ -50,8 +50,10 @@ export function setting(id) {
  */
 export function onSetting(id, callback) {
     const settings = app.ui?.settings;
-    settings?.addEventListener?.(`${id}.change`, callback);
-    return () => settings?.removeEventListener?.(`${id}.change`, callback);
+    // The event comes just before the value is there to be read.
+    const listener = () => queueMicrotask(callback);
+    settings?.addEventListener?.(`${id}.change`, listener);
+    return () => settings?.removeEventListener?.(`${id}.change`, listener);
 }
 
 /**

@@ -1,0 +1,45 @@
+"""One server and one browser for all tests of the front end; a page for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfyui.server import Server, installations, why_not
+
+from . import browser as chrome
+from .browser import Desk
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium."""
+    missing = chrome.why_not()
+    if missing:
+        pytest.skip(missing)
+    with chrome.launched() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session", params=installations(), ids=lambda one: one.version)
+def server(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Server]:
+    """ComfyUI with the pack and the smallest checkpoints."""
+    missing = why_not(request.param)
+    if missing:
+        pytest.skip(missing)
+    folder: Path = tmp_path_factory.mktemp("comfyui")
+    server = Server(request.param, folder)
+    server.ensure("checkpoints/tiny-sd15-a.safetensors", "checkpoints/tiny-sd15-b.safetensors")
+    with server:
+        yield server
+
+
+@pytest.fixture
+def desk(browser: Any, server: Server) -> Iterator[Desk]:
+    """A fresh page. Whatever it printed as an error fails the test."""
+    desk = Desk(browser, server.url)
+    yield desk.open()
+    desk.close()
+    assert desk.errors == []
