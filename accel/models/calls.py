@@ -58,7 +58,7 @@ _PROMPT_ADDED = ("text_embeds", "time_ids")
 
 # What samplers and wrappers outside the network leave in `transformer_options`, and what the
 # network itself writes there while it runs. Its result depends on none of it.
-_HARMLESS_OPTIONS = {
+HARMLESS_OPTIONS = {
     "activations_shape",
     "block",
     "block_index",
@@ -307,7 +307,7 @@ def _comfyui(config: UNetConfig, given: _Given) -> Call:
     if config.kind == "unet":
         control = given.take("control") or {}
         for name, value in (given.take("transformer_options") or {}).items():
-            if name not in _HARMLESS_OPTIONS and _is_given(value):
+            if name not in HARMLESS_OPTIONS and _is_given(value):
                 raise _refused(f"transformer_options[{name!r}]")
         given.take("crossattn_controlnet")  # a second prompt, which ControlNets alone read
         given.refuse_rest()

@@ -18,7 +18,8 @@ def call(module: str, name: str, **inputs: Any) -> tuple[Any, ...]:
     """The outputs of a node of ComfyUI, given by its module and class, in either style of node."""
     kind = getattr(importlib.import_module(module), name)
     if hasattr(kind, "define_schema"):
-        return tuple(kind.execute(**inputs).args)
+        result = kind.execute(**inputs)
+        return tuple(getattr(result, "args", result))
     return tuple(getattr(kind(), kind.FUNCTION)(**inputs))
 
 

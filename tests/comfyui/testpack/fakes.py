@@ -135,26 +135,22 @@ def reentering(model: Any) -> None:
     model.set_model_sampler_post_cfg_function(guidance)
 
 
-class _Hidden:
-    """A callable without code of its own to look into; what it does shows in mid-run only."""
+_guidances: dict[str, Callable[[dict[str, Any]], Tensor]] = {}
 
-    def __init__(self, inner: Callable[[dict[str, Any]], Tensor]) -> None:
-        self._inner = inner
 
-    def __call__(self, args: dict[str, Any]) -> Tensor:
-        return getattr(self, "_in" + "ner")(args)  # type: ignore[no-any-return]
+def _look_up(args: dict[str, Any]) -> Tensor:
+    return _guidances["perturbed"](args)
 
 
 def hidden_reentering(model: Any) -> None:
-    """The same, behind an object that does not show it beforehand."""
-    found: list[Any] = []
+    """The same, found in a table when it runs: it shows in mid-run only."""
 
     class Catch:
         def set_model_sampler_post_cfg_function(self, function: Any) -> None:
-            found.append(function)
+            _guidances["perturbed"] = function
 
     reentering(Catch())
-    model.set_model_sampler_post_cfg_function(_Hidden(found[0]))
+    model.set_model_sampler_post_cfg_function(_look_up)
 
 
 def harmless_cfg(model: Any) -> None:
