@@ -10,6 +10,9 @@ structures with random fp16 weights, written first, so the first run reads them 
 Fidelity: the float32 run's trajectory is kept, and every variant's guided noise prediction is taken
 at each of its points, so that errors of one step don't carry over to the next. Relative L2
 distances from float32 (TF32 off), plain ComfyUI's beside the engine's.
+
+A tour (`--tour`) is ten workflows in a row with changing checkpoints, LoRAs, sizes and batches:
+captures, memory after it, and the first guided prediction of each against float32's.
 """
 
 from __future__ import annotations
@@ -47,6 +50,20 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "engine": (),
 }
 """Name -> ComfyUI's arguments. Without any, dynamic VRAM is on where ComfyUI has it."""
+LORAS = ("first", "second", "third")
+TOUR: list[tuple[str, tuple[tuple[str, float], ...], int, int, int]] = [
+    ("sd15", (), 512, 512, 1),
+    ("sd15-b", (), 512, 512, 1),
+    ("sd15", (("first", 0.8),), 512, 512, 1),
+    ("sd15-b", (("first", 0.8), ("second", -0.5)), 768, 512, 1),
+    ("sd15", (("second", 1.0),), 768, 512, 1),
+    ("sd15", (), 512, 512, 4),
+    ("sd15-b", (("first", 0.4),), 512, 512, 1),
+    ("sd15", (("first", 0.8), ("second", 0.3), ("third", 0.6)), 640, 640, 1),
+    ("sd15-b", (), 768, 512, 1),
+    ("sd15", (), 512, 512, 1),
+]
+"""Checkpoint, LoRAs with strengths, width, height, batch. The last is the first again."""
 CHILD_SECONDS = 400
 PROMPTS = ("a lighthouse above the sea at dawn, oil on canvas", "blurry, cropped")
 SAMPLER, SCHEDULER, CFG = "euler", "normal", 7.0
@@ -63,6 +80,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=4, help="timed runs, the first included")
     parser.add_argument("--extra-nodes", action="store_true", help="load ComfyUI's extra nodes too")
     parser.add_argument("--no-fidelity", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="the GPU's own time a step too")
+    parser.add_argument("--tour", action="store_true", help="of SD1.5, instead of the rows")
     parser.add_argument("--cpu", action="store_true", help="only to try this program")
     parser.add_argument("--logs", type=Path, help="a folder for the servers' output")
     parser.add_argument("--scratch", type=Path, help="where checkpoints go and stay")
@@ -74,8 +93,11 @@ def main() -> None:
         return
     if arguments.child:
         model, size, variant = arguments.child.split(":")
-        width, height = map(int, size.split("x"))
-        row = measure(arguments, model, width, height, variant)
+        if size == "tour":
+            row = tour(arguments, model, variant)
+        else:
+            width, height = map(int, size.split("x"))
+            row = measure(arguments, model, width, height, variant)
         arguments.out.write_text(json.dumps(row))
         sys.stdout.flush()
         os._exit(0)  # the server's threads are not worth waiting for
@@ -94,9 +116,10 @@ def run_all(arguments: argparse.Namespace) -> None:
     if "failed" in prepared:
         raise SystemExit("\n".join(prepared["failed"]))
     results: dict[str, Any] = {**prepared, "rows": []}
-    for model, width, height in chosen(arguments):
+    rows = [(model, f"{width}x{height}") for model, width, height in chosen(arguments)]
+    for model, size in [("sd15", "tour")] if arguments.tour else rows:
         for variant in arguments.variants.split(","):
-            row = run_child(arguments, f"{model}:{width}x{height}:{variant}")
+            row = run_child(arguments, f"{model}:{size}:{variant}")
             results["rows"].append({"model": model, "variant": variant, **row})
             print(summary(results["rows"][-1]), flush=True)
             arguments.out.write_text(json.dumps(results, indent=1))
@@ -104,6 +127,8 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 def chosen(arguments: argparse.Namespace) -> list[tuple[str, int, int]]:
     """The rows asked for: those of `ROWS`, or any sizes of their models."""
+    if arguments.tour:
+        return [("sd15", 512, 512), ("sd15-b", 512, 512)]
     if arguments.only is None:
         return ROWS
     rows = []
@@ -124,21 +149,22 @@ def run_child(arguments: argparse.Namespace, child: str) -> dict[str, Any]:
     command += ["--runs", str(arguments.runs), "--commit", arguments.commit]
     for only in arguments.only or ():
         command += ["--only", only]
-    for flag in ("extra_nodes", "no_fidelity", "cpu"):
+    for flag in ("extra_nodes", "no_fidelity", "cpu", "profile", "tour"):
         if getattr(arguments, flag):
             command.append("--" + flag.replace("_", "-"))
     logs = arguments.logs or arguments.scratch
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / (child.replace(":", "-") + ".log")
     failed = ""
+    seconds = CHILD_SECONDS * (8 if arguments.cpu else 1)
     with log.open("w") as stream:
         try:
             process = subprocess.run(
-                command, stdout=stream, stderr=subprocess.STDOUT, timeout=CHILD_SECONDS, cwd=ROOT
+                command, stdout=stream, stderr=subprocess.STDOUT, timeout=seconds, cwd=ROOT
             )
             failed = f"ended with {process.returncode}" if process.returncode else ""
         except subprocess.TimeoutExpired:
-            failed = f"not done after {CHILD_SECONDS} s"
+            failed = f"not done after {seconds} s"
     if not failed and out.exists():
         return dict(json.loads(out.read_text()))
     return {"failed": [failed, *log.read_text(errors="replace").splitlines()[-15:]]}
@@ -167,10 +193,19 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     for model in sorted({row[0] for row in chosen(arguments)}):
         path = folder / f"{model}.safetensors"
         if not path.exists():
-            shapes = {**unet_shapes(model), **text_shapes(model), **dict(vae_shapes())}
-            state = {name: weight(name, shape, device) for name, shape in shapes.items()}
-            save_file(state, path.with_suffix(".part"))
+            family = model.removesuffix("-b")
+            shapes = {**unet_shapes(family), **text_shapes(family), **dict(vae_shapes())}
+            salt = "" if model == family else model
+            save_file(
+                {name: weight(name, shape, device, salt) for name, shape in shapes.items()},
+                path.with_suffix(".part"),
+            )
             path.with_suffix(".part").rename(path)
+    if arguments.tour:
+        loras = arguments.scratch / "base" / "models" / "loras"
+        loras.mkdir(parents=True, exist_ok=True)
+        for name in LORAS:
+            save_file(lora("sd15", name, device), loras / f"{name}.safetensors")
     result: dict[str, Any] = {
         "meta": {
             "commit": arguments.commit,
@@ -295,11 +330,32 @@ def _norm(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.bias", (width,)
 
 
-def weight(name: str, shape: tuple[int, ...], device: str) -> Any:
+def lora(model: str, name: str, device: str) -> dict[str, Any]:
+    """Rank 16 over every linear layer of the transformers, in the format that is most common."""
+    import torch
+
+    from accel.models import FAMILIES, parameters
+
+    config = next(family.config for family in FAMILIES if family.name == model)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    state = {}
+    for key, parameter in parameters(config).items():
+        if len(parameter.shape) != 2 or "transformer_blocks" not in key:
+            continue
+        target = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+        rows, columns = parameter.shape
+        for part, shape in (("up", (rows, 16)), ("down", (16, columns))):
+            noise = torch.randn(shape, generator=generator, device=device) / shape[1] ** 0.5
+            state[f"{target}.lora_{part}.weight"] = (0.5 * noise).half().cpu()
+        state[f"{target}.alpha"] = torch.tensor(8.0)
+    return state
+
+
+def weight(name: str, shape: tuple[int, ...], device: str, salt: str = "") -> Any:
     """A seeded fp16 tensor of about the size that keeps variances through the network."""
     import torch
 
-    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    generator = torch.Generator(device).manual_seed(zlib.crc32((salt + name).encode()))
     noise = torch.randn(shape, generator=generator, device=device)
     if not shape:  # CLIP's temperature, which nothing here uses
         tensor = noise * 0 + 4.6
@@ -346,6 +402,7 @@ class Server:
         add_nodes(nodes.NODE_CLASS_MAPPINGS)
         self._done = threading.Event()
         self._finished_at = 0.0
+        self.keep_first, self.first = False, (None, None)
         self.clocks = Clocks(cuda=not arguments.cpu)
         self._watch()
 
@@ -401,6 +458,8 @@ class Server:
 
             def step(index: int, x0: Any, x: Any, total: int) -> Any:
                 self.clocks.step()
+                if index == 0 and self.keep_first:
+                    self.first = (x.float().cpu(), x0.float().cpu())
                 return callback(index, x0, x, total)
 
             return step
@@ -426,18 +485,27 @@ class Server:
         self._done.clear()
         started = time.perf_counter()
         number = self.get("/prompt", {"prompt": prompt})["prompt_id"]
-        if not self._done.wait(CHILD_SECONDS):
-            raise TimeoutError("the prompt does not end")
+        self._done.wait()  # the parent has a clock
         seconds = self._finished_at - started
         history = self.get(f"/history/{number}")[number]
         if history["status"]["status_str"] != "success":
             raise RuntimeError(json.dumps(history["status"]["messages"][-1])[:4000])
         return {"queue_to_image_s": seconds, **self.clocks.read()}
 
-    def free(self) -> None:
-        """Unload every model and wait until the server has done so."""
+    def free(self) -> int:
+        """Unload every model; the memory in use once that has settled, MiB."""
+        before = vram_mib()
         self.get("/free", {"unload_models": True, "free_memory": True})
-        time.sleep(3)
+        deadline, last, since = time.monotonic() + 25, before, time.monotonic()
+        while time.monotonic() < deadline:
+            time.sleep(0.1)
+            now = vram_mib()
+            if now != last:
+                last, since = now, time.monotonic()
+            settled = time.monotonic() - since
+            if settled > 2 and (now < before or settled > 8):
+                break
+        return last
 
 
 class Clocks:
@@ -533,38 +601,55 @@ def add_nodes(mappings: dict[str, Any]) -> None:
 def accelerated(model: Any) -> Any:
     """The model on the engine, as the pack's node makes it."""
     from accel.hosts.comfyui.patcher import accelerate
+    from accel.hosts.comfyui.run import Options
 
-    return accelerate(model)
+    return accelerate(model, Options(wait=True))
 
 
 def report() -> dict[str, Any] | None:
     """What the pack's journal says of the last sampling."""
-    import dataclasses
-
     from accel.hosts.comfyui.journal import journal
 
     runs = list(journal().runs)
-    if not runs:
-        return None
-    last = max(runs, key=lambda run: run.id)
-    public = {f.name for f in dataclasses.fields(last) if not f.name.startswith("_")}
-    return {name: getattr(last, name) for name in sorted(public)}
+    return max(runs, key=lambda run: run.id).to_json() if runs else None
 
 
 def workflow(
-    model: str, width: int, height: int, steps: int, seed: int, engine: bool, fidelity: bool = False
+    model: str,
+    width: int,
+    height: int,
+    steps: int,
+    seed: int,
+    engine: bool,
+    *,
+    bare: bool = False,
+    batch: int = 1,
+    loras: tuple[tuple[str, float], ...] = (),
 ) -> dict[str, Any]:
-    """Text to image in API format; for fidelity with random conditioning and no picture."""
+    """Text to image in API format; a bare one has random conditioning and makes no picture."""
 
     def node(kind: str, **inputs: Any) -> dict[str, Any]:
         return {"class_type": kind, "inputs": inputs}
 
     graph = {
         "1": node("CheckpointLoaderSimple", ckpt_name=f"{model}.safetensors"),
-        "4": node("EmptyLatentImage", width=width, height=height, batch_size=1),
+        "4": node("EmptyLatentImage", width=width, height=height, batch_size=batch),
+    }
+    source = ["1", 0]
+    if engine:
+        graph["8"] = node("BenchmarkAccelerated", model=source)
+        source = ["8", 0]
+    for index, (name, strength) in enumerate(loras):
+        file = f"{name}.safetensors"
+        number = f"lora{index}"
+        graph[number] = node(
+            "LoraLoaderModelOnly", model=source, lora_name=file, strength_model=strength
+        )
+        source = [number, 0]
+    graph |= {
         "5": node(
             "KSampler",
-            model=["8", 0] if engine else ["1", 0],
+            model=source,
             seed=seed,
             steps=steps,
             cfg=CFG,
@@ -576,14 +661,12 @@ def workflow(
             denoise=1.0,
         ),
     }
-    if engine:
-        graph["8"] = node("BenchmarkAccelerated", model=["1", 0])
     for number, text in zip(("2", "3"), PROMPTS, strict=True):
-        if fidelity:
+        if bare:
             graph[number] = node("BenchmarkConditioning", model=["1", 0], seed=int(number))
         else:
             graph[number] = node("CLIPTextEncode", clip=["1", 1], text=text)
-    if fidelity:
+    if bare:
         graph["7"] = node("SaveLatent", samples=["5", 0], filename_prefix="latent")
     else:
         graph["6"] = node("VAEDecode", samples=["5", 0], vae=["1", 2])
@@ -595,31 +678,12 @@ def measure(
     arguments: argparse.Namespace, model: str, width: int, height: int, variant: str
 ) -> dict[str, Any]:
     """Timed runs of one variant, then its predictions along the float32 trajectory, then memory."""
-    flags = VARIANTS[variant]
-    if arguments.cpu:
-        flags = (*(flag for flag in flags if "dynamic" not in flag), "--cpu")
-    server = Server(arguments, flags)
+    server, row = start(arguments, model, variant)
     import psutil
-    import torch
 
     engine = variant.startswith("engine")
-    row: dict[str, Any] = {
-        "model": model,
-        "width": width,
-        "height": height,
-        "batch": 2,
-        "variant": variant,
-        "comfyui": server.system["comfyui_version"],
-        "dynamic_vram": "on" if dynamic_vram() else "off",
-        "flags": [flag for flag in flags if flag.startswith("--")],
-        "steps": arguments.steps,
-        "start_s": server.start_s,
-        "vram_mib_at_start": vram_mib(),
-        "runs": [],
-    }
-    if variant == "float32":  # only to compare with
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    else:
+    row |= {"width": width, "height": height, "batch": 2, "runs": []}
+    if variant != "float32":  # that one is only to compare with
         for seed in range(arguments.runs):
             graph = workflow(model, width, height, arguments.steps, seed, engine)
             row["runs"].append(server.run(graph))
@@ -637,10 +701,97 @@ def measure(
             with Peak() as peak:
                 row |= fidelity(server, arguments, model, width, height, variant)
             row["vram_mib_peak"] = peak.mib
+            if engine:  # an error of the host's path would say nothing
+                row["fidelity_mode"] = (report() or {}).get("mode")
         except Exception:  # the times stand whatever comes of this
             row["fidelity_failed"] = traceback.format_exc().splitlines()[-8:]
-    server.free()
-    row["vram_mib_after_free"] = vram_mib()
+    if arguments.profile:
+        row |= profiled(server, model, width, height, engine)
+    row["vram_mib_after_free"] = server.free()
+    return row
+
+
+def start(arguments: argparse.Namespace, model: str, variant: str) -> tuple[Server, dict[str, Any]]:
+    """The server of a variant, and what a row says of it."""
+    flags = VARIANTS[variant]
+    if arguments.cpu:
+        flags = (*(flag for flag in flags if "dynamic" not in flag), "--cpu")
+    server = Server(arguments, flags)
+    if variant == "float32":
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return server, {
+        "model": model,
+        "variant": variant,
+        "comfyui": server.system["comfyui_version"],
+        "dynamic_vram": "on" if dynamic_vram() else "off",
+        "flags": list(flags),
+        "steps": arguments.steps,
+        "start_s": server.start_s,
+        "vram_mib_at_start": vram_mib(),
+    }
+
+
+def profiled(server: Server, model: str, width: int, height: int, engine: bool) -> dict[str, Any]:
+    """What the GPU is busy with in a step: the sum of its kernels' times and copies."""
+    from torch.profiler import ProfilerActivity, profile
+
+    steps = 6
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            server.run(workflow(model, width, height, steps, 2, engine, bare=True))
+        events = profiler.key_averages()
+        busy = sum(event.self_device_time_total for event in events)
+    except Exception as error:  # as above
+        return {"profile_failed": str(error)}
+    return {
+        "gpu_busy_ms": busy / 1e3 / steps,
+        "gpu_kernels": sum(event.count for event in events) / steps,
+    }
+
+
+def tour(arguments: argparse.Namespace, model: str, variant: str) -> dict[str, Any]:
+    """Ten workflows in one server: captures, memory before and after, first predictions."""
+    import torch
+
+    server, row = start(arguments, model, variant)
+    engine = variant.startswith("engine")
+    server.keep_first = True
+    small = 8 if arguments.cpu else 1
+    checkpoint, _, width, height, _ = TOUR[0]
+    server.run(workflow(checkpoint, width // small, height // small, arguments.steps, 100, engine))
+    row["vram_mib_after_warm_up_and_free"] = server.free()
+    first, runs = [], []
+    last = len(TOUR) - 1
+    with Peak() as peak:
+        for seed, (checkpoint, loras, width, height, batch) in enumerate(TOUR):
+            width, height = width // small, height // small
+            # The last has the first's seed, and one step more: ComfyUI would not run it again.
+            steps = arguments.steps + (seed == last)
+            graph = workflow(
+                checkpoint, width, height, steps, seed % last, engine, batch=batch, loras=loras
+            )
+            server.first = (None, None)
+            run = {"checkpoint": checkpoint, "loras": len(loras), "width": width, "height": height}
+            run |= {"batch": 2 * batch, **server.run(graph)}
+            if engine:
+                said = report() or {}
+                run |= {key: said.get(key) for key in ("mode", "reasons", "graphs", "captures")}
+                run["swaps_ms"] = said.get("swaps_ms")
+            run["vram_mib"] = vram_mib()
+            runs.append(run)
+            first.append(server.first)
+    row |= {"runs": runs, "vram_mib_peak": peak.mib}
+    row["vram_mib_after_free"] = server.free()
+    row["last_equals_first"] = torch.equal(first[0][1], first[-1][1])
+    kept = arguments.scratch / "tour-float32.pt"
+    if variant == "float32":
+        torch.save(first, kept)
+    elif kept.exists():
+        for run, (_, found), (x, truth) in zip(runs, first, torch.load(kept), strict=True):
+            # (x - denoised) / sigma is the prediction; sigma cancels.
+            run["rel_err"] = float((found - truth).double().norm() / (x - truth).double().norm())
     return row
 
 
@@ -677,7 +828,7 @@ def fidelity(
     setattr(sampling, name, replay)
     try:
         engine = variant.startswith("engine")
-        server.run(workflow(model, width, height, arguments.steps, 1, engine, fidelity=True))
+        server.run(workflow(model, width, height, arguments.steps, 1, engine, bare=True))
     finally:
         setattr(sampling, name, original)
     if states is None:
