@@ -31,7 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "compiler": {"capture", "lora", "models", "passes", "plan", "runtime", "structure", "tuning"},
     "session": {"capture", "compiler", "lora", "models", "plan", "runtime", "structure"},
     "accel": {"compiler", "session", "structure"},  # accel/__init__.py: the public surface
-    "hosts": {"accel", "compiler", "lora", "models", "structure"},
+    "hosts": {"accel", "compiler", "lora", "models", "plan", "runtime", "structure"},
     "demo": {"accel", "lora", "models", "structure"},
     "cli": {"accel", "compiler", "demo", "lora", "models", "plan", "structure", "tuning"},
     "__main__": {"cli"},
@@ -57,8 +57,10 @@ RESTRICTED: dict[tuple[str, ...], set[str]] = {
     ("PIL", "accelerate", "diffusers", "peft", "transformers"): {
         "accel.cli",
         "accel.demo",
+        "accel.hosts.comfyui.build_process",
         "accel.hosts.diffusers",
     },
+    ("aiohttp",): {"accel.hosts.comfyui.routes"},
 }
 
 
