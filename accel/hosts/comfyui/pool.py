@@ -8,6 +8,7 @@ list of loaded models, makes room and is evicted like them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -23,6 +24,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor, nn
 
+from ...errors import OutOfMemory
 from ...plan.schema import Plan
 from ...runtime.network import Network, Seat
 from ...runtime.weights import weights_bytes
@@ -50,22 +52,31 @@ class Checkpoint:
 class NetworkPatcher(comfy.model_patcher.ModelPatcher):
     """A structure's engine on one device, as a model that the host loads and unloads.
 
-    Loading allocates nothing yet: the weights come with `seat`, at the start of a sampling.
+    Loading takes memory alone: the weights come with `seat`, at the start of a sampling.
     """
 
     def __init__(
-        self, pool: Pool, structure: Structure, plan: Plan, device: torch.device, dtype: torch.dtype
+        self,
+        pool: Pool,
+        structure: Structure,
+        plan: Plan,
+        device: torch.device,
+        dtype: torch.dtype,
+        instance: int = 0,
     ) -> None:
+        # Older hosts ask for the size while they are made.
+        self.network: Network | None = None
+        self._weights_bytes = weights_bytes(plan, dtype)
         super().__init__(_Holder(structure), device, CPU, size=1)
         # Copies on other devices answer to the same name.
-        self.clone_base_uuid = uuid.uuid5(uuid.NAMESPACE_OID, f"{structure.graph_key}{dtype}")
+        name = f"{structure.graph_key}{dtype}{instance or ''}"
+        self.clone_base_uuid = uuid.uuid5(uuid.NAMESPACE_OID, name)
         self.pool, self.structure, self.plan, self.dtype = pool, structure, plan, dtype
-        self.network: Network | None = None
+        self.instance = instance
         self.lock = threading.RLock()
         self.last_used = 0.0
         self.graphs = 0
         self._checkpoints: OrderedDict[Hashable, Checkpoint] = OrderedDict()
-        self._weights_bytes = weights_bytes(plan, dtype)
 
     # What the host asks of a model.
 
@@ -78,7 +89,7 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
     ) -> NetworkPatcher:
         """The same structure's engine on another device."""
         device = self.load_device if new_load_device is None else new_load_device
-        return self.pool.network(self.structure, self.plan, device, self.dtype)
+        return self.pool.network(self.structure, self.plan, device, self.dtype, self.instance)
 
     def model_size(self) -> int:
         """Bytes that it needs on the device, or has there."""
@@ -92,8 +103,15 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
     def partially_load(
         self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False
     ) -> int:
-        """Nothing: `seat` follows at once, in the room that the host has made."""
-        return 0
+        """Take the weights' memory, so that models loaded after it see what is left.
+
+        The weights come with `seat`, which also says so if there is no room.
+        """
+        with self.lock:
+            before = self.loaded_size()
+            with contextlib.suppress(OutOfMemory):
+                self._network()
+            return self.loaded_size() - before
 
     def partially_unload(
         self, device_to: Any, memory_to_free: float = 0, force_patch_weights: bool = False
@@ -214,16 +232,25 @@ class Pool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._patchers: dict[tuple[str, torch.device, torch.dtype], NetworkPatcher] = {}
+        self._patchers: dict[tuple[str, torch.device, torch.dtype, int], NetworkPatcher] = {}
 
     def network(
-        self, structure: Structure, plan: Plan, device: torch.device, dtype: torch.dtype
+        self,
+        structure: Structure,
+        plan: Plan,
+        device: torch.device,
+        dtype: torch.dtype,
+        instance: int = 0,
     ) -> NetworkPatcher:
-        """The engine of a structure on a device, which may hold no memory yet."""
-        key = (str(structure.graph_key), device, dtype)
+        """The engine of a structure on a device, which may hold no memory yet.
+
+        instance: networks of one structure that run in the same step, as two ControlNets do, have
+        an engine each, numbered from 0: in one they would change seats twice a step.
+        """
+        key = (str(structure.graph_key), device, dtype, instance)
         with self._lock:
             if key not in self._patchers:
-                self._patchers[key] = NetworkPatcher(self, structure, plan, device, dtype)
+                self._patchers[key] = NetworkPatcher(self, structure, plan, device, dtype, instance)
             return self._patchers[key]
 
     def forget(self, graph_key: str) -> None:

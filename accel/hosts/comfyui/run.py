@@ -297,7 +297,7 @@ class Acceleration:
     ) -> Any:
         """See which prompts stand behind the step's uuids, for `_key`."""
         sampling = self.sampling
-        if sampling is not None and sampling.on_engine:
+        if sampling is not None:
             _see_prompts(sampling, conds, options)
         return executor(model, conds, x, timestep, options)
 
@@ -425,7 +425,7 @@ def _see_prompts(sampling: Sampling, conds: Any, options: Any) -> None:
         for cond in given or ():
             tensors = tuple(
                 getattr(cond.get("model_conds", {}).get(name), "cond", None)
-                for name in ("c_crossattn", "y")
+                for name in ("c_crossattn", "crossattn_controlnet", "y")
             )
             uuid = cond.get("uuid")
             seen = sampling.prompts.setdefault(uuid, tensors)
@@ -438,8 +438,12 @@ def _only_ours(wrappers: Mapping[Any, list[Any]] | None) -> bool:
 
 
 def _key(sampling: Sampling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object | None:
-    """What vouches for an unchanged prompt: the conds whose chunks make up the batch."""
     options = kwargs.get("transformer_options", args[5] if len(args) > 5 else None) or {}
+    return prompt_key(sampling, options)
+
+
+def prompt_key(sampling: Sampling, options: Mapping[str, Any]) -> object | None:
+    """What vouches for an unchanged prompt: the conds whose chunks make up the batch."""
     uuids = options.get("uuids")
     if not sampling.prompts_vouched or not uuids:
         return None

@@ -1,0 +1,599 @@
+"""CONTROL_NETs on engines: the host's own result in every arrangement, memory that it counts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.model_management as management
+import pytest
+import torch
+
+from accel.errors import OutOfMemory
+from accel.hosts.comfyui import controlnet
+from accel.hosts.comfyui.builder import builder
+from accel.hosts.comfyui.controlnet import EngineMixin, accelerate_controlnet, why_not
+from accel.hosts.comfyui.journal import STATUS_EVENT, journal
+from accel.hosts.comfyui.patcher import accelerate
+from accel.hosts.comfyui.pool import NetworkPatcher, pool
+from accel.hosts.comfyui.run import Options
+
+from .checkpoints import ensure
+from .host import call, conditioning, relative_error, sample
+
+TOLERANCE = 1e-4
+WAIT = Options(wait=True, node_id="7", title="net")
+
+
+@pytest.fixture(autouse=True)
+def _own_engines() -> Iterator[None]:
+    pool.cache_clear()
+    controlnet._lineup.cache_clear()
+    yield
+    management.unload_all_models()
+    pool.cache_clear()
+
+
+@pytest.fixture
+def lines() -> Iterator[list[tuple[str, str]]]:
+    """What the node's line said: state and text."""
+    said: list[tuple[str, str]] = []
+
+    def listen(event: str, data: dict[str, Any]) -> None:
+        if event == STATUS_EVENT and data["node_id"] == WAIT.node_id:
+            said.append((data["state"], data["text"]))
+
+    stop = journal().subscribe(listen)
+    yield said
+    stop()
+
+
+@pytest.fixture
+def net(models_folder) -> Callable[..., Any]:
+    """`net("tiny-sd15", 2)`: a CONTROL_NET, read again at every call."""
+
+    def loaded(kind: str = "tiny-sd15", number: int | str = 1) -> Any:
+        (path,) = ensure(models_folder, f"controlnet/{kind}-{number}.safetensors")
+        return comfy.controlnet.load_controlnet(str(path))
+
+    return loaded
+
+
+def image(seed: int, batch: int = 1) -> torch.Tensor:
+    return torch.rand(batch, 128, 128, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def prompts(kind: str = "tiny-sd15") -> tuple[list[Any], list[Any]]:
+    return conditioning(kind, 1), conditioning(kind, 2)
+
+
+def applied(
+    conds: tuple[list[Any], list[Any]],
+    control: Any,
+    strength: float = 1.0,
+    start: float = 0.0,
+    end: float = 1.0,
+    seed: int = 5,
+    batch: int = 1,
+) -> tuple[list[Any], list[Any]]:
+    """Positive and negative after ComfyUI's own node."""
+    positive, negative, *_ = call(
+        "nodes",
+        "ControlNetApplyAdvanced",
+        positive=conds[0],
+        negative=conds[1],
+        control_net=control,
+        image=image(seed, batch),
+        strength=strength,
+        start_percent=start,
+        end_percent=end,
+    )
+    return positive, negative
+
+
+def engines(kind: str = "controlnet") -> list[NetworkPatcher]:
+    """Those that hold memory, by instance."""
+    found = [e for e in pool()._patchers.values() if e.structure.kind == kind and e.network]
+    return sorted(found, key=lambda engine: engine.instance)
+
+
+def forwards() -> list[int]:
+    return [engine.network.counters.forwards for engine in engines()]
+
+
+def test_the_three_ways_to_combine_model_and_net_agree(load, net):
+    for kind in ("tiny-sd15", "tiny-sdxl"):
+        plain, control = load(kind), net(kind)
+        fast = accelerate(plain, Options(wait=True))
+        fast_control = accelerate_controlnet(control, WAIT)
+        expected = sample(plain, *applied(prompts(kind), control))
+        assert relative_error(sample(plain, *prompts(kind)), expected) > 0.01
+        pool.cache_clear()
+        for model, used in ((plain, fast_control), (fast, control), (fast, fast_control)):
+            result = sample(model, *applied(prompts(kind), used))
+            assert relative_error(result, expected) < TOLERANCE
+            on_engine = 0 if used is control else 3
+            assert forwards() == ([on_engine] if on_engine else [])
+            assert [e.network.counters.forwards for e in engines("unet")] == (
+                [3] if model is fast else []
+            )
+            management.unload_all_models()
+
+
+def chain(first: Any, second: Any, kind: str = "tiny-sd15") -> tuple[list[Any], list[Any]]:
+    conds = applied(prompts(kind), first, 0.6, 0.0, 0.7, seed=5)
+    return applied(conds, second, 1.4, 0.3, 1.0, seed=6)
+
+
+def test_two_nets_of_one_structure_in_a_chain_have_an_engine_each(load, net):
+    model, first, second = load(), net(number=1), net(number=2)
+    expected = sample(model, *chain(first, second), steps=5)
+    fast = [accelerate_controlnet(control, WAIT) for control in (first, second)]
+    for mixed in ((fast[0], second), (first, fast[1]), fast):
+        management.unload_all_models()
+        result = sample(model, *chain(*mixed), steps=5)
+        assert relative_error(result, expected) < TOLERANCE
+    assert [engine.instance for engine in engines()] == [0, 1]
+    assert all(0 < count < 5 for count in forwards())
+    assert [engine.network.counters.activations for engine in engines()] == [[], []]
+    swapped = sample(model, *chain(fast[1], fast[0]), steps=5)
+    assert relative_error(swapped, sample(model, *chain(second, first), steps=5)) < TOLERANCE
+    # Each finds the engine again that has its weights.
+    assert [engine.network.counters.activations for engine in engines()] == [[], []]
+
+
+def test_switching_a_range_on_and_off_binds_two_shapes(load, net):
+    plain, control = load(), net()
+    model, fast = accelerate(plain, Options(wait=True)), accelerate_controlnet(control, WAIT)
+    for _ in range(2):
+        for start, end in ((0.0, 0.5), (0.3, 0.7)):
+            result = sample(model, *applied(prompts(), fast, 1.0, start, end), steps=6)
+            expected = sample(plain, *applied(prompts(), control, 1.0, start, end), steps=6)
+            assert relative_error(result, expected) < TOLERANCE
+    (unet,), (own,) = engines("unet"), engines()
+    assert unet.network.counters.binds == 2
+    assert own.network.counters.binds == 1
+    assert unet.network.counters.forwards == 24 > own.network.counters.forwards > 4
+
+
+def test_one_net_twice_in_a_chain_has_one_engine(load, net):
+    model, control = load(), net()
+    fast = accelerate_controlnet(control, WAIT)
+    result = sample(model, *chain(fast, fast), steps=4)
+    assert relative_error(result, sample(model, *chain(control, control), steps=4)) < TOLERANCE
+    (engine,) = engines()
+    assert engine.network.counters.forwards > 4
+    assert engine.network.counters.activations == []
+
+
+def test_it_works_beside_a_t2i_adapter(load, net):
+    model, control, adapter = load(), net(), net(number="t2i")
+    assert accelerate_controlnet(adapter, WAIT) is adapter
+    fast = accelerate_controlnet(control, WAIT)
+    for order in ((0, 1), (1, 0)):
+        pairs = ((control, adapter), (fast, adapter))
+        expected, result = (sample(model, *chain(pair[order[0]], pair[order[1]])) for pair in pairs)
+        assert relative_error(result, expected) < TOLERANCE
+    assert sum(forwards()) > 0
+
+
+@pytest.mark.parametrize("hints", [1, 2, 3])
+def test_batches_with_a_hint_each_or_fewer(hints, load, net):
+    model, control = load(), net()
+    conds = (
+        applied(prompts(), used, batch=hints)
+        for used in (control, accelerate_controlnet(control, WAIT))
+    )
+    expected, result = (sample(model, *both, batch=3) for both in conds)
+    assert relative_error(result, expected) < TOLERANCE
+    assert len(forwards()) == 1
+
+
+def test_pooling_and_the_other_type_of_strength(load, net):
+    model, control = load(), net()
+    control.global_average_pooling = True
+    control.strength_type = comfy.controlnet.StrengthType.LINEAR_UP
+    fast = accelerate_controlnet(control, WAIT)
+    result = sample(model, *applied(prompts(), fast, 0.8))
+    assert relative_error(result, sample(model, *applied(prompts(), control, 0.8))) < TOLERANCE
+    assert forwards() == [3]
+
+
+def test_other_sizes_and_another_size_of_hint(load, net):
+    model, control = load(), net()
+    fast = accelerate_controlnet(control, WAIT)
+    for size in ((16, 16), (24, 16), (9, 15), (16, 16)):
+        expected = sample(model, *applied(prompts(), control), size=size)
+        result = sample(model, *applied(prompts(), fast), size=size)
+        assert relative_error(result, expected) < TOLERANCE
+    (engine,) = engines()
+    assert engine.network.counters.binds == 3
+
+
+def test_a_union_type_is_ignored_where_the_host_ignores_it(load, net):
+    model, control = load(), net()
+    fast = accelerate_controlnet(control, WAIT)
+    (typed,) = call(
+        "comfy_extras.nodes_controlnet",
+        "SetUnionControlNetType",
+        control_net=fast,
+        type="canny/lineart/anime_lineart/mlsd",
+    )
+    assert isinstance(typed, EngineMixin)
+    result = sample(model, *applied(prompts(), typed))
+    assert relative_error(result, sample(model, *applied(prompts(), control))) < TOLERANCE
+    assert forwards() == [3]
+
+
+def test_an_unknown_argument_goes_to_the_host(load, net, lines, caplog):
+    model, control = load(), net()
+    control.set_extra_arg("strange", torch.ones(1))
+    fast = accelerate_controlnet(control, WAIT)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            result = sample(model, *applied(prompts(), fast))
+            assert torch.equal(result, sample(model, *applied(prompts(), control)))
+    assert [state for state, _ in lines] == ["host", "host"]
+    assert "strange" in lines[0][1]
+    assert sum("strange" in record.message for record in caplog.records) == 1
+
+
+def _union() -> Any:
+    module = comfy.cldm.cldm.ControlNet(
+        image_size=32,
+        in_channels=4,
+        model_channels=32,
+        hint_channels=3,
+        num_res_blocks=[1, 1],
+        channel_mult=[1, 2],
+        num_heads=4,
+        use_spatial_transformer=True,
+        transformer_depth=[1, 1],
+        transformer_depth_middle=1,
+        context_dim=32,
+        legacy=False,
+        union_controlnet_num_control_type=6,
+    )
+    return comfy.controlnet.ControlNet(module, load_device=torch.device("cpu"))
+
+
+def _sd35() -> Any:
+    return comfy.controlnet.ControlNetSD35(torch.nn.Linear(1, 1), load_device=torch.device("cpu"))
+
+
+def _other() -> Any:
+    return comfy.controlnet.ControlNet(torch.nn.Linear(1, 1), load_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: comfy.controlnet.ControlLora({}), "Control-LoRA"),
+        (_sd35, "ControlNetSD35"),
+        (_other, "Linear"),
+        (_union, "union"),
+    ],
+)
+def test_what_is_not_supported_comes_back_itself(make, why, lines):
+    control = make()
+    before = dict(vars(control))
+    assert accelerate_controlnet(control, WAIT) is control
+    assert vars(control) == before
+    ((state, text),) = lines
+    assert state == "off" and why in text and "\n" not in text
+
+
+def test_changed_nets_are_refused_by_name(net):
+    class Kept(torch.nn.Parameter):
+        pass
+
+    def quantised(control: Any) -> None:
+        layer = control.control_model.time_embed[0]
+        layer.weight = Kept(layer.weight.detach())
+
+    def hooked(control: Any) -> None:
+        control.control_model.middle_block.register_forward_hook(lambda *_: None)
+
+    def method(control: Any) -> None:
+        control.get_control = lambda *_: None
+
+    def part(control: Any) -> None:
+        control.control_model_wrapped.add_object_patch("time_embed", torch.nn.Identity())
+
+    def patcher(control: Any) -> None:
+        kind = type(control.control_model_wrapped)
+        control.control_model_wrapped.__class__ = type("GGUFPatcher", (kind,), {})
+
+    def half(control: Any) -> None:
+        control.manual_cast_dtype = torch.float64
+
+    assert why_not(net()) is None
+    cases = (
+        (quantised, "Kept"),
+        (hooked, "hooks"),
+        (method, "get_control"),
+        (part, "replaced"),
+        (patcher, "GGUFPatcher"),
+        (half, "float64"),
+    )
+    for change, why in cases:
+        control = net()
+        change(control)
+        assert why in str(why_not(control))
+        assert accelerate_controlnet(control, WAIT) is control
+
+
+def test_what_another_node_changes_later_goes_to_the_host(load, net, lines):
+    model, control = load(), net()
+    fast = accelerate_controlnet(control, WAIT)
+    sample(model, *applied(prompts(), fast))
+    hook = control.control_model.middle_block_out.register_forward_hook(
+        lambda module, args, output: output * 2
+    )
+    result = sample(model, *applied(prompts(), fast))
+    assert torch.equal(result, sample(model, *applied(prompts(), control)))
+    hook.remove()
+    result = sample(model, *applied(prompts(), fast))
+    assert relative_error(result, sample(model, *applied(prompts(), control))) < TOLERANCE
+    assert [state for state, _ in lines] == ["engine", "host", "engine"]
+    assert "hooks" in lines[1][1]
+
+
+def test_the_host_loads_counts_and_evicts_the_engine_alone(load, net):
+    model, control = load(), net()
+    fast = accelerate_controlnet(control, WAIT)
+    conds = applied(prompts(), fast)
+    expected = sample(model, *applied(prompts(), control))
+    management.unload_all_models()
+    for _ in range(2):
+        assert relative_error(sample(model, *conds), expected) < TOLERANCE
+        (engine,) = engines()
+        loaded = management.loaded_models()
+        assert engine in loaded and control.control_model_wrapped not in loaded
+        weights = sum(p.numel() * 4 for p in control.control_model.parameters())
+        assert engine.loaded_size() > weights
+        management.free_memory(1e30, torch.device("cpu"))
+        assert management.loaded_models() == []
+        assert engine.loaded_size() == 0 and engines() == []
+
+
+def _on_call(monkeypatch: pytest.MonkeyPatch, number: int, action: Callable[[Any], None]) -> None:
+    """Do something before the engine's call of that number."""
+    original, calls = NetworkPatcher.run, []
+
+    def run(self: Any, *args: Any) -> Any:
+        calls.append(self)
+        if len(calls) == number:
+            action(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(NetworkPatcher, "run", run)
+
+
+def test_evicted_in_mid_run_it_comes_back(load, net, monkeypatch):
+    model, control = load(), net()
+    expected = sample(model, *applied(prompts(), control))
+
+    def evict(engine: Any) -> None:
+        management.free_memory(1e30, torch.device("cpu"))
+        assert engine.loaded_size() == 0
+
+    original = controlnet.Part.run
+    calls = []
+
+    def run(self: Any, *args: Any) -> Any:
+        calls.append(self)
+        if len(calls) == 2:
+            evict(self.engine)
+        return original(self, *args)
+
+    monkeypatch.setattr(controlnet.Part, "run", run)
+    result = sample(model, *applied(prompts(), accelerate_controlnet(control, WAIT)))
+    assert relative_error(result, expected) < TOLERANCE
+    assert len(calls) == 3 and not calls[0].native
+
+
+def test_out_of_memory_in_mid_run_goes_on_natively(load, net, monkeypatch, lines):
+    model, control = load(), net()
+    fast = accelerate_controlnet(control, WAIT)
+    expected = sample(model, *applied(prompts(), control), steps=4)
+
+    def fail(engine: Any) -> None:
+        raise OutOfMemory("no memory is left for this test")
+
+    _on_call(monkeypatch, 2, fail)
+    management.unload_all_models()
+    conds = applied(prompts(), fast)
+    result = sample(model, *conds, steps=4)
+    assert relative_error(result, expected) < TOLERANCE
+    assert [state for state, _ in lines] == ["engine", "host"]
+    assert "no memory is left" in lines[1][1]
+    loaded = management.loaded_models()
+    assert control.control_model_wrapped in loaded and model in loaded
+    assert engines() == []
+    # The next run tries again.
+    assert relative_error(sample(model, *conds, steps=4), expected) < TOLERANCE
+    assert forwards() == [4]
+
+
+def test_an_accelerated_model_reports_the_nets_reasons(load, net, monkeypatch):
+    model = accelerate(load(), Options(wait=True))
+    fast = accelerate_controlnet(net(), WAIT)
+
+    def fail(self: Any, *args: Any) -> Any:
+        raise OutOfMemory("no memory is left for this test")
+
+    monkeypatch.setattr(controlnet.Part, "run", fail)
+    sample(model, *applied(prompts(), fast))
+    run = journal().runs[-1]
+    reason = {"text": "no memory is left for this test", "node": "Accelerate ControlNet"}
+    assert reason in run.reasons
+    assert run.engine_calls == 3
+
+
+def test_an_interrupt_ends_the_run_and_harms_no_later_one(load, net, monkeypatch):
+    model, control = load(), net()
+    fast = accelerate_controlnet(control, WAIT)
+    conds = applied(prompts(), fast)
+    _on_call(monkeypatch, 2, lambda _: management.interrupt_current_processing(True))
+    with pytest.raises(management.InterruptProcessingException):
+        sample(model, *conds)
+    assert forwards() == [2]
+    expected = sample(model, *applied(prompts(), control))
+    assert relative_error(sample(model, *conds), expected) < TOLERANCE
+
+
+def test_results_belong_to_the_caller_alone(load, net):
+    model, control = load(), net()
+    fast = accelerate_controlnet(control, WAIT)
+    results = []
+    original = controlnet._StandIn.__call__
+
+    def record(self: Any, **kwargs: Any) -> Any:
+        result = original(self, **kwargs)
+        tensors = [tensor for name in ("output", "middle") for tensor in result[name]]
+        results.append((tensors, [tensor.clone() for tensor in tensors]))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controlnet._StandIn, "__call__", record)
+        # At strength 1 the host's multiplication in place changes nothing.
+        sample(model, *applied(prompts(), fast))
+    assert len(results) == 3
+    for tensors, before in results:
+        assert all(map(torch.equal, tensors, before))
+    places = [tensor.untyped_storage().data_ptr() for tensors, _ in results for tensor in tensors]
+    assert len(set(places)) == len(places) == 3 * 13
+
+
+def test_the_prompts_part_is_kept_only_where_an_accelerated_model_vouches(load, net):
+    plain, control = load(), net()
+    fast = accelerate_controlnet(control, WAIT)
+    sample(plain, *applied(prompts(), fast), steps=4)
+    assert engines()[0].network.counters.prompt_hits == 0
+    model = accelerate(plain, Options(wait=True))
+    management.unload_all_models()
+    sample(model, *applied(prompts(), fast), steps=4)
+    assert engines()[0].network.counters.prompt_hits == 3
+
+
+def test_other_prompts_and_hints_are_seen(load, net):
+    plain, control = load(), net()
+    model, fast = accelerate(plain, Options(wait=True)), accelerate_controlnet(control, WAIT)
+    for seed in (1, 3, 1):
+        for hint in (5, 6):
+            conds = (conditioning("tiny-sd15", seed), conditioning("tiny-sd15", 2))
+            expected = sample(plain, *applied(conds, control, seed=hint))
+            result = sample(model, *applied(conds, fast, seed=hint))
+            assert relative_error(result, expected) < TOLERANCE
+
+
+def test_a_context_that_changes_under_its_uuid_is_seen(load, net):
+    plain, control = load(), net()
+    model, fast = accelerate(plain, Options(wait=True)), accelerate_controlnet(control, WAIT)
+
+    def changing(args: dict[str, Any]) -> Any:
+        for cond in args["conds"]:
+            for entry in cond:
+                context = entry["model_conds"]["c_crossattn"]
+                context.cond = context.cond * 1.5
+        return comfy.samplers.calc_cond_batch(
+            args["model"], args["conds"], args["input"], args["sigma"], args["model_options"]
+        )
+
+    for patcher in (plain, model):
+        patcher.model_options["sampler_calc_cond_batch_function"] = changing
+    expected = sample(plain, *applied(prompts(), control))
+    result = sample(model, *applied(prompts(), fast))
+    assert relative_error(result, expected) < TOLERANCE
+    del plain.model_options["sampler_calc_cond_batch_function"]
+    assert relative_error(sample(plain, *applied(prompts(), control)), expected) > 0.01
+
+
+def test_patches_on_its_weights_are_followed(load, net):
+    model, control = load(), net()
+    fast = accelerate_controlnet(control, WAIT)
+    key = "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    shape = control.control_model.get_parameter(key).shape
+    patcher = control.control_model_wrapped
+    original = sample(model, *applied(prompts(), fast))
+    results = []
+    for strength in (4.0, 1.0):
+        patched = patcher.clone()
+        difference = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        patched.add_patches({key: ("diff", (difference,))}, strength)
+        for used in (control, fast):
+            used.control_model_wrapped = patched
+        results.append(sample(model, *applied(prompts(), fast)))
+        expected = sample(model, *applied(prompts(), control))
+        assert relative_error(results[-1], expected) < TOLERANCE
+    assert relative_error(results[0], results[1]) > TOLERANCE
+    for used in (control, fast):
+        used.control_model_wrapped = patcher
+    assert torch.equal(sample(model, *applied(prompts(), fast)), original)
+
+
+def test_while_its_engine_is_built_the_host_runs_it(load, net, monkeypatch, lines):
+    model, control = load(), net()
+    accelerate_controlnet(control, WAIT)
+    expected = sample(model, *applied(prompts(), control))
+    fast = accelerate_controlnet(control, Options(node_id=WAIT.node_id))
+    state = {"state": "building", "fraction": 0.41, "text": "tracing", "error": None}
+    with monkeypatch.context() as building:
+        building.setattr(builder(), "request", lambda *_, **__: None)
+        building.setattr(builder(), "status", lambda _: state)
+        result = sample(model, *applied(prompts(), fast))
+        assert torch.equal(result, expected)
+        assert lines == [("build", "building 41 % · host's path meanwhile")]
+        state.update(state="failed", error="it is too strange")
+        sample(model, *applied(prompts(), fast))
+        assert lines[1:] == [
+            ("host", "host's path: its engine could not be built: it is too strange")
+        ]
+    assert engines() == []
+    sample(model, *applied(prompts(), accelerate_controlnet(control, WAIT)))
+    assert forwards() == [3]
+
+
+def test_too_many_nets_for_the_device_stay_with_the_host(load, net, monkeypatch, lines):
+    model, nets = load(), [net(number=number) for number in (1, 2)]
+    expected = sample(model, *chain(*nets), steps=4)
+    fast = [accelerate_controlnet(control, WAIT) for control in nets]
+    monkeypatch.setattr(controlnet, "_fits", lambda device, engines: len(engines) < 2)
+    assert relative_error(sample(model, *chain(*fast), steps=4), expected) < TOLERANCE
+    assert len(engines()) == 1
+    assert (
+        "host",
+        "host's path: the device has no room for its engine beside the model's",
+    ) in lines
+    assert nets[1].control_model_wrapped in management.loaded_models()
+
+
+def test_copies_keep_everything(net):
+    control = net()
+    fast = accelerate_controlnet(control, WAIT)
+    fast.set_extra_arg("control_type", [1])
+    copied = fast.copy().copy().set_cond_hint(torch.rand(1, 3, 8, 8), 0.5, (0.1, 0.9))
+    assert isinstance(copied, EngineMixin) and isinstance(copied, comfy.controlnet.ControlNet)
+    assert copied.control_model is control.control_model
+    assert copied.control_model_wrapped is control.control_model_wrapped
+    assert copied.strength == 0.5 and copied.extra_args == {"control_type": [1]}
+    assert not isinstance(control, EngineMixin)
+    assert isinstance(accelerate_controlnet(fast, WAIT), type(fast))
+    assert type(fast).__mro__.count(EngineMixin) == 1
+
+
+def test_clones_for_other_devices_are_accelerated(net, load):
+    fast = accelerate_controlnet(net(), WAIT)
+    if not hasattr(fast, "deepclone_multigpu"):
+        pytest.skip("this ComfyUI does not split over devices")
+    device = torch.device("cpu")
+    clone = fast.deepclone_multigpu(device, autoregister=True)
+    assert isinstance(clone, EngineMixin)
+    assert clone.control_model is not fast.control_model
+    models = fast.get_models()
+    assert len(models) == 2 and all(isinstance(model, NetworkPatcher) for model in models)
+    assert models[0] is not models[1]
