@@ -4,9 +4,10 @@ One export serves every batch, image size and prompt length, with ControlNet or 
 module is never traced: a twin of the same structure on the `meta` device is, so no weight is read
 or copied.
 
-ControlNet residuals are no inputs of the export. A `ResidualMarker` stands in for each; adding it
-to a tensor leaves one `switchyard::residual` call in the graph, whose shape is the tensor's own. So
-residuals bring no sizes of their own to be proved equal, and being optional costs nothing.
+What ControlNets and T2I-Adapters add is no input of the export. A `ResidualMarker` stands in for
+each; adding it to a tensor leaves one `switchyard::residual` call in the graph, whose shape is the
+tensor's own. So residuals bring no sizes of their own to be proved equal, and being optional costs
+nothing.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ Progress = Callable[[float, str], None]
 """Called with the fraction done, 0 to 1, and what is being done."""
 
 _library = torch.library.Library("switchyard", "DEF")
-_library.define("residual(Tensor x, int index) -> Tensor")
+_library.define("residual(Tensor x, str name) -> Tensor")
 _library.define("attention(Tensor query, Tensor key, Tensor value, int heads) -> Tensor")
 
 
 @torch.library.register_fake("switchyard::residual")
-def _fake_residual(x: torch.Tensor, index: int) -> torch.Tensor:
+def _fake_residual(x: torch.Tensor, name: str) -> torch.Tensor:
     return torch.empty_like(x)
 
 
@@ -49,13 +50,13 @@ def _fake_attention(
 
 
 class ResidualMarker:
-    """Stands for the `index`-th ControlNet residual while a twin is traced."""
+    """Stands for the optional input `name` while a twin is traced."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __radd__(self, x: torch.Tensor) -> torch.Tensor:
-        marked: torch.Tensor = torch.ops.switchyard.residual(x, self.index)
+        marked: torch.Tensor = torch.ops.switchyard.residual(x, self.name)
         return marked
 
 

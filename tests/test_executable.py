@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -66,7 +67,7 @@ def test_dimensions_come_from_the_inputs(tiny_plan: Plan) -> None:
         ({"timestep": (1,)}, r"timestep must be \[2\] \(batch\), not \[1\]"),
         ({"timestep": ()}, "timestep must have 1 dimensions"),
         ({"timestep": None}, "the input 'timestep' is missing"),
-        ({"pooled": (2, 80)}, "the engine takes context, latent, .*, not 'pooled'"),
+        ({"pooled": (2, 80)}, "the engine takes .*, context, latent, .*, not 'pooled'"),
         ({"residual_0": (2, 32, 9, 17)}, r"residual_0 must be \[2, 32, 9, 16\] .* 17\]"),
         ({"residual_3": (2, 32, 4, 8)}, r"residual_3 must be \[2, 32, 5, 8\] .* 4, 8\]"),
         ({"residual_0": (1, 32, 9, 16)}, r"residual_0 must be \[2, 32, 9, 16\]"),
@@ -241,10 +242,11 @@ def test_zero_residuals_are_like_none(runner: Runner) -> None:
 
 
 def test_some_residuals_alone(runner: Runner) -> None:
-    """T2I-Adapter style: any subset may come, the others count as zero."""
+    """Any subset may come, the others count as zero."""
     inputs = inputs_for()
     every = residuals()
-    for names in (["residual_12"], ["residual_0", "residual_5"]):
+    every |= {f"adapter_{i}": every[f"residual_{i}"] / 2 for i in range(12)}
+    for names in (["residual_12"], ["residual_0", "residual_5"], ["adapter_0", "adapter_8"]):
         some = {name: every[name] for name in names}
         rest = {n: torch.zeros_like(v) for n, v in every.items() if n not in some}
         assert torch.equal(runner({**inputs, **some})[0], runner({**inputs, **some, **rest})[0])
@@ -267,11 +269,18 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "residuals"])
-def test_kernel_counts(runner: Runner, guided: bool) -> None:
-    """None more for a ControlNet: its residuals ride in the concatenations that read the skips."""
+@pytest.mark.parametrize("places", [(), (2, 5, 8, 11), range(12)], ids=str)
+def test_kernel_counts(runner: Runner, guided: bool, places: Sequence[int]) -> None:
+    """None more for a ControlNet: its residuals ride in the concatenations that read the skips.
+
+    A T2I-Adapter's states are sums of their own where a block ends that adds its input already,
+    and ride along in convolutions that have nothing to add.
+    """
+    states = list(residuals().values())
     inputs = inputs_for() | (residuals() if guided else {})
-    middle = {"residual_add": 0}
-    expected = Counter({f"reference.{name}": count for name, count in (KERNELS | middle).items()})
+    inputs |= {f"adapter_{place}": states[place] for place in places}
+    sums = {"residual_add": len([place for place in places if place % 3])}
+    expected = Counter({f"reference.{name}": count for name, count in (KERNELS | sums).items()})
     assert runner.bind(inputs).kernels() == +expected
 
 

@@ -276,7 +276,8 @@ def test_a_product_with_a_vector_stays(b: Build) -> None:
 
 def test_markers(b: Build) -> None:
     x = b.input("x", 2, 4, 5, 6)
-    marked = [b.graph.call_function(torch.ops.switchyard.residual.default, (x, i)) for i in (1, 0)]
+    residual = torch.ops.switchyard.residual.default
+    marked = [b.graph.call_function(residual, (x, name)) for name in ("residual_1", "adapter_0")]
     for node in marked:
         node.meta.update(x.meta)
     q, k = b.input("q", 2, 9, 12), b.input("k", 2, 5, 12)
@@ -286,7 +287,7 @@ def test_markers(b: Build) -> None:
     canonicalize(b.graph)
     b.graph.lint()
     entries = {n.name: n.meta["input"] for n in b.graph.nodes if n.op == "placeholder"}
-    assert entries["residual_0"].optional and not entries["x"].optional
+    assert entries["adapter_0"].optional and not entries["x"].optional
     (call,) = ir.calls(b.graph, ops.attention)
     assert call.kwargs == {"heads": 3, "scale": 0.5}
     with_residual = {**b.values, "residual_1": torch.ones(2, 4, 5, 6)}
@@ -790,6 +791,36 @@ def test_a_reshaped_product_that_others_read_stays(b: Build) -> None:
 def test_a_product_added_to_itself_stays(b: Build) -> None:
     product = b.linear(b.input("x", 2, 9, 4), "a", 4)
     assert b.after(fuse_epilogues, b.call(ops.add, product, product))["add"] == 1
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "linear"])
+def test_an_optional_residual_takes_the_place_that_is_free(b: Build, kind: str) -> None:
+    x, r = b.input("x", 2, 5, 7, 4), b.input("r", 2, 5, 7, 4)
+    product = b.conv(x, "a", 4) if kind == "conv2d" else b.linear(x, "a", 4)
+    plain = b.call(ops.silu, product)
+    b.graph.output((plain,))
+    (expected,) = b.run()
+    b.graph.erase_node(next(reversed(b.graph.nodes)))
+    b.graph.erase_node(plain)
+    result = b.call(ops.silu, b.call(ops.residual_add, product, r))
+    assert b.after(fuse_epilogues, result) == {kind: 1, "silu": 1}
+    del b.values["r"]  # not given: as if it had never been there
+    assert torch.equal(b.run()[0], expected)
+
+
+@pytest.mark.parametrize("reason", ["residual", "reader", "reshape", "other"])
+def test_other_optional_residuals_stay(b: Build, reason: str) -> None:
+    x, r = b.input("x", 2, 9, 4), b.input("r", 2, 9, 4)
+    product = b.call(ops.silu, x) if reason == "other" else b.linear(x, "a", 4)
+    outputs = [product] if reason == "reader" else []
+    if reason == "residual":
+        product = b.call(ops.add, product, x)
+    if reason == "reshape":
+        r = b.input("image", 2, 3, 3, 4)
+        product = b.call(ops.reshape, product, shape=(2, 3, 3, 4))
+    result = b.call(ops.residual_add, product, r)
+    found = b.after(fuse_epilogues, result, *outputs)
+    assert found["residual_add"] == 1 and found["add"] == 0
 
 
 def test_a_second_residual_stays(b: Build) -> None:

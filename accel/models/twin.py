@@ -46,8 +46,8 @@ class Twin:
     names: Mapping[str, str]
 
 
-Marker = Callable[[int], Any]
-"""Makes the stand-in for a ControlNet residual; adding it to a tensor leaves a mark in a graph."""
+Marker = Callable[[str], Any]
+"""Makes the stand-in for an optional input; adding it to a tensor leaves a mark in a graph."""
 
 # Even and odd, unlike each other at every level, and large enough for five halvings.
 _EXAMPLE = {"batch": 2, "height": 72, "width": 104, "tokens": 77}
@@ -60,7 +60,9 @@ def unet_twin(config: UNetConfig, source: nn.Module | type[nn.Module], marker: M
     """The twin of a UNet or ControlNet.
 
     `source`: the live module, of diffusers or ComfyUI, or the diffusers class to make it from.
-    Residuals are numbered in the order of the skips, the middle block's last.
+    A UNet's optional inputs are numbered in the order of the skips: `adapter_i`, as T2I-Adapters
+    give it, is added to the tensor that is also the i-th skip; `residual_i`, as ControlNets give
+    it, to the skip alone, and the last one to the middle block's result.
     """
     compute = torch.float16
     with torch.inference_mode(False):  # a host may be in it, and its tensors cannot be traced
@@ -99,8 +101,18 @@ def _inputs(config: UNetConfig) -> tuple[TwinInput, ...]:
 
 def residual_count(config: UNetConfig) -> int:
     """ControlNet residuals of a UNet of this architecture: one a skip, and the middle block's."""
-    levels = len(config.block_out_channels)
-    return 1 + sum(config.layers_per_block) + levels - 1 + 1
+    return len(skip_places(config)) + 1
+
+
+def skip_places(config: UNetConfig) -> list[tuple[int, int]]:
+    """(level, channels) of each skip of a UNet, in order: a level halves the image that often."""
+    places = [(0, config.block_out_channels[0])]
+    last = len(config.block_out_channels) - 1
+    for level, channels in enumerate(config.block_out_channels):
+        places += [(level, channels)] * config.layers_per_block[level]
+        if level < last:
+            places.append((level + 1, channels))
+    return places
 
 
 def _meta_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -129,9 +141,13 @@ class _Wrapper(nn.Module):
         return self._call(self.net, **dict(zip(self._names, inputs, strict=True)))
 
 
-def _markers(config: UNetConfig, marker: Marker) -> tuple[tuple[Any, ...], Any]:
-    *skips, middle = (marker(i) for i in range(residual_count(config)))
+def _residuals(config: UNetConfig, marker: Marker) -> tuple[tuple[Any, ...], Any]:
+    *skips, middle = (marker(f"residual_{i}") for i in range(residual_count(config)))
     return tuple(skips), middle
+
+
+def _adapters(config: UNetConfig, marker: Marker) -> list[Any]:
+    return [marker(f"adapter_{i}") for i in range(len(skip_places(config)))]
 
 
 def _diffusers_call(config: UNetConfig, net: Any, marker: Marker) -> Callable[..., Any]:
@@ -139,6 +155,10 @@ def _diffusers_call(config: UNetConfig, net: Any, marker: Marker) -> Callable[..
         # The vector arrives whole: what the network would embed and append passes through as it is.
         net.add_time_proj = nn.Identity()
     net.num_upsamplers = _MANY
+    if config.kind == "unet":
+        # Its own argument for adapters reaches one place a block, the other host's all of them.
+        for module, adapter in zip(_skip_makers(net), _adapters(config, marker), strict=True):
+            module.register_forward_hook(_adding(adapter))
 
     def added(pooled: torch.Tensor | None) -> dict[str, torch.Tensor] | None:
         if pooled is None:
@@ -146,7 +166,7 @@ def _diffusers_call(config: UNetConfig, net: Any, marker: Marker) -> Callable[..
         return {"text_embeds": pooled[:, :1], "time_ids": pooled[:, 1:]}
 
     def unet(net: Any, latent: Any, timestep: Any, context: Any, pooled: Any = None) -> Any:
-        skips, middle = _markers(config, marker)
+        skips, middle = _residuals(config, marker)
         return net(
             latent,
             timestep,
@@ -173,6 +193,24 @@ def _diffusers_call(config: UNetConfig, net: Any, marker: Marker) -> Callable[..
     return unet if config.kind == "unet" else controlnet
 
 
+def _skip_makers(net: Any) -> list[nn.Module]:
+    """The modules of a diffusers UNet whose results are its skips, in order."""
+    makers = [net.conv_in]
+    for block in net.down_blocks:
+        makers += getattr(block, "attentions", block.resnets)
+        makers += block.downsamplers or ()
+    return makers
+
+
+def _adding(marker: Any) -> Callable[[nn.Module, Any, Any], Any]:
+    """A forward hook that adds `marker` to a module's result, or to the first of several."""
+
+    def hook(module: nn.Module, args: Any, result: Any) -> Any:
+        return (result[0] + marker, *result[1:]) if isinstance(result, tuple) else result + marker
+
+    return hook
+
+
 def _comfyui_call(config: UNetConfig, net: nn.Module, marker: Marker) -> Callable[..., Any]:
     def attention(own: Any, query: Any, key: Any, value: Any, heads: int, **options: Any) -> Any:
         if options.get("mask") is not None or options.get("skip_reshape"):
@@ -188,13 +226,15 @@ def _comfyui_call(config: UNetConfig, net: nn.Module, marker: Marker) -> Callabl
             module.register_forward_pre_hook(override, with_kwargs=True)
 
     def unet(net: Any, latent: Any, timestep: Any, context: Any, pooled: Any = None) -> Any:
-        skips, middle = _markers(config, marker)
+        skips, middle = _residuals(config, marker)
+        adapters = _adapters(config, marker)
+        adapters.reverse()  # each list is taken from its end, this one by the first block first
         return net(
             latent,
             timesteps=timestep,
             context=context,
             y=pooled,
-            control={"input": [], "middle": [middle], "output": list(skips)},
+            control={"input": adapters, "middle": [middle], "output": list(skips)},
         )
 
     def controlnet(

@@ -56,5 +56,5 @@ def cast(x: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
 
 @op(shape=_same)
 def residual_add(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """`x + residual`; without a residual (ControlNet's) x itself, at no cost."""
+    """`x + residual`; without one, a ControlNet's or T2I-Adapter's, x itself, at no cost."""
     return x if residual is None else x + residual

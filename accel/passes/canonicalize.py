@@ -219,9 +219,8 @@ def _attention(graph: Graph, node: Node) -> Node:
 
 
 def _residual(graph: Graph, node: Node) -> Node:
-    """The marker that a twin left where a ControlNet residual comes in: an optional input."""
-    x, index = ir.source(node), ir.arguments(node)["index"]
-    name = f"residual_{index}"
+    """The marker that a twin left where a ControlNet or T2I-Adapter adds: an optional input."""
+    x, name = ir.source(node), ir.arguments(node)["name"]
     with graph.inserting_before(next(iter(graph.nodes))):
         residual = graph.placeholder(name)
     entry = Input(name, (), "", "step", optional=True)

@@ -13,7 +13,7 @@ def fuse_epilogues(graph: Graph) -> None:
 
     The producer must have no other reader, and the fused call stands where the add stood, so that
     both operands exist by then. Of two producers the later one takes the other's result as its
-    residual.
+    residual. Where that leaves the producer without a residual, an optional one takes the place.
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
     for node in ir.calls(graph, ops.add):
@@ -25,6 +25,15 @@ def fuse_epilogues(graph: Graph) -> None:
             fused = _fuse(graph, node, a, b) or _fuse(graph, node, b, a)
         if fused is not None:
             position[fused] = position[node]
+            ir.replace(node, fused)
+    for node in ir.calls(graph, ops.residual_add):
+        producer, optional = ir.tensors(node)
+        assert producer is not None and optional is not None
+        if ir.is_call(producer, ops.reshape):
+            continue  # the reshape of what is not given would be left
+        with graph.inserting_before(node):
+            fused = _fuse(graph, node, producer, optional)
+        if fused is not None:
             ir.replace(node, fused)
     ir.erase_dead_calls(graph)
 
