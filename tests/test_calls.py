@@ -146,6 +146,60 @@ def test_residuals_are_numbered_by_skip_and_the_middle_comes_last() -> None:
         assert bound.data_ptr() == residual.data_ptr()
 
 
+def adapters_for(config: Any, places: list[int], batch: int = 2) -> list[Tensor]:
+    made = residuals_for(config, batch, 8, 8, torch.Generator().manual_seed(1))
+    return [made[place] for place in places]
+
+
+@pytest.mark.parametrize(
+    ("config", "places", "names"),
+    [
+        (SD, [2, 5, 8, 11], ["adapter_2", "adapter_5", "adapter_8", "adapter_11"]),
+        (XL, [3, 5, 8, 9], ["adapter_3", "adapter_5", "adapter_8", "residual_9"]),
+    ],
+    ids=["sd15", "sdxl"],
+)
+def test_adapters_states_find_their_places(
+    config: Any, places: list[int], names: list[str]
+) -> None:
+    """After a block's attention, after a block without; SDXL's last one in the middle."""
+    latent, context = tensors()
+    extra = {} if config is SD else {"added_cond_kwargs": added()}
+
+    def bound(states: Any) -> dict[str, Tensor]:
+        given = {"down_intrablock_additional_residuals": states, **extra}
+        inputs = bind_call(config, "diffusers", (latent, 1, context), given).inputs
+        return {name: value for name, value in inputs.items() if name[-1].isdigit()}
+
+    states = adapters_for(config, places)
+    found = bound(states)
+    assert list(found) == names
+    assert all(a is b for a, b in zip(found.values(), states, strict=True))
+    assert len(states) == 4  # diffusers itself empties the list
+    surplus = [*states, torch.ones(2, 65, 1, 1)]
+    assert list(bound(surplus)) == names  # of another shape, or one too many: ignored
+    assert list(bound(states[:1])) == names[:1]
+    assert list(bound((None, *states[1:]))) == names[1:]
+    single = bound(adapters_for(config, places, batch=1))
+    assert all(value.shape[0] == 2 for value in single.values())
+    assert list(single) == [name for name in names if name.startswith("adapter")]
+
+
+def test_the_middle_takes_a_controlnets_and_an_adapters_together() -> None:
+    latent, context = tensors()
+    residuals = residuals_for(XL, 2, 8, 8, torch.Generator().manual_seed(0))
+    states = adapters_for(XL, [3, 5, 8, 9])
+    kwargs = {
+        "down_block_additional_residuals": residuals[:-1],
+        "mid_block_additional_residual": residuals[-1],
+        "down_intrablock_additional_residuals": states,
+        "added_cond_kwargs": added(),
+    }
+    inputs = bind_call(XL, "diffusers", (latent, 1, context), kwargs).inputs
+    assert torch.equal(inputs["residual_9"], residuals[-1] + states[-1])
+    assert {"residual_0", "residual_8", "adapter_3", "adapter_8"} <= set(inputs)
+
+
 @pytest.mark.parametrize("guess", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.7, 0, 2, torch.tensor(0.3)], ids=repr)
 def test_residuals_are_scaled_as_diffusers_scales_them(scale: Any, guess: bool) -> None:
@@ -177,6 +231,8 @@ def popped(config: Any, control: dict[str, list[Tensor | None]]) -> dict[str, Te
     skips = residual_count(config) - 1
     found: dict[str, Tensor | None] = {}
     lists = {name: list(entries) for name, entries in control.items()}
+    for block in range(skips):
+        found[f"adapter_{block}"] = lists["input"].pop() if lists["input"] else None
     found[f"residual_{skips}"] = lists["middle"].pop() if lists["middle"] else None
     for skip in reversed(range(skips)):
         found[f"residual_{skip}"] = lists["output"].pop() if lists["output"] else None
@@ -200,10 +256,11 @@ def test_control_lists_are_read_from_their_end_and_left_alone(
     latent, context = tensors()
     output = [torch.full((2, 1, 1, 1), float(i)) if p else None for i, p in enumerate(present)]
     middle = [torch.full((2, 1, 1, 1), 100.0 + i) for i in range(middles)]
-    control = {"input": [None, None], "middle": middle, "output": output}
+    above = [torch.full((2, 1, 1, 1), 200.0 + i) if p else None for i, p in enumerate(present)]
+    control = {"input": above, "middle": middle, "output": output}
     before = {name: list(entries) for name, entries in control.items()}
     call = bind_call(SD, "comfyui", (latent, torch.ones(2), context, None, control), {})
-    bound = {name: value for name, value in call.inputs.items() if name.startswith("residual")}
+    bound = {name: value for name, value in call.inputs.items() if name[-1].isdigit()}
     expected = popped(SD, control)
     assert {name: value.flatten()[0].item() for name, value in bound.items()} == {
         name: value.flatten()[0].item() for name, value in expected.items()
@@ -216,6 +273,23 @@ def test_a_residual_of_one_image_serves_the_batch() -> None:
     control = {"input": [], "middle": [torch.ones(1, 64, 1, 1)], "output": []}
     call = bind_call(SD, "comfyui", (latent, torch.ones(2), context), {"control": control})
     assert call.inputs[f"residual_{residual_count(SD) - 1}"].shape == (2, 64, 1, 1)
+
+
+def test_what_does_not_fit_is_left_out_as_the_host_does(caplog: pytest.LogCaptureFixture) -> None:
+    """ComfyUI tries to add, and warns: an adapter halves odd sizes downwards, a UNet upwards."""
+    latent, context = tensors(side=9)
+    lists = {
+        "input": [torch.ones(2, 64, 4, 4), None, None, torch.ones(1, 32, 9, 9), None, None],
+        "middle": [torch.ones(3, 64, 2, 2)],
+        "output": [torch.ones(2, 64, 2, 2), torch.ones(2, 65, 2, 2)],
+    }
+    control = {
+        name: entries[::-1] if name == "output" else entries for name, entries in lists.items()
+    }
+    call = bind_call(SD, "comfyui", (latent, torch.ones(2), context), {"control": control})
+    added = {name: tuple(v.shape) for name, v in call.inputs.items() if name[-1].isdigit()}
+    assert added == {"adapter_2": (2, 32, 9, 9), "residual_11": (2, 64, 2, 2)}
+    assert [record.args[0] for record in caplog.records] == ["input", "middle", "output"]
 
 
 def test_comfyuis_controlnet_gives_its_dictionary_of_lists() -> None:
@@ -290,7 +364,7 @@ def test_prompt_tensors_are_those_of_the_bound_call() -> None:
         ({"timestep_cond": torch.ones(2)}, "timestep_cond"),
         ({"attention_mask": torch.ones(2, 7)}, "attention_mask"),
         ({"encoder_attention_mask": torch.ones(2, 7)}, "encoder_attention_mask"),
-        ({"down_intrablock_additional_residuals": [torch.ones(1)]}, "down_intrablock"),
+        ({"down_block_additional_residuals": [torch.ones(1)] * 4}, "T2I-Adapters"),
         ({"cross_attention_kwargs": {"scale": 0.5}}, r"cross_attention_kwargs\['scale'\]=0.5"),
         ({"cross_attention_kwargs": {"gligen": {"boxes": 1}}}, "gligen"),
         ({"added_cond_kwargs": {"image_embeds": [torch.ones(1)]}}, "image_embeds"),
@@ -323,7 +397,8 @@ def test_what_changes_nothing_passes(kwargs: Any) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "names"),
     [
-        ({"control": {"input": [None, torch.ones(1)], "output": []}}, "T2I"),
+        ({"control": {"input_after": [None, torch.ones(1)], "output": []}}, "input_after"),
+        ({"control": {"input": [None, 0.5], "output": []}}, r"control\['input'\] of float"),
         ({"transformer_options": {"patches": {"attn1_patch": [print]}}}, "patches"),
         ({"transformer_options": {"patches_replace": {"attn2": {}}}}, "patches_replace"),
         ({"transformer_options": {"optimized_attention_override": print}}, "override"),
@@ -346,7 +421,19 @@ def test_comfyui_patches_are_refused_by_name(kwargs: Any, names: str) -> None:
         (lambda k: k.update(encoder_hidden_states=None), "encoder_hidden_states is missing"),
         (lambda k: k.update(encoder_hidden_states=[1]), "must be a tensor"),
         (lambda k: k.update(mid_block_additional_residual=torch.ones(1)), "come together"),
-        (lambda k: k.update(down_block_additional_residuals=[torch.ones(1)] * 12), "together"),
+        (
+            lambda k: k.update(
+                down_block_additional_residuals=[torch.ones(1)] * 12,
+                down_intrablock_additional_residuals=[torch.ones(1)],
+            ),
+            "together",
+        ),
+        (
+            lambda k: k.update(down_intrablock_additional_residuals=[torch.ones(2, 32, 8, 7)]),
+            r"does not fit the network: \[2, 32, 8, 7\] where it has \[2, 32, 8, 8\]",
+        ),
+        (lambda k: k.update(down_intrablock_additional_residuals=torch.ones(4)), "a list of"),
+        (lambda k: k.update(down_intrablock_additional_residuals=[0.5]), "a list of"),
         (
             lambda k: k.update(
                 down_block_additional_residuals=[torch.ones(1)] * 9,

@@ -22,10 +22,11 @@ from accel import ops
 from accel.capture import ResidualMarker, capture
 from accel.errors import InvalidInput, UnsupportedModel
 from accel.models import UNetConfig, parameters
+from accel.models.calls import bind_call
 from accel.models.twin import Twin, TwinInput, residual_count, unet_twin
 from accel.passes import run_passes
 from accel.plan.lower import lower
-from accel.plan.schema import Plan
+from accel.plan.schema import Plan, Step
 from accel.plan.shapes import names
 from accel.structure import structure_of
 
@@ -72,9 +73,14 @@ def inputs_for(config: UNetConfig, size: tuple[int, ...], residuals: bool) -> di
     return inputs
 
 
-def plain(module: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
-    """What diffusers' own module makes of a plan's inputs, in the order of the plan's outputs."""
-    arguments: dict[str, Any] = {"return_dict": False}
+def arguments_of(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A plan's inputs as diffusers' own module takes them."""
+    arguments: dict[str, Any] = {
+        "sample": inputs["latent"],
+        "timestep": inputs["timestep"],
+        "encoder_hidden_states": inputs["context"],
+        "return_dict": False,
+    }
     if "pooled" in inputs:
         # Diffusers embeds `time_ids` itself; the plan takes the finished vector.
         width = module.config.projection_class_embeddings_input_dim - 6 * 8
@@ -91,8 +97,13 @@ def plain(module: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
         arguments["mid_block_additional_residual"] = residuals[-1]
     if "hint" in inputs:
         arguments["controlnet_cond"] = inputs["hint"]
+    return arguments
+
+
+def plain(module: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """What diffusers' own module makes of a plan's inputs, in the order of the plan's outputs."""
     with torch.no_grad():
-        out = module(inputs["latent"], inputs["timestep"], inputs["context"], **arguments)
+        out = module(**arguments_of(module, inputs))
     return [*out[0], out[1]] if "hint" in inputs else [out[0]]
 
 
@@ -157,6 +168,84 @@ def test_controlnet_equals_diffusers(controlnet: tuple[Runner, nn.Module]) -> No
 def test_sdxl_equals_diffusers(sdxl: tuple[Runner, nn.Module]) -> None:
     check(*sdxl, SDXL, SIZES[0], True)
     check_small(*sdxl, SDXL, SMALL[0])
+
+
+@pytest.mark.parametrize("size", [SIZES[0], SMALL[1]], ids=str)
+@pytest.mark.parametrize("guided", [False, True], ids=["alone", "with a ControlNet"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_t2i_adapters_equal_diffusers(
+    request: pytest.FixtureRequest, family: str, guided: bool, size: Any
+) -> None:
+    """From the call to the result, in float64: each state at its place, and at no other."""
+    config: UNetConfig = tiny_config() if family == "sd15" else SDXL
+    if family == "sd15":
+        run, module = request.getfixturevalue("unet"), request.getfixturevalue("tiny_unet")
+    else:
+        run, module = request.getfixturevalue("sdxl")
+    double = copy.deepcopy(module)
+    nn.Module.to(double, torch.float64)  # diffusers' own `to` warns
+    inputs = inputs_for(config, size, guided)
+    inputs = {n: v if n == "timestep" else v.double() for n, v in inputs.items()}
+    made = residuals_for(config, *size[:3], torch.Generator().manual_seed(9))
+    # One where each level ends; SDXL's first has no attention and ends halved, the middle is last.
+    states = [made[place].double() for place in ((2, 5, 8, 11), (3, 5, 8, 9))[family == "sdxl"]]
+    arguments = arguments_of(double, inputs)
+    runner = Runner(run.plan, double.state_dict(), torch.float64)
+    expected, found = [], []
+    for count in (0, 1, 4):
+        arguments["down_intrablock_additional_residuals"] = states[:count] or None
+        found += runner(bind_call(config, "diffusers", (), arguments).inputs)
+        with torch.no_grad():
+            expected += double(**arguments)  # takes the states off the list
+    for left, right in zip(found, expected, strict=True):
+        assert relative_error(left, right) <= 1e-10
+    assert all(relative_error(one, found[0]) > 1e-3 for one in found[1:])
+
+
+class Nothing:
+    """Stands for an optional input that a twin does not have."""
+
+    def __radd__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def unnumbered(plan: Plan) -> Plan:
+    """The plan with its values called by their order, and its inputs in order of their names."""
+    called = {step.output: f"value_{i}" for i, step in enumerate(plan.steps)}
+
+    def renamed(step: Step) -> Step:
+        inputs = tuple(called.get(name, name) if name else None for name in step.inputs)
+        return dataclasses.replace(step, inputs=inputs, output=called[step.output])
+
+    return dataclasses.replace(
+        plan,
+        structure={},
+        inputs=tuple(sorted(plan.inputs, key=lambda entry: entry.name)),
+        outputs=tuple(dataclasses.replace(o, value=called[o.value]) for o in plan.outputs),
+        steps=tuple(map(renamed, plan.steps)),
+    )
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_t2i_adapters_cost_nothing_when_not_given(
+    request: pytest.FixtureRequest, family: str
+) -> None:
+    """What runs is then the plan of a network that could take none: every step, every constant."""
+    if family == "sd15":
+        config, plan = tiny_config(), request.getfixturevalue("tiny_plan")
+    else:
+        config, plan = SDXL, request.getfixturevalue("sdxl")[0].plan
+    adapters = [entry.name for entry in plan.inputs if entry.name.startswith("adapter_")]
+    assert len(adapters) == residual_count(config) - 1
+    without = plan_of(
+        unet_twin(
+            config,
+            UNet2DConditionModel,
+            lambda name: Nothing() if name.startswith("adapter_") else ResidualMarker(name),
+        )
+    )
+    assert not any(entry.name.startswith("adapter_") for entry in without.inputs)
+    assert unnumbered(plan.without(adapters)) == unnumbered(without)
 
 
 def test_a_hint_of_another_size_is_refused(controlnet: tuple[Runner, nn.Module]) -> None:
@@ -370,7 +459,7 @@ def test_the_hosts_contexts_do_not_reach_the_capture() -> None:
 # ComfyUI's own classes, in a process of their own since ComfyUI settles its devices on import.
 
 
-def _comfyui_findings(root: str) -> Any:
+def _comfyui_findings(root: str, diffusers_plan: dict[str, Any]) -> Any:
     sys.path.insert(0, root)
     try:
         import comfy.cli_args
@@ -379,6 +468,7 @@ def _comfyui_findings(root: str) -> Any:
         import comfy.ops
         from comfy.cldm.cldm import ControlNet
         from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+        from comfy.t2i_adapter.adapter import Adapter
     except Exception as error:
         return f"ComfyUI cannot be imported: {error}"
     from test_models import _comfyui_arguments
@@ -413,6 +503,9 @@ def _comfyui_findings(root: str) -> Any:
             found = run(inputs)
             assert len(found) == len(expected)
             errors += [relative_error(*pair) for pair in zip(found, expected, strict=True)]
+        if config.kind == "unet":
+            runs = {"own": run, "diffusers": Runner(Plan.from_json(diffusers_plan), state)}
+            findings["adapters"] = _adapter_findings(config, module, runs, Adapter)
         findings[kind] = {
             "errors": max(errors),
             "key": structure_of(module).graph_key,
@@ -423,6 +516,47 @@ def _comfyui_findings(root: str) -> Any:
     return findings
 
 
+def _adapter_findings(
+    config: UNetConfig, module: nn.Module, runs: dict[str, Runner], adapter: Any
+) -> dict[str, list[float]]:
+    """Errors of each plan, and how much what is added changes, for lists of every kind."""
+    torch.manual_seed(4)
+    channels = list(config.block_out_channels)
+    net = adapter(channels, nums_rb=2, cin=192, ksize=1, sk=True, xl=False).requires_grad_(False)
+    findings: dict[str, list[float]] = {name: [] for name in (*runs, "change")}
+    for size, kind in (
+        (SIZES[2], "net"),
+        (SIZES[0], "net"),  # at odd sizes only its first states fit
+        (SIZES[1], "all"),
+        (SIZES[0], "all+controlnet"),
+        (SIZES[2], "some"),
+    ):
+        batch, height, width, _ = size
+        inputs = inputs_for(config, size, False)
+        if kind == "net":
+            control = net(torch.rand(1, 3, 8 * height, 8 * width))
+        else:
+            generator = torch.Generator().manual_seed(5)
+            states = residuals_for(config, batch, height, width, generator)
+            control = {"input": states[-2::-1], "middle": states[-1:]}
+        if kind == "all+controlnet":
+            made = residuals_for(config, batch, height, width, generator)
+            control |= {"output": made[:-1], "middle": [states[-1] + made[-1]]}
+        if kind == "some":
+            control = {
+                "input": [control["input"][i] if i in (7, 8, 10) else None for i in range(11)]
+            }
+        args = (inputs["latent"], inputs["timestep"], inputs["context"], None)
+        inputs = bind_call(config, "comfyui", (*args, control), {}).inputs
+        with torch.no_grad():
+            without = module(*args)
+            expected = module(*args, control)  # takes them off the lists
+        for name, run in runs.items():
+            findings[name].append(relative_error(run(inputs)[0], expected))
+        findings["change"].append(relative_error(expected, without))
+    return findings
+
+
 COMFYUI = {
     "unet": tiny_config(),
     "controlnet": dataclasses.replace(CONTROLNET, hint_block_channels=(16, 32, 96, 256)),
@@ -430,9 +564,10 @@ COMFYUI = {
 
 
 @pytest.fixture(scope="module")
-def comfyui() -> Any:
+def comfyui(tiny_plan: Plan) -> Any:
+    arguments = (os.environ["COMFYUI_PATH"], tiny_plan.to_json())
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        findings = pool.apply(_comfyui_findings, (os.environ["COMFYUI_PATH"],))
+        findings = pool.apply(_comfyui_findings, arguments)
     if isinstance(findings, str):
         pytest.skip(findings)
     return findings
@@ -453,6 +588,14 @@ def test_comfyui_equals_its_own_module(comfyui: Any, kind: str) -> None:
 
     with torch.device("meta"):
         assert found["key"] == structure_of(cls(**diffusers_kwargs(config))).graph_key
+
+
+@pytest.mark.comfyui
+def test_t2i_adapters_equal_comfyui(comfyui: Any) -> None:
+    """By ComfyUI's capture and by diffusers': ComfyUI's own adapter, every place, some places."""
+    found = comfyui["adapters"]
+    assert max(found["own"] + found["diffusers"]) <= LIMIT
+    assert min(found["change"]) > 1e-2
 
 
 @pytest.mark.comfyui

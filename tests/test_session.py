@@ -204,18 +204,23 @@ def test_weights_void_the_prompt_key(engine: Engine) -> None:
     assert torch.equal(engine.call((), inputs, key="k"), engine(**inputs))
 
 
-def test_controlnet_toggles_without_capture(engine: Engine, module: Any) -> None:
+def test_controlnets_and_t2i_adapters_toggle_without_capture(engine: Engine, module: Any) -> None:
     inputs = arguments()
     skips = residuals_for(tiny_config(), 2, 17, 12, torch.Generator().manual_seed(0))
     controlled = {
-        **inputs,
         "down_block_additional_residuals": tuple(skips[:-1]),
         "mid_block_additional_residual": skips[-1],
     }
-    for case in (inputs, controlled, inputs, controlled):
-        assert relative(engine(**case), module(**case)[0]) < 1e-5
+    plain = engine(**inputs)
+    for added in ({}, controlled, {}, controlled):
+        for states in ([], [skips[place] for place in (2, 5, 8, 11)]):
+            adapted = {"down_intrablock_additional_residuals": states} if states else {}
+            case = {**inputs, **added, **adapted}
+            found = engine(**case)
+            assert relative(found, module(**case)[0]) < 1e-5  # which takes the states off the list
+            assert torch.equal(found, plain) == (not added and not adapted)
     assert engine.report()["captures"] == 0
-    assert engine.report()["binds"] == 2
+    assert engine.report()["binds"] == 4
 
 
 def test_threads_share_an_engine(engine: Engine) -> None:

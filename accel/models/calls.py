@@ -5,6 +5,7 @@ Default deny: an argument is translated, is known to leave the result alone, or 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput, UnsupportedModel
-from .twin import residual_count
+from .twin import residual_count, skip_places
 from .unet_config import UNetConfig
+
+logger = logging.getLogger(__name__)
 
 Host = Literal["diffusers", "comfyui"]
 
@@ -81,9 +84,9 @@ class Call:
     """One forward call, translated.
 
     inputs: by the plan's names: `latent` [B,C,H,W], `timestep` [B] float32, `context` [B,T,D], and
-        as the network has them `pooled` [B,P], `hint` [B,3,8H,8W], `residual_i`. Dtypes and devices
-        are the caller's. Only the residuals that are given are there: the engine runs its plan
-        specialised to that set.
+        as the network has them `pooled` [B,P], `hint` [B,3,8H,8W], `residual_i` from ControlNets,
+        `adapter_i` from T2I-Adapters. Dtypes and devices are the caller's. Only the residuals that
+        are given are there: the engine runs its plan specialised to that set.
     finish: the plan's outputs to the host's result, in the dtype and on the device of the latent.
     prompt: the caller's own tensor objects from which the prompt's part was made.
     """
@@ -204,8 +207,13 @@ def _diffusers(config: UNetConfig, given: _Given) -> Call:
     if config.kind == "unet":
         down = given.take("down_block_additional_residuals")
         middle = given.take("mid_block_additional_residual")
+        adapters = given.take("down_intrablock_additional_residuals")
         given.refuse_rest()
+        if _is_given(down) and middle is None and adapters is None:  # as of old, until 1.3
+            raise _refused("down_block_additional_residuals for T2I-Adapters")
         inputs |= _diffusers_residuals(config, down, middle, sample.shape[0])
+        for name, state in _diffusers_adapters(config, adapters, sample).items():
+            inputs[name] = inputs[name] + state if name in inputs else state
         finish = _same(sample)
     else:
         hint = given.tensor("controlnet_cond")
@@ -243,6 +251,45 @@ def _diffusers_residuals(
             f"not {sum(isinstance(r, Tensor) for r in down)}"
         )
     return {f"residual_{i}": _batched(r, batch) for i, r in enumerate(residuals)}
+
+
+def _diffusers_adapters(
+    config: UNetConfig, states: Sequence[Tensor | None] | None, sample: Tensor
+) -> dict[str, Tensor]:
+    """A state for each block of the down path, in order, and one for the middle block.
+
+    A block with attention adds its own after the last layer, before it halves the image; one
+    without adds it to all that it has done. The middle block's may be of another shape: then it is
+    ignored, as in diffusers.
+    """
+    if not _is_given(states):
+        return {}
+    known = isinstance(states, (list, tuple))
+    if not known or any(s is not None and not isinstance(s, Tensor) for s in states or ()):
+        raise InvalidInput("down_intrablock_additional_residuals must be a list of tensors")
+    assert states is not None
+    shapes = _added_shapes(config, sample)
+    places, skips = [], 0
+    for level, layers in enumerate(config.layers_per_block):
+        halves = level < len(config.layers_per_block) - 1
+        attends = any(config.down_depths[level])
+        places.append(skips + layers + (1 if halves and not attends else 0))
+        skips += layers + halves
+    found = {}
+    for place, state in zip(places, states, strict=False):
+        if state is None:
+            continue
+        fitting = _expanded(state, shapes[place])
+        if fitting is None:
+            raise InvalidInput(
+                "down_intrablock_additional_residuals does not fit the network: "
+                f"{list(state.shape)} where it has {list(shapes[place])}"
+            )
+        found[f"adapter_{place}"] = fitting
+    for state in states[len(places) : len(places) + 1]:
+        if state is not None and tuple(state.shape) == shapes[-1]:
+            found[f"residual_{len(shapes) - 1}"] = state
+    return found
 
 
 def _scaled(
@@ -311,7 +358,7 @@ def _comfyui(config: UNetConfig, given: _Given) -> Call:
                 raise _refused(f"transformer_options[{name!r}]")
         given.take("crossattn_controlnet")  # a second prompt, which ControlNets alone read
         given.refuse_rest()
-        inputs |= _comfyui_residuals(config, control, x.shape[0])
+        inputs |= _comfyui_residuals(config, control, x)
         finish = _same(x)
     else:
         hint = given.tensor("hint")
@@ -333,18 +380,41 @@ def _comfyui(config: UNetConfig, given: _Given) -> Call:
 
 
 def _comfyui_residuals(
-    config: UNetConfig, control: Mapping[str, Sequence[Tensor | None]], batch: int
+    config: UNetConfig, control: Mapping[str, Sequence[Tensor | None]], x: Tensor
 ) -> dict[str, Tensor]:
-    """The network takes from each list's end, the last skip first; what is None is left out."""
+    """What ControlNets (`output`, `middle`) and T2I-Adapters (`input`, `middle`) add.
+
+    The network takes from each list's end: of `input` the first block, of `output` the last skip
+    first. What is None is left out, and so is, with a warning as there, what does not fit.
+    """
     for name, entries in control.items():
-        if name not in ("output", "middle") and any(entry is not None for entry in entries):
-            raise _refused(f"control[{name!r}], as T2I-Adapters give it,")
+        if name not in ("input", "middle", "output") and any(e is not None for e in entries):
+            raise _refused(f"control[{name!r}]")
     skips = residual_count(config) - 1
-    places = [
-        *zip(range(skips - 1, -1, -1), reversed(control.get("output") or ()), strict=False),
-        *zip([skips], reversed(control.get("middle") or ()), strict=False),
-    ]
-    return {f"residual_{i}": _batched(r, batch) for i, r in places if r is not None}
+    order: dict[str, tuple[str, Sequence[int]]] = {
+        "input": ("adapter", range(skips)),
+        "middle": ("residual", [skips]),
+        "output": ("residual", range(skips - 1, -1, -1)),
+    }
+    shapes = _added_shapes(config, x) if any(control.values()) else []
+    found = {}
+    for name, (kind, places) in order.items():
+        for place, entry in zip(places, reversed(control.get(name) or ()), strict=False):
+            if entry is None:
+                continue
+            if not isinstance(entry, Tensor):
+                raise _refused(f"control[{name!r}] of {type(entry).__name__}")
+            fitting = _expanded(entry, shapes[place])
+            if fitting is not None:
+                found[f"{kind}_{place}"] = fitting
+            else:
+                logger.warning(
+                    "control[%r] of %s does not fit %s and is left out, as the host does",
+                    name,
+                    list(entry.shape),
+                    list(shapes[place]),
+                )
+    return found
 
 
 def _as_control(x: Tensor) -> Callable[[list[Tensor]], dict[str, list[Tensor]]]:
@@ -358,6 +428,26 @@ def _as_control(x: Tensor) -> Callable[[list[Tensor]], dict[str, list[Tensor]]]:
 
 
 # Both.
+
+
+def _added_shapes(config: UNetConfig, latent: Tensor) -> list[tuple[int, ...]]:
+    """[B,C,H,W] of each skip, and of the middle block's result: where residuals are added."""
+    batch, _, height, width = latent.shape
+    shapes: list[tuple[int, ...]] = [
+        (batch, channels, -(-height // 2**level), -(-width // 2**level))
+        for level, channels in skip_places(config)
+    ]
+    return [*shapes, shapes[-1]]
+
+
+def _expanded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The tensor broadcast to `shape` without a copy, or None where that cannot be."""
+    if tuple(tensor.shape) == shape:
+        return tensor
+    try:
+        return tensor.expand(shape)
+    except RuntimeError:
+        return None
 
 
 def _same(latent: Tensor) -> Callable[[list[Tensor]], Tensor]:
