@@ -18,6 +18,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
@@ -402,13 +403,18 @@ class _Code:
 _learned: set[CodeType] = set()
 
 
-def _outer(patcher: Any, model_options: Mapping[str, Any]) -> Iterator[Any]:
-    """The functions of others around the network: of CFG, wrappers, callbacks."""
+def _guidance(model_options: Mapping[str, Any]) -> Iterator[Any]:
+    """Functions that are called with the network's results: of CFG, before it and after."""
+    for key in ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function"):
+        value = model_options.get(key)
+        yield from value if isinstance(value, (list, tuple)) else [value] if value else []
+
+
+def _around(patcher: Any, model_options: Mapping[str, Any]) -> Iterator[Any]:
+    """The other functions of others: wrappers, callbacks, whatever the sampler is told to call."""
     for key, value in model_options.items():
-        if callable(value):
+        if callable(value) and key != "sampler_cfg_function":
             yield value
-        elif key.endswith("function") and isinstance(value, (list, tuple)):
-            yield from value
     options = model_options.get("transformer_options") or {}
     for attribute in ("wrappers", "callbacks"):
         for place in (getattr(patcher, attribute, None), options.get(attribute)):
@@ -425,7 +431,7 @@ def _is_ours(function: Any) -> bool:
 
 def _outer_reasons(patcher: Any, model_options: Mapping[str, Any]) -> Iterator[Reason]:
     seen: set[int] = set()
-    for function in _outer(patcher, model_options):
+    for function in chain(_guidance(model_options), _around(patcher, model_options)):
         if id(function) in seen or _is_ours(function):
             continue
         seen.add(id(function))
@@ -441,17 +447,21 @@ def _outer_reasons(patcher: Any, model_options: Mapping[str, Any]) -> Iterator[R
 def learn(patcher: Any, model_options: Mapping[str, Any]) -> None:
     """Remember who sent this very call of the network with patches, for the runs to come.
 
-    To be called where a call was refused for what others had put into it: the functions of others
-    that are being executed at that moment are the ones that sent it.
+    To be called where a call was refused for what others had put into it, and nowhere else. If a
+    function of guidance is being executed, it sent the call. Wrappers are around every call, which
+    says nothing, unless there is only one.
     """
     running: set[CodeType] = set()
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         running.add(frame.f_code)
         frame = frame.f_back
-    for function in _outer(patcher, model_options):
-        if not _is_ours(function):
-            _learned.update(running & _own_codes(function))
+    for functions in (_guidance(model_options), _around(patcher, model_options)):
+        found = [running & _own_codes(each) for each in functions if not _is_ours(each)]
+        senders = {frozenset(codes) for codes in found if codes}
+        if len(senders) == 1:
+            _learned.update(*senders)
+            return
 
 
 def _own_codes(function: Any) -> set[CodeType]:
