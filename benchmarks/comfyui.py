@@ -402,7 +402,8 @@ class Server:
         add_nodes(nodes.NODE_CLASS_MAPPINGS)
         self._done = threading.Event()
         self._finished_at = 0.0
-        self.keep_first, self.first = False, (None, None)
+        self.keep_first = False
+        self.first: Any = None
         self.clocks = Clocks(cuda=not arguments.cpu)
         self._watch()
 
@@ -568,7 +569,7 @@ def add_nodes(mappings: dict[str, Any]) -> None:
     """Nodes of this benchmark: a model on the engine, and random conditioning."""
 
     class Accelerated:
-        INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+        INPUT_TYPES: Any = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
         RETURN_TYPES = ("MODEL",)
         FUNCTION = "run"
         CATEGORY = "benchmark"
@@ -577,7 +578,7 @@ def add_nodes(mappings: dict[str, Any]) -> None:
             return (accelerated(model),)
 
     class RandomConditioning:
-        INPUT_TYPES = classmethod(
+        INPUT_TYPES: Any = classmethod(
             lambda cls: {"required": {"model": ("MODEL",), "seed": ("INT", {})}}
         )
         RETURN_TYPES = ("CONDITIONING",)
@@ -772,7 +773,7 @@ def tour(arguments: argparse.Namespace, model: str, variant: str) -> dict[str, A
             graph = workflow(
                 checkpoint, width, height, steps, seed % last, engine, batch=batch, loras=loras
             )
-            server.first = (None, None)
+            server.first = None
             run = {"checkpoint": checkpoint, "loras": len(loras), "width": width, "height": height}
             run |= {"batch": 2 * batch, **server.run(graph)}
             if engine:
