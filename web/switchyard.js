@@ -8,8 +8,8 @@ import { loadTexts, onSetting, setting, t } from "./js/i18n.js";
 import { toast } from "./js/notify.js";
 import { Panel } from "./js/panel.js";
 import { listen } from "./js/server.js";
+import { TAB, storedTab } from "./js/tab.js";
 
-const TAB = "switchyard";
 const TELL_SETTING = "Switchyard.Build.Notify";
 
 const panel = new Panel();
@@ -19,8 +19,7 @@ const building = new Set();
 
 /** The sidebar icon's own small badge: how far the build is. */
 function showProgress(/** @type {import("./js/server.js").Build} */ build) {
-    // Read back from the store: only its copy of the tab is watched for changes.
-    const tab = app.extensionManager?.sidebarTab?.sidebarTabs?.find(({ id }) => id === TAB);
+    const tab = storedTab();
     if (!tab) return;
     const running = build.state === "building";
     tab.iconBadge = running ? `${Math.floor((build.fraction ?? 0) * 100)}%` : null;
@@ -53,6 +52,7 @@ function addPanel() {
         id: TAB,
         icon: "pi pi-bolt",
         iconBadge: null,
+        revision: 0,
         title: "Switchyard",
         tooltip: "Switchyard",
         type: "custom",

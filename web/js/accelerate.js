@@ -26,6 +26,8 @@ export function accelerateWorkflow() {
     canvas.emitBeforeChange?.();
     try {
         for (const loader of loaders) inserted += accelerateLoader(loader, graphs);
+        // Otherwise the order is found out later, and that would be a step for undo of its own.
+        if (inserted) for (const graph of graphs) graph.updateExecutionOrder?.();
     } finally {
         canvas.emitAfterChange?.();
         root.setDirtyCanvas?.(true, true);

@@ -7,13 +7,14 @@ import { t } from "./i18n.js";
 
 /** First match wins. */
 const ADVICE = /** @type {[RegExp, string][]} */ ([
-    [/\b(vram|memory|budget)\b/i, "memory"],
-    [/\b(hooks?)\b/i, "hooks"],
+    [/\bcompared with\b/i, "compare"],
+    [/(^|\s)--[a-z]/i, "option"],
+    [/\b(vram|memory|budget|room)\b/i, "memory"],
+    [/\bhooks?\b/i, "hooks"],
     [/\b(gguf|quanti[sz]ed|fp8|nvfp4)\b/i, "quantised"],
-    [/\b(failed|cancelled)\b/i, "failed"],
-    [/\b(being built|building|not built)\b/i, "building"],
-    [/\b(size|width|height|latent|multiple of)\b/i, "size"],
-    [/\b(structure|network|architecture|family)\b.*\b(not|un)/i, "unsupported"],
+    [/\bcomputes in\b/i, "precision"],
+    [/\b(could not be built|failed|cancelled)\b/i, "failed"],
+    [/\b(supported|not known yet|in its own way|is not a)\b/i, "unsupported"],
 ]);
 
 /**

@@ -2,11 +2,12 @@
  * The badge on a node: building, on the engine, or fell back.
  *
  * Nodes drawn on the canvas and nodes drawn by Vue read the same `node.badges`; they learn of a
- * change in different ways, so both are told.
+ * change in different ways, and `redraw` goes both.
  */
 
 import { rootGraph } from "./graph.js";
 import { setting, t } from "./i18n.js";
+import { storedTab } from "./tab.js";
 
 export const BADGE_SETTING = "Switchyard.Node.Badge";
 
@@ -15,6 +16,7 @@ const COLOURS = {
     build: { bgColor: "#3b3170", fgColor: "#efeaff" },
     engine: { bgColor: "#14532d", fgColor: "#e7fbee" },
     host: { bgColor: "#713f12", fgColor: "#fff3d6" },
+    off: { bgColor: "#3f3f46", fgColor: "#f4f4f5" },
 };
 
 /** @typedef {import("./server.js").Status} Status */
@@ -32,6 +34,8 @@ export function addBadge(node) {
     /** @type {{text: string, badge: any}} */
     let last = { text: "", badge: new window.LGraphBadge({ text: "" }) };
     const getter = () => {
+        // Vue nodes ask again only when something that they watch has changed: this has, then.
+        void storedTab()?.revision;
         const status = statuses.get(node);
         const text = status && setting(BADGE_SETTING) !== false ? label(status) : "";
         if (text !== last.text) {
@@ -51,7 +55,8 @@ export function addBadge(node) {
  */
 function label({ state, text }) {
     if (!(state in COLOURS)) return "";
-    const details = [/\b\d+ %/, /\b\d+(\.\d+)?x(?= |$)/, /PSNR [^·;]+/]
+    // Numbers only: they read the same in every language.
+    const details = [/\b\d+ %/, /\b\d+(\.\d+)?x(?= |$)/, /(\d+(\.\d+)?|inf) dB/]
         .map((pattern) => text?.match(pattern)?.[0].trim())
         .filter(Boolean);
     return [t(`badge.${state}`), ...details].join(" · ");
@@ -80,13 +85,8 @@ export function redrawBadges() {
 /** @param {any} node */
 function redraw(node) {
     node.setDirtyCanvas?.(true, true);
-    node.graph?.trigger?.("node:property:changed", {
-        type: "node:property:changed",
-        nodeId: node.id,
-        property: "badges",
-        oldValue: node.badges,
-        newValue: node.badges,
-    });
+    const tab = storedTab();
+    if (tab) tab.revision += 1;
 }
 
 /**

@@ -1,0 +1,201 @@
+"""A user's first half hour: find the node, connect it, run, watch, read, compare, delete."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from comfyui.server import Server
+from PIL import Image
+
+from .browser import Desk
+from .test_graph import BUILD, EMPTY, badges
+
+pytestmark = pytest.mark.comfyui
+
+NODE = "SwitchyardAccelerate"
+SIZE = 64
+
+NODES = [
+    ("loader", "CheckpointLoaderSimple"),
+    ("positive", "CLIPTextEncode"),
+    ("sampler", "KSampler"),
+    ("report", "SwitchyardReport"),
+    ("latent", "EmptyLatentImage"),
+    ("negative", "CLIPTextEncode"),
+    ("decode", "VAEDecode"),
+    ("save", "SaveImage"),
+]
+LINKS = [
+    ("loader", 0, "sampler", "model"),
+    ("loader", 1, "positive", "clip"),
+    ("loader", 1, "negative", "clip"),
+    ("loader", 2, "decode", "vae"),
+    ("positive", 0, "sampler", "positive"),
+    ("negative", 0, "sampler", "negative"),
+    ("latent", 0, "sampler", "latent_image"),
+    ("sampler", 0, "report", "anything"),
+    ("report", 0, "decode", "samples"),
+    ("decode", 0, "save", "images"),
+]
+VALUES = {
+    "loader": {"ckpt_name": "tiny-sd15-a.safetensors"},
+    "positive": {"text": "a signal box at dusk"},
+    "negative": {"text": "blurry"},
+    "latent": {"width": SIZE, "height": SIZE, "batch_size": 1},
+    "sampler": {"seed": 1, "control_after_generate": "fixed", "steps": 4, "cfg": 5.0},
+    "save": {"filename_prefix": "story"},
+}
+
+SET = """([ids, values]) => {
+    for (const [name, wanted] of Object.entries(values)) {
+        const node = app.graph.getNodeById(ids[name]);
+        for (const [key, value] of Object.entries(wanted)) {
+            node.widgets.find((widget) => widget.name === key).value = value;
+        }
+    }
+    app.canvas.ds.scale = 0.62;
+    app.canvas.ds.offset = [150, 330];
+    app.canvas.setDirty(true, true);
+}"""
+
+
+def queue(desk: Desk, server: Server, timeout: float = 240) -> dict[str, Any]:
+    """Press the queue's shortcut; returns the history's entry when the run is over."""
+    before = set(server.get("/history"))
+    desk.page.keyboard.press("Control+Enter")
+    return finished(desk, server, before, timeout)
+
+
+def finished(desk: Desk, server: Server, before: set[str], timeout: float) -> dict[str, Any]:
+    def entry() -> dict[str, Any] | None:
+        history = server.get("/history")
+        new = [history[key] for key in history if key not in before]
+        return new[0] if new and new[0]["status"]["completed"] else None
+
+    try:
+        found: dict[str, Any] = desk.until(entry, timeout)
+    except TimeoutError:
+        raise TimeoutError(f"{server.get('/history')}\n{server.log[-3000:]}") from None
+    return found
+
+
+def seed(desk: Desk, value: int) -> None:
+    desk.run(
+        """(value) => {
+            const node = app.graph.nodes.find(({ type }) => type === "KSampler");
+            node.widgets.find(({ name }) => name === "seed").value = value;
+        }""",
+        value,
+    )
+
+
+def receipt(server: Server, entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the pack wrote into the picture's metadata."""
+    (image,) = (
+        picture for output in entry["outputs"].values() for picture in output.get("images", ())
+    )
+    path = server.folder / image["type"] / image["subfolder"] / image["filename"]
+    with Image.open(path) as picture:
+        found: list[dict[str, Any]] = json.loads(picture.info["switchyard"])
+    return found
+
+
+def test_from_search_to_deletion(desk: Desk, server: Server) -> None:
+    desk.load(EMPTY)
+    ids = desk.run(BUILD, {"nodes": NODES, "links": LINKS})
+    desk.run(SET, [ids, VALUES])
+    desk.page.wait_for_timeout(500)
+
+    # Found by search, put down, connected with the mouse.
+    desk.page.mouse.dblclick(500, 130)
+    desk.page.wait_for_timeout(600)
+    desk.page.keyboard.type("accelerate model", delay=20)
+    desk.page.get_by_text("Accelerate Model").first.wait_for()
+    desk.picture("search")
+    desk.page.wait_for_timeout(500)
+    desk.page.keyboard.press("Enter")
+    desk.wait(f"() => app.graph.nodes.some(({{ type }}) => type === '{NODE}')")
+    node = desk.node(NODE)
+    desk.page.keyboard.press("Escape")
+    desk.run(
+        "(id) => { app.graph.getNodeById(id).pos = [300, -260]; app.canvas.setDirty(true, true); }",
+        node,
+    )
+    desk.page.wait_for_timeout(300)
+    desk.connect(ids["loader"], 0, node, 0)
+    desk.connect(node, 0, ids["sampler"], 0)
+    prompt = desk.api()
+    assert prompt[str(ids["sampler"])]["inputs"]["model"] == [str(node), 0]
+    assert prompt[str(node)]["inputs"]["model"] == [str(ids["loader"]), 0]
+
+    # The first picture does not wait for the engine, whose progress is in the panel.
+    panel = desk.open_panel()
+    panel.get_by_text("No run yet").wait_for()
+    entry = queue(desk, server)
+    assert entry["status"]["status_str"] == "success", entry
+    assert receipt(server, entry)[0]["mode"] == "building"
+    assert badges(desk, node)[0].startswith("building")
+    building = panel.locator("[data-build]")
+    building.wait_for()
+    assert building.locator("progress").count() == 1
+    desk.picture("building")
+    desk.page.locator(".p-toast").get_by_text("is ready").wait_for(timeout=240_000)
+    panel.locator('[data-section="builds"]').wait_for(state="hidden")
+    engine = panel.locator("[data-engine]").filter(has_text="built here")
+    engine.first.wait_for()
+    assert engine.count() == 1
+
+    # The second runs on it, and the report says so.
+    seed(desk, 2)
+    entry = queue(desk, server)
+    run = server.get("/switchyard/state")["last_run"]
+    assert (run["mode"], run["engine_calls"], run["host_calls"]) == ("engine", 4, 0), run
+    assert receipt(server, entry)[0]["mode"] == "engine"
+    assert badges(desk, node)[0].startswith("engine")
+    panel.get_by_text("Nothing slowed it down").wait_for()
+    (text,) = entry["outputs"][str(ids["report"])]["text"]
+    assert "engine: 4 calls" in text
+    desk.run("() => app.extensionManager.toast.removeAll?.()")
+    desk.picture("engine")
+
+    # Compared once, from the node's own menu.
+    before = set(server.get("/history"))
+    desk.run(
+        """(id) => {
+            const node = app.graph.getNodeById(id);
+            app.canvas.selectNode(node);
+            void app.extensionManager.command.execute("Switchyard.CompareOnce");
+        }""",
+        node,
+    )
+    finished(desk, server, before, 240)
+    assert " dB" in desk.until(lambda: " ".join(badges(desk, node)))
+    desk.picture("compared")
+
+    # Chinese, the node's texts included.
+    desk.set("Comfy.Locale", "zh")
+    try:
+        panel = desk.open_panel()
+        panel.get_by_text("累计节省的时间").wait_for()
+        assert badges(desk, node)[0].startswith("引擎")
+        created = desk.run(f"() => LiteGraph.createNode('{NODE}').title")
+        assert created == "加速模型"
+        desk.picture("chinese")
+    finally:
+        desk.set("Comfy.Locale", "en")
+
+    # Deleted, after a question; the server has it no more.
+    panel = desk.open_panel()
+    (built,) = (
+        one for one in server.get("/switchyard/state")["engines"] if one["source"] == "built"
+    )
+    panel.locator(f'[data-engine="{built["id"]}"] .sy-danger').click()
+    dialog = desk.page.get_by_role("dialog")
+    dialog.get_by_text("Delete this engine?").wait_for()
+    desk.picture("delete")
+    dialog.get_by_role("button", name="Delete").click()
+    panel.locator(f'[data-engine="{built["id"]}"]').wait_for(state="detached")
+    left = [one["id"] for one in server.get("/switchyard/state")["engines"]]
+    assert built["id"] not in left
