@@ -129,6 +129,10 @@ def test_unmeasured_calls_share_the_time_of_a_uniform_run(path: Path) -> None:
     assert run.ms("engine") == pytest.approx(50.0)
     assert run.to_json()["engine_ms"] == pytest.approx(50.0)
 
+    odd = journal.begin("a")
+    odd.call("engine", SIZE, float("nan"))
+    assert (odd.steps, odd.ms("engine")) == (1, None)
+
     mixed = journal.begin("a")
     mixed.call("engine", SIZE)
     mixed.call("host", SIZE)
@@ -215,14 +219,15 @@ def test_listeners_hear_of_runs_and_nodes(path: Path) -> None:
     stop = journal.subscribe(lambda event, data: heard.append((event, data)))
     run = finished(journal, node_id="7")
     names = [event for event, _ in heard]
-    assert names == ["switchyard.run", "switchyard.status"]
-    assert heard[0][1] == run.to_json()
-    assert json.loads(json.dumps(heard[0][1], allow_nan=False)) == heard[0][1]
-    assert heard[1][1] == {"node_id": "7", "state": "engine", "text": "engine · 20 ms/step"}
+    assert names == ["switchyard.begin", "switchyard.run", "switchyard.status"]
+    assert heard[0][1] == {"id": run.id, "model": "a.safetensors", "node_id": "7"}
+    assert heard[1][1] == run.to_json()
+    assert json.loads(json.dumps(heard[1][1], allow_nan=False)) == heard[1][1]
+    assert heard[2][1] == {"node_id": "7", "state": "engine", "text": "engine · 20 ms/step"}
 
     heard.clear()
     journal.begin("a", mode="building", node_id="12:5", fraction=0.5)
-    assert heard == [
+    assert heard[1:] == [
         (
             "switchyard.status",
             {
@@ -248,7 +253,7 @@ def test_a_listener_that_fails_stops_nothing(path: Path, caplog: pytest.LogCaptu
     journal.subscribe(fail)
     journal.subscribe(lambda event, data: heard.append(event))
     finished(journal)
-    assert heard == ["switchyard.run"]
+    assert heard == ["switchyard.begin", "switchyard.run"]
     assert "no browser" in caplog.text
 
 

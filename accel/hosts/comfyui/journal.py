@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import statistics
 import threading
 import time
@@ -41,9 +42,13 @@ FEWEST_CALLS = 3
 
 LOCK_SECONDS = 1.0
 
+BEGIN_EVENT = "switchyard.begin"
 RUN_EVENT = "switchyard.run"
 BUILD_EVENT = "switchyard.build"
 STATUS_EVENT = "switchyard.status"
+
+GRAPH_KEY = re.compile(r"[0-9a-f]{32}")
+"""The whole of a structure's key: the id of its engine and of its build."""
 
 Listener = Callable[[str, dict[str, Any]], None]
 """Called with an event's name and its data, plain JSON values, from any thread."""
@@ -115,7 +120,7 @@ class Run:
         else:
             self.host_calls += 1
         key = (path, _dims_key(size))
-        if ms is None:
+        if ms is None or not math.isfinite(ms):
             self._untimed[key] = self._untimed.get(key, 0) + 1
         else:
             self._times.setdefault(key, []).append(float(ms))
@@ -240,6 +245,7 @@ class Journal:
         )
         for text, node in reasons:
             run.why(text, node)
+        self.emit(BEGIN_EVENT, {"id": run.id, "model": model, "node_id": node_id})
         if mode != "engine":  # of an engine there is nothing to say before it has run
             self.status(node_id, _STATES[mode], status_line(run, fraction))
         return run

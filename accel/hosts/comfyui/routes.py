@@ -1,0 +1,311 @@
+"""The server's routes behind the panel, all under /switchyard and all JSON.
+
+    GET  state            the GPU, the engines, the builds, totals and the last run
+    GET  checkpoints      every file of the models folder with its badge
+    GET  runs             the last runs, newest first
+    POST engines/delete   {"id"}: a built engine's file, never one that came with the pack
+    POST builds/cancel    {"id"}
+    POST builds/retry     {"id"}
+
+What cannot be done is answered with {"error": "one line"} and 400 (bad request), 404 (no such
+thing) or 409 (not in this state). An id is a graph key and never becomes part of a path before it
+was found to be one. Whatever touches the disk runs in a thread, off the server's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aiohttp import web
+
+from ... import __version__
+from .journal import BEGIN_EVENT, GRAPH_KEY, Journal, journal
+
+if TYPE_CHECKING:  # torch and the compiler are not imported before they are needed
+    from .builder import Builder
+    from .library import Engines, Library, Prefetcher
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "/switchyard"
+LONGEST_BODY = 1024
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_T = TypeVar("_T")
+
+
+class BadRequest(Exception):
+    """The request makes no sense; the message is for its sender."""
+
+
+class Panel:
+    """What the routes answer from. The host's functions are passed in, and what they need built
+    at the first request.
+
+    names, locate: the host's lists of model files, and their paths.
+    networks: the engines in memory.
+    """
+
+    def __init__(
+        self,
+        names: Callable[[str], Iterable[str]],
+        locate: Callable[[str, str], str | None],
+        networks: Callable[[], list[Mapping[str, Any]]],
+        builder: Builder | None = None,
+        journal: Journal | None = None,
+    ) -> None:
+        self._names, self._locate, self._networks = names, locate, networks
+        self._own_builder, self._own_journal = builder, journal
+        self._lock = threading.Lock()
+        self._library: Library | None = None
+        self._engines: Engines | None = None
+
+    @property
+    def journal(self) -> Journal:
+        """The process's journal, or the one given."""
+        return self._own_journal or journal()
+
+    @property
+    def builder(self) -> Builder:
+        """The process's builder, or the one given."""
+        from .builder import builder
+
+        return self._own_builder or builder()
+
+    @property
+    def library(self) -> Library:
+        """The models folder."""
+        from .library import Library
+
+        with self._lock:
+            if self._library is None:
+                self._library = Library(self._names, self._locate, self.builder)
+            return self._library
+
+    @property
+    def engines(self) -> Engines:
+        """The engines on disk and in memory."""
+        from .library import Engines
+
+        with self._lock:
+            if self._engines is None:
+                self._engines = Engines(self.builder, self._networks)
+            return self._engines
+
+    def state(self) -> dict[str, Any]:
+        """The answer to GET state. A cache that cannot be read leaves its part empty."""
+        runs = list(self.journal.runs)
+        nothing: list[dict[str, Any]] = []
+        return {
+            "version": __version__,
+            "gpu": _or(None, gpu),
+            "host": host(),
+            "engines": _or(nothing, self.engines.listing),
+            "builds": _or(nothing, self.builder.builds),
+            "totals": self.journal.totals,
+            "last_run": runs[-1].to_json() if runs else None,
+        }
+
+    def checkpoints(self) -> dict[str, Any]:
+        """The answer to GET checkpoints."""
+        entries, scanning = self.library.listing()
+        return {"checkpoints": entries, "scanning": scanning}
+
+    def runs(self) -> dict[str, Any]:
+        """The answer to GET runs."""
+        return {"runs": [run.to_json() for run in list(self.journal.runs)[::-1]]}
+
+    def delete(self, key: str) -> dict[str, Any]:
+        """The answer to POST engines/delete."""
+        return {"deleted": True, "freed_bytes": self.engines.delete(key)}
+
+    def cancel(self, key: str) -> dict[str, Any]:
+        """The answer to POST builds/cancel."""
+        self._known(key)
+        self.builder.cancel(key)
+        return {"cancelled": True}
+
+    def retry(self, key: str) -> dict[str, Any]:
+        """The answer to POST builds/retry."""
+        self._known(key)
+        self.builder.retry(key)
+        return {"retried": True}
+
+    def _known(self, key: str) -> None:
+        if self.builder.status(key)["state"] == "unknown":
+            raise LookupError("there is no such build")
+
+
+def register(server: Any, panel: Panel | None = None) -> None:
+    """Add the routes to the host's server, and read ahead what its queue needs next. Once each.
+
+    server: the host's PromptServer, before it starts to listen.
+    """
+    if any(getattr(route, "path", None) == f"{PREFIX}/state" for route in server.routes):
+        return
+    if panel is None:
+        import folder_paths
+
+        panel = Panel(folder_paths.get_filename_list, folder_paths.get_full_path, networks)
+    add_routes(server.routes, panel)
+    panel.journal.subscribe(_reader_ahead(server, panel))
+
+
+def add_routes(routes: web.RouteTableDef, panel: Panel) -> None:
+    """Put the panel's routes into a table."""
+    reads = {"state": panel.state, "checkpoints": panel.checkpoints, "runs": panel.runs}
+    for name, read in reads.items():
+        routes.get(f"{PREFIX}/{name}")(_reading(read))
+    actions = {
+        "engines/delete": panel.delete,
+        "builds/cancel": panel.cancel,
+        "builds/retry": panel.retry,
+    }
+    for name, action in actions.items():
+        routes.post(f"{PREFIX}/{name}")(_acting(action))
+
+
+def networks() -> list[Mapping[str, Any]]:
+    """The engines in memory: none as long as nothing has been accelerated."""
+    pool = sys.modules.get(f"{__package__}.pool")
+    return [] if pool is None else list(pool.pool().networks())
+
+
+def host() -> dict[str, Any]:
+    """Versions of the host and of torch, and whether its memory is dynamic."""
+    memory = sys.modules.get("comfy.memory_management")
+    return {
+        "comfyui": str(getattr(sys.modules.get("comfyui_version"), "__version__", "unknown")),
+        "dynamic_vram": bool(getattr(memory, "aimdo_enabled", False)),
+        "torch": str(getattr(sys.modules.get("torch"), "__version__", "unknown")),
+    }
+
+
+@lru_cache(maxsize=1)  # neither changes while the host runs, and the driver is slow to ask
+def gpu() -> dict[str, Any]:
+    """The device that the host computes on. `problem`: why no engine can run there."""
+    import torch
+
+    from ...errors import DeviceUnavailable
+    from ...hardware import describe
+
+    management = sys.modules.get("comfy.model_management")
+    if management is not None:
+        device = management.get_torch_device()
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[str, Any] = {"capability": None, "vram_mib": None, "profile": None}
+    try:
+        hardware = describe(device)
+    except DeviceUnavailable as error:
+        return {**found, "name": str(device), "problem": str(error)}
+    if hardware.capability is not None:
+        found["capability"] = ".".join(map(str, hardware.capability))
+        found["vram_mib"] = hardware.memory_bytes >> 20
+    return {**found, "name": hardware.name, "problem": None}
+
+
+def _reader_ahead(server: Any, panel: Panel) -> Callable[[str, dict[str, Any]], None]:
+    """Starts to read the next prompt's files when a sampling begins."""
+    made: list[Prefetcher] = []
+
+    def listen(event: str, data: dict[str, Any]) -> None:
+        if event != BEGIN_EVENT:
+            return
+        if not made:
+            from .library import Prefetcher
+
+            made.append(Prefetcher(server.prompt_queue, panel._locate))
+        made[0].look()
+
+    return listen
+
+
+def _reading(read: Callable[[], dict[str, Any]]) -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return await _answer(read)
+
+    return handle
+
+
+def _acting(action: Callable[[str], dict[str, Any]]) -> Handler:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        try:
+            key = await _id_of(request)
+        except BadRequest as error:
+            return _error(400, str(error))
+        return await _answer(lambda: action(key))
+
+    return handle
+
+
+async def _answer(work: Callable[[], dict[str, Any]]) -> web.StreamResponse:
+    """Do the work in a thread; its result or its error as JSON."""
+    loop = asyncio.get_running_loop()
+    status, data = await loop.run_in_executor(None, _attempt, work)
+    return _json(data, status)
+
+
+def _attempt(work: Callable[[], dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+    from .builder import BuildRefused
+    from .library import EngineRefused
+
+    try:
+        return 200, work()
+    except EngineRefused as error:
+        return (404 if error.missing else 409), {"error": str(error)}
+    except BuildRefused as error:
+        return 409, {"error": str(error)}
+    except LookupError as error:
+        return 404, {"error": str(error)}
+    except OSError as error:
+        return 409, {"error": f"the disk says no: {error.strerror or error}"}
+    except Exception as error:
+        logger.warning("the panel got no answer", exc_info=True)
+        return 500, {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+
+
+async def _id_of(request: web.Request) -> str:
+    """The id in a request's body. Raises BadRequest."""
+    # A page of another site may send a form or plain text unasked, but not this.
+    if request.content_type != "application/json":
+        raise BadRequest("the body must be application/json")
+    try:
+        await request.content.readexactly(LONGEST_BODY + 1)
+    except asyncio.IncompleteReadError as error:
+        body = error.partial
+    else:
+        raise BadRequest("the body is too long")
+    try:
+        data = json.loads(body)
+    except (RecursionError, ValueError):
+        raise BadRequest("the body is no JSON") from None
+    key = data.get("id") if isinstance(data, dict) else None
+    if not isinstance(key, str) or not GRAPH_KEY.fullmatch(key):
+        raise BadRequest('the body must be {"id": …} with 32 hexadecimal digits')
+    return key
+
+
+def _or(default: _T, part: Callable[[], _T]) -> _T:
+    """One part of an answer, or nothing in its place where the disk or the device fails."""
+    try:
+        return part()
+    except (OSError, RuntimeError) as error:
+        logger.warning("the panel lacks a part: %s", error)
+        return default
+
+
+def _json(data: dict[str, Any], status: int) -> web.Response:
+    return web.json_response(data, status=status, headers={"Cache-Control": "no-store"})
+
+
+def _error(status: int, text: str) -> web.Response:
+    return _json({"error": text}, status)
