@@ -1,0 +1,326 @@
+"""The accelerated MODEL in the host's life cycle: same pictures, and memory that the host governs."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import comfy.model_management as management
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+
+from accel.hosts.comfyui import run as running
+from accel.hosts.comfyui.journal import journal
+from accel.hosts.comfyui.patcher import accelerate, accelerated
+from accel.hosts.comfyui.pool import pool
+from accel.hosts.comfyui.run import Acceleration, Options
+
+from .checkpoints import ensure
+from .host import call, conditioning, relative_error, sample
+
+KIND = "tiny-sd15"
+CLOSE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded():
+    yield
+    management.unload_all_models()
+    gc.collect()
+    management.cleanup_models_gc()
+
+
+@pytest.fixture
+def prompt():
+    return conditioning(KIND, 1), conditioning(KIND, 2)
+
+
+@pytest.fixture
+def lora(models_folder):
+    def read(name: str):
+        (path,) = ensure(models_folder, f"loras/{KIND}-{name}.safetensors")
+        return comfy.utils.load_torch_file(str(path), safe_load=True)
+
+    return read
+
+
+def with_loras(model, *loras):
+    for state, strength in loras:
+        model = comfy.sd.load_lora_for_models(model, None, state, strength, 0)[0]
+    return model
+
+
+def engine_of(model):
+    (network,) = {
+        n for n in pool()._patchers.values() if n.structure is running.structure_of_model(model)
+    } or {None}
+    return network
+
+
+def last():
+    return journal().runs[-1]
+
+
+def on_engine(calls: int = 3) -> bool:
+    run = last()
+    assert run.reasons == []
+    return (run.mode, run.engine_calls, run.host_calls) == ("engine", calls, 0)
+
+
+def test_the_picture_is_the_hosts_own_and_the_weights_lie_once(load, prompt):
+    plain = load()
+    fast = accelerate(plain, Options(wait=True))
+    assert fast is not plain and fast.model is plain.model
+    expected = sample(plain, *prompt)
+    assert relative_error(sample(fast, *prompt), expected) < CLOSE
+    assert on_engine()
+    assert plain.model.model_loaded_weight_memory == 0
+    engine = engine_of(fast)
+    assert engine.loaded_size() >= plain.model_size() * 0.9
+    assert any(loaded.model is engine for loaded in management.current_loaded_models)
+    assert relative_error(sample(plain, *prompt), expected) == 0
+
+
+def test_loras_in_any_order_and_back_again(load, prompt, lora):
+    plain = load()
+    stack = [(lora("1"), 0.8), (lora("loha"), 0.5), (lora("lokr"), -0.4)]
+    before = accelerate(with_loras(plain, *stack), Options(wait=True))
+    fast = accelerate(plain, Options(wait=True))
+    after = with_loras(fast, *stack)
+    bare = sample(plain, *prompt)
+    expected = sample(with_loras(plain, *stack), *prompt)
+    assert relative_error(expected, bare) > 100 * CLOSE
+    first = sample(fast, *prompt)
+    for model in (before, after):
+        assert relative_error(sample(model, *prompt), expected) < CLOSE
+        assert on_engine() and last().loras == 3
+    assert torch.equal(sample(fast, *prompt), first)
+    one = [(stack[0][0], 0.3)]
+    expected = sample(with_loras(plain, *one), *prompt)
+    assert relative_error(sample(with_loras(fast, *one), *prompt), expected) < CLOSE
+
+
+def test_only_what_a_lora_touches_is_rewritten(load, prompt, lora, monkeypatch):
+    fast = accelerate(load(), Options(wait=True))
+    sample(fast, *prompt)
+    written = []
+    original = type(engine_of(fast).network.weights).write
+
+    def write(self, names, *rest):
+        written.append(len(names))
+        return original(self, names, *rest)
+
+    monkeypatch.setattr(type(engine_of(fast).network.weights), "write", write)
+    state = lora("1")
+    patched = with_loras(fast, (state, 1.0))
+    sample(patched, *prompt)
+    layers = len([key for key in state if key.endswith(".alpha")])
+    assert written == [layers]
+    sample(patched, *prompt)
+    sample(with_loras(fast, (state, 1.0)), *prompt)  # a new adapter around the same tensors
+    assert written[1:] in ([], [0])
+    sample(fast, *prompt)
+    assert written[-1] == layers
+
+
+def test_two_checkpoints_alternate_without_another_capture(load, prompt):
+    models = [load(letter=letter) for letter in "ab"]
+    expected = [sample(model, *prompt) for model in models]
+    fast = [accelerate(model, Options(wait=True)) for model in models]
+    for turn in (0, 1, 0, 1, 0):
+        assert relative_error(sample(fast[turn], *prompt), expected[turn]) < CLOSE
+        assert on_engine()
+    assert len(engine_of(fast[0]).network.shapes()) == 1
+
+
+def test_a_model_that_the_host_gave_up_is_gone_and_its_file_is_known_again(load, prompt):
+    fast = accelerate(load(), Options(wait=True))
+    fast.set_attachments("switchyard_file", None)
+    expected = sample(fast, *prompt)
+    structure = running.structure_of_model(fast)
+    dead = weakref.ref(fast.model)
+    del fast
+    gc.collect()
+    management.cleanup_models_gc()
+    gc.collect()
+    assert dead() is None
+    again = accelerate(load(), Options(wait=True))
+    assert running.structure_of_model(again).graph_key == structure.graph_key
+    assert torch.equal(sample(again, *prompt), expected)
+
+
+def test_weights_written_in_place_are_seen(load, prompt):
+    plain = load()
+    fast = accelerate(plain, Options(wait=True))
+    sample(fast, *prompt)
+    with torch.no_grad():
+        for parameter in plain.model.diffusion_model.parameters():
+            parameter.data.mul_(0.98)
+    expected = sample(plain, *prompt)
+    assert relative_error(sample(fast, *prompt), expected) < CLOSE
+
+
+def test_freed_memory_comes_back_when_needed(load, prompt):
+    fast = accelerate(load(), Options(wait=True))
+    expected = sample(fast, *prompt)
+    engine = engine_of(fast)
+    freed = engine.partially_unload(None, 1)
+    assert freed > 0 and engine.network is not None
+    assert torch.equal(sample(fast, *prompt), expected)
+    management.free_memory(1e30, fast.load_device)
+    assert engine.loaded_size() == 0 and engine.network is None
+    assert not any(loaded.model is engine for loaded in management.current_loaded_models)
+    assert torch.equal(sample(fast, *prompt), expected)
+
+
+def in_step(model, step, action):
+    """The model with a wrapper around each call of the denoiser that acts at one of them."""
+    calls = []
+
+    def wrapper(executor, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            action(args, kwargs)
+        return executor(*args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key("diffusion_model", "another pack", wrapper)
+    return model
+
+
+def test_an_engine_evicted_in_mid_run_comes_back(load, prompt):
+    fast = accelerate(load(), Options(wait=True))
+    expected = sample(fast, *prompt)
+    evicted = in_step(fast, 2, lambda *_: management.free_memory(1e30, fast.load_device))
+    assert torch.equal(sample(evicted, *prompt), expected)
+    assert on_engine()
+
+
+def test_a_call_that_the_engine_does_not_know_goes_on_natively(load, prompt):
+    plain = load()
+    fast = accelerate(plain, Options(wait=True))
+
+    def patch(args, kwargs):
+        kwargs.get("transformer_options", args[5] if len(args) > 5 else None)["unheard_of"] = [1]
+
+    expected = sample(plain, *prompt)
+    assert relative_error(sample(in_step(fast, 2, patch), *prompt), expected) < CLOSE
+    run = last()
+    assert (run.mode, run.engine_calls, run.host_calls) == ("mixed", 1, 2)
+    assert "unheard_of" in run.reasons[0]["text"]
+    assert engine_of(fast).loaded_size() == 0 and plain.model.model_loaded_weight_memory > 0
+    assert relative_error(sample(fast, *prompt), expected) < CLOSE
+    assert on_engine() and plain.model.model_loaded_weight_memory == 0
+
+
+def test_an_interrupt_ends_the_run_and_harms_nothing(load, prompt):
+    fast = accelerate(load(), Options(wait=True))
+    expected = sample(fast, *prompt)
+    stopped = in_step(fast, 2, lambda *_: management.interrupt_current_processing())
+    with pytest.raises(management.InterruptProcessingException):
+        sample(stopped, *prompt)
+    assert last().error
+    other = accelerate(load(letter="b"), Options(wait=True))
+    management.interrupt_current_processing()  # while its weights come in
+    with pytest.raises(management.InterruptProcessingException):
+        sample(other, *prompt)
+    assert torch.equal(sample(fast, *prompt), expected)
+    assert on_engine()
+
+
+def test_no_memory_for_the_engine_is_the_hosts_path(load, prompt, monkeypatch):
+    plain = load()
+    fast = accelerate(plain, Options(wait=True))
+    expected = sample(plain, *prompt)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr("accel.runtime.weights._allocate", full)
+    assert torch.equal(sample(fast, *prompt), expected)
+    assert last().mode == "host" and "memory" in last().reasons[0]["text"]
+
+
+def test_saving_and_merging_are_those_of_the_plain_model(load, prompt, lora, tmp_path):
+    plain, other = load(), load(letter="b")
+    patched = with_loras(plain, (lora("1"), 0.7))
+    fast = with_loras(accelerate(plain, Options(wait=True)), (lora("1"), 0.7))
+    sample(fast, *prompt)
+    saved = []
+    for name, model in (("plain", patched), ("fast", fast)):
+        path = tmp_path / f"{name}.safetensors"
+        comfy.sd.save_checkpoint(str(path), model)
+        saved.append(comfy.utils.load_torch_file(str(path)))
+        sample(fast, *prompt)
+        assert on_engine()
+    assert saved[0].keys() == saved[1].keys() and len(saved[0]) > 500
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+    merges = [
+        call("comfy_extras.nodes_model_merging", "ModelMergeSimple", model1=a, model2=b, ratio=0.3)
+        for a, b in ((patched, other), (fast, other), (other, fast), (other, patched))
+    ]
+    results = [sample(model, *prompt) for (model,) in merges]
+    assert relative_error(results[1], results[0]) < CLOSE
+    assert relative_error(results[2], results[3]) < CLOSE
+
+
+def test_other_sizes_batches_and_prompts_in_turn(load):
+    plain = load()
+    fast = accelerate(plain, Options(wait=True))
+    for size, batch, tokens in (((16, 24), 1, 77), ((24, 16), 4, 154), ((16, 24), 1, 77)):
+        prompts = conditioning(KIND, 5, tokens), conditioning(KIND, 6)
+        expected = sample(plain, *prompts, size=size, batch=batch)
+        assert relative_error(sample(fast, *prompts, size=size, batch=batch), expected) < CLOSE
+        assert on_engine()
+    assert last().dims == [{"width": 192, "height": 128, "batch": 2}]
+
+
+def test_a_prompt_is_computed_once_in_a_run_and_never_kept_over_a_change(load, prompt):
+    plain = load()
+    fast = accelerate(plain, Options(wait=True))
+    sample(fast, *prompt)
+    counters = engine_of(fast).network.counters
+    before = counters.prompt_hits
+    sample(fast, *prompt, steps=4)
+    assert counters.prompt_hits == before + 3
+    other = conditioning(KIND, 9)
+    assert relative_error(sample(fast, other, prompt[1]), sample(plain, other, prompt[1])) < CLOSE
+
+    def louder(args, kwargs):
+        args[2].mul_(1.5)  # the context of this call only
+
+    before = counters.prompt_hits
+    expected = sample(in_step(plain, 2, louder), *prompt)
+    assert relative_error(sample(in_step(fast, 2, louder), *prompt), expected) < CLOSE
+    assert counters.prompt_hits == before
+
+
+def test_comparing_tells_how_close_and_keeps_the_picture(load, prompt, caplog):
+    fast = accelerate(load(), Options(wait=True, compare=True, title="castle"))
+    with caplog.at_level("INFO"):
+        result = sample(fast, *prompt)
+    assert "dB from the host's own" in caplog.text
+    engine, host = list(journal().runs)[-2:]
+    assert (engine.mode, host.mode) == ("engine", "host")
+    assert torch.equal(sample(fast, *prompt), result)
+    assert journal().runs[-2] is host  # once
+
+
+def test_accelerating_twice_is_accelerating_once(load, prompt):
+    fast = accelerate(load(), Options(wait=True))
+    twice = accelerate(fast, Options(wait=True))
+    assert type(twice) is type(fast)
+    sample(twice, *prompt)
+    assert on_engine()
+    assert twice.acceleration is not fast.acceleration
+
+
+def test_an_error_that_nobody_foresaw_costs_the_speed_alone(load, prompt, monkeypatch):
+    plain = load()
+    fast = accelerated(plain, Acceleration(Options(wait=True)))
+    expected = sample(plain, *prompt)
+    monkeypatch.setattr(running, "bind_call", lambda *_: {}["nothing"])
+    assert torch.equal(sample(fast, *prompt), expected)
+    assert last().mode == "host" and "KeyError" in last().reasons[0]["text"]
