@@ -45,8 +45,8 @@ def arguments(size: tuple[int, int], batch: int, controlled: bool, seed: int) ->
 
 def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     def one(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(one(item) for item in value)
+        if isinstance(value, (tuple, list)):
+            return type(value)(one(item) for item in value)
         return value.to(dtype) if value.is_floating_point() else value
 
     return {name: one(value) for name, value in inputs.items()}
@@ -84,6 +84,27 @@ def test_one_graph_per_shape_and_right_results_under_random_swaps(engine: Engine
     report = engine.report()
     assert report["captures"] == 0
     assert report["graphs"] == report["binds"] == len(shapes)
+
+
+def test_t2i_adapters_toggle_and_are_as_right_as_plain_half_precision(engine: Engine) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    module, worst = half(1).cuda(), 0.0
+    exact = half(1).float().cuda()
+    cases = [(size, controlled) for size in SIZES[:3] for controlled in (False, True)]
+    for step, (size, controlled) in enumerate(cases * 2):
+        inputs = arguments(size, 2, controlled, step)
+        if step < len(cases):  # the second time without
+            made = residuals_for(tiny_config(), 2, *size, torch.Generator().manual_seed(step))
+            states = [made[place].half().cuda() for place in (2, 5, 8, 11)]
+            inputs["down_intrablock_additional_residuals"] = states
+        output = engine(**inputs)
+        single = cast(inputs, torch.float32)  # before the module takes the states off the list
+        with torch.no_grad():
+            plain, truth = module(**inputs)[0], exact(**single)[0]
+        worst = max(worst, error(output, truth) / error(plain, truth))
+    assert worst < 1.1
+    assert engine.report()["captures"] == 0
+    assert engine.report()["graphs"] == 2 * len(cases)
 
 
 def test_hoisting_is_exact(engine: Engine) -> None:
