@@ -160,10 +160,10 @@ def test_switching_a_range_on_and_off_binds_two_shapes(load, net):
 
 
 def test_one_net_twice_in_a_chain_has_one_engine(load, net):
-    model, control = load(), net()
-    fast = accelerate_controlnet(control, WAIT)
+    plain, control = load(), net()
+    model, fast = accelerate(plain, Options(wait=True)), accelerate_controlnet(control, WAIT)
     result = sample(model, *chain(fast, fast), steps=4)
-    assert relative_error(result, sample(model, *chain(control, control), steps=4)) < TOLERANCE
+    assert relative_error(result, sample(plain, *chain(control, control), steps=4)) < TOLERANCE
     (engine,) = engines()
     assert engine.network.counters.forwards > 4
     assert engine.network.counters.activations == []
@@ -377,23 +377,21 @@ def test_evicted_in_mid_run_it_comes_back(load, net, monkeypatch):
     model, control = load(), net()
     expected = sample(model, *applied(prompts(), control))
 
-    def evict(engine: Any) -> None:
-        management.free_memory(1e30, torch.device("cpu"))
-        assert engine.loaded_size() == 0
-
     original = controlnet.Part.run
     calls = []
 
     def run(self: Any, *args: Any) -> Any:
         calls.append(self)
         if len(calls) == 2:
-            evict(self.engine)
+            management.free_memory(1e30, torch.device("cpu"))
+            assert self.engine.loaded_size() == 0
         return original(self, *args)
 
     monkeypatch.setattr(controlnet.Part, "run", run)
     result = sample(model, *applied(prompts(), accelerate_controlnet(control, WAIT)))
     assert relative_error(result, expected) < TOLERANCE
     assert len(calls) == 3 and not calls[0].native
+    assert engines()[0] in management.loaded_models()
 
 
 def test_out_of_memory_in_mid_run_goes_on_natively(load, net, monkeypatch, lines):
@@ -491,6 +489,23 @@ def test_other_prompts_and_hints_are_seen(load, net):
             assert relative_error(result, expected) < TOLERANCE
 
 
+def test_a_prompt_of_its_own(load, net):
+    plain, control = load(), net()
+    model, fast = accelerate(plain, Options(wait=True)), accelerate_controlnet(control, WAIT)
+    other = conditioning("tiny-sd15", 9)[0][0]
+
+    def conds(used: Any, context: torch.Tensor | None) -> tuple[list[Any], list[Any]]:
+        positive, negative = applied(prompts(), used)
+        if context is not None:
+            positive[0][1]["cross_attn_controlnet"] = context
+            negative[0][1]["cross_attn_controlnet"] = context
+        return positive, negative
+
+    expected = sample(plain, *conds(control, other))
+    assert relative_error(sample(model, *conds(fast, other)), expected) < TOLERANCE
+    assert relative_error(sample(model, *conds(fast, None)), expected) > TOLERANCE
+
+
 def test_a_context_that_changes_under_its_uuid_is_seen(load, net):
     plain, control = load(), net()
     model, fast = accelerate(plain, Options(wait=True)), accelerate_controlnet(control, WAIT)
@@ -570,6 +585,22 @@ def test_too_many_nets_for_the_device_stay_with_the_host(load, net, monkeypatch,
         "host's path: the device has no room for its engine beside the model's",
     ) in lines
     assert nets[1].control_model_wrapped in management.loaded_models()
+
+
+def test_the_hosts_own_weights_leave_the_device():
+    class Patcher:
+        model = torch.nn.Linear(2, 2, device="meta")  # where --gpu-only would have made it
+        left = None
+
+        def unpatch_model(self, device: torch.device, unpatch_weights: bool) -> None:
+            self.left = (device, unpatch_weights)
+
+    patcher = Patcher()
+    controlnet._leave_device(patcher)
+    assert patcher.left == (torch.device("cpu"), True)
+    patcher.model, patcher.left = torch.nn.Linear(2, 2), None
+    controlnet._leave_device(patcher)
+    assert patcher.left is None
 
 
 def test_copies_keep_everything(net):

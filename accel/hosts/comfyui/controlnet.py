@@ -35,6 +35,8 @@ from .weights import PatchedSource, identity
 
 logger = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
+
 NODE = "Accelerate ControlNet"
 """Whose reasons these are, in a run's report."""
 
@@ -150,6 +152,8 @@ class Part:
         engine, config = self.engine, self.engine.structure.config
         assert config is not None
         bound = bind_call(config, "comfyui", args, kwargs)
+        if engine not in management.loaded_models():  # evicted in mid-run
+            management.load_models_gpu([*self._others(), engine])
         with engine.lock:
             if self.seat is None or not engine.holds(self.seat):
                 device = self.patcher.load_device
@@ -163,9 +167,11 @@ class Part:
         """Have the host load its own weights in the engine's place."""
         self.native = True
         self.engine.free()
+        management.load_models_gpu([self.patcher, *self._others()])
+
+    def _others(self) -> list[Any]:
         used = management.loaded_models(only_currently_used=True)
-        others = [model for model in used if model not in (None, self.engine, self.patcher)]
-        management.load_models_gpu([self.patcher, *others])
+        return [model for model in used if model not in (None, self.engine, self.patcher)]
 
 
 @dataclass
@@ -343,6 +349,7 @@ def _choose(net: Any) -> Part | None:
         if plan is not None:
             part = _lineup().part(net.control_model_wrapped, structure, plan, _dtype(net))
             if part is not None:
+                _leave_device(net.control_model_wrapped)
                 return part
             reason = "the device has no room for its engine beside the model's"
         else:
@@ -354,6 +361,14 @@ def _choose(net: Any) -> Part | None:
             reason = f"its engine could not be built: {state['error'] or state['state']}"
     net.switchyard_line.show("host", f"host's path: {reason}")
     return None
+
+
+def _leave_device(patcher: Any) -> None:
+    """Take the host's own weights off the device: it may have made or left them there."""
+    if hasattr(patcher, "is_dynamic") and patcher.is_dynamic():
+        patcher.partially_unload(None, 1e32)
+    elif any(parameter.device != CPU for parameter in patcher.model.parameters()):
+        patcher.unpatch_model(CPU, unpatch_weights=True)
 
 
 def _one_line(error: BaseException) -> str:
