@@ -21,7 +21,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor, nn
 
-from ...errors import SwitchyardError
+from ...errors import SwitchyardError, UnsupportedModel
 from ...hardware import describe
 from ...models.calls import bind_call
 from ...plan.schema import Plan
@@ -29,7 +29,7 @@ from ...runtime.network import Seat
 from ...runtime.weights import weights_bytes
 from ...structure import Structure, structure_of
 from .builder import builder
-from .decide import Reason, learn, why_host_run
+from .decide import Reason, learn, why_host_call, why_host_run
 from .journal import Run, journal, status_line
 from .pool import NetworkPatcher, pool
 from .weights import PREFIX, PatchedSource, identity
@@ -85,6 +85,7 @@ class Sampling:
     """One run: what was decided, and what happened."""
 
     run: Run
+    options: Mapping[str, Any] = field(default_factory=dict)
     bindings: dict[int, Binding] = field(default_factory=dict)
     reasons: list[Reason] = field(default_factory=list)
     engine: NetworkPatcher | None = None
@@ -178,7 +179,7 @@ class Acceleration:
         sampling = self.sampling
         if sampling is None:  # a caller that goes around the sampler
             return executor(model, noise_shape, conds, *args, **kwargs)
-        options = kwargs.get("model_options", args[0] if args else None) or {}
+        sampling.options = options = kwargs.get("model_options", args[0] if args else None) or {}
         self._describe(sampling, model, conds)
         engine = self._engine_for(sampling, model, options, conds, noise_shape)
         if engine is not None:
@@ -333,6 +334,11 @@ class Acceleration:
             started = time.perf_counter()
             try:
                 result = binding.call(args, kwargs, key)
+            except UnsupportedModel as error:
+                given = _transformer_options(args, kwargs)
+                learn(binding.patcher, sampling.options)
+                reason = why_host_call(given, kwargs) or _reason(error)
+                self._go_native(sampling, reason, args[0])
             except Exception as error:
                 self._go_native(sampling, _reason(error), args[0])
             else:
@@ -345,8 +351,6 @@ class Acceleration:
         """In mid-run: load the host's own weights, for the rest of it."""
         patchers = [binding.patcher for binding in sampling.bindings.values()]
         sampling.why(reason)
-        for patcher in patchers:
-            learn(patcher, patcher.model_options)
         self._leave_engine(sampling)
         logger.warning("%s goes on without its engine: %s", self.options.title, reason.text)
         journal().status(self.options.node_id, "host", f"host's path: {reason.text}")
@@ -450,6 +454,11 @@ def prompt_key(sampling: Sampling, options: Mapping[str, Any]) -> object | None:
     if any(sampling.prompts.get(uuid) is None for uuid in uuids):
         return None
     return (*uuids,)
+
+
+def _transformer_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = kwargs.get("transformer_options", args[5] if len(args) > 5 else None)
+    return given if isinstance(given, Mapping) else {}
 
 
 def _count(sampling: Sampling, end: float) -> None:
