@@ -33,7 +33,7 @@ class Row:
 
     module: the node's module, "" for one that is no node. name: its class. inputs: its own. text:
     the reasons, shortened. node: the name that goes with the first. cond: the change, where it is
-    to the positive conditioning. mode: of the run, if not `host` for the changed ones.
+    to the positive conditioning. label: tells two of a node apart. idle: SD1.5 pays no heed to it.
     """
 
     name: str
@@ -43,8 +43,8 @@ class Row:
     node: str | None = None
     model: Callable[[Any], Any] | None = None
     cond: Callable[[Conditioning], Conditioning] | None = None
-    mode: str | None = None
     label: str = ""
+    idle: bool = False
 
     @property
     def exists(self) -> bool:
@@ -98,7 +98,7 @@ def _gligen(positive: Conditioning) -> Conditioning:
     widths = [32, 32, 64, 64, 128, 128, 128, 128, 128, 128, 64, 64, 64, 32, 32, 32]
     torch.manual_seed(6)
     blocks = [comfy.gligen.GatedSelfAttentionDense(w, 768, 8, w // 8) for w in widths]
-    model = comfy.gligen.Gligen(blocks, comfy.gligen.PositionNet(32, 768), 768)
+    model = comfy.gligen.Gligen(blocks, comfy.gligen.PositionNet(768, 768), 768)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape)
         fan = parameter[0].numel() if parameter.dim() > 1 else 1
@@ -116,7 +116,7 @@ def _gligen(positive: Conditioning) -> Conditioning:
             return text
 
         def encode_from_tokens(self, tokens: str, return_pooled: str) -> tuple[None, torch.Tensor]:
-            return None, torch.randn(1, 32, generator=torch.Generator().manual_seed(7))
+            return None, torch.randn(1, 768, generator=torch.Generator().manual_seed(7))
 
     return call(
         "nodes",
@@ -194,7 +194,7 @@ CHANGED = [
     Row(
         "HyperTile",
         _E + "hypertile",
-        {"tile_size": 256, "swap_size": 1, "max_depth": 0, "scale_depth": False},
+        {"tile_size": 64, "swap_size": 1, "max_depth": 0, "scale_depth": False},
         "HyperTile changes the self-attention",
         "HyperTile",
     ),
@@ -226,6 +226,7 @@ CHANGED = [
          "single_layers": ""},
         "SkipLayerGuidanceDiT runs the network again with patches",
         "SkipLayerGuidanceDiT",
+        idle=True,
     ),
     Row(
         "SkipLayerGuidanceDiTSimple",
@@ -233,6 +234,7 @@ CHANGED = [
         {"start_percent": 0.0, "end_percent": 1.0, "double_layers": "1", "single_layers": ""},
         "SkipLayerGuidanceDiTSimple runs the network again with patches",
         "SkipLayerGuidanceDiTSimple",
+        idle=True,
     ),
     Row(
         "PatchModelAddDownscale",
@@ -264,6 +266,7 @@ CHANGED = [
         {"scale_x": 1.0, "shift_x": 0.0, "scale_y": 1.0, "shift_y": 0.0, "scale_t": 1.0,
          "shift_t": 0.0},
         "a setting of another pack is not known: rope_options",
+        idle=True,
     ),
     Row(
         "ContextWindowsManualNode",
@@ -271,6 +274,7 @@ CHANGED = [
         _WINDOWS,
         "context windows cut the prompt up in mid-run",
         "Context Windows",
+        idle=True,  # of one image there is one window
     ),
     Row("GLIGEN", cond=_gligen, text="GLIGEN changes the transformer blocks",
         node="GLIGENTextBoxApply"),
@@ -279,7 +283,7 @@ CHANGED = [
     Row("weight wrapper", model=_weight_wrapper,
         text="another pack changes weights while they are used"),
     *(
-        Row(name, model=_fake(name), text=text)
+        Row(name, model=_fake(name), text=text, idle=name == "unknown_option")
         for name, text in {
             "attention_override": "a node has chosen another attention",
             "attention_patch": "another pack changes the self-attention",

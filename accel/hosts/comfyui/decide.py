@@ -17,6 +17,7 @@ import re
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from types import CodeType, FrameType, FunctionType, MethodType
@@ -24,6 +25,8 @@ from typing import Any
 
 import comfy.ldm.modules.attention as attention
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+import comfy.model_management as management
+import comfy.utils
 from comfy import patcher_extension
 from torch import Tensor, nn
 
@@ -67,7 +70,28 @@ def unsupported_model(patcher: Any) -> str | None:
         return f"{type(model).__name__} is not supported: Stable Diffusion 1, 2 and XL are"
     if _quantised(model, module):
         return "its weights are quantised"
-    return network_state(module)
+    with pristine(patcher):
+        return network_state(module)
+
+
+@contextmanager
+def pristine(patcher: Any) -> Iterator[None]:
+    """The network without what the host has put into it for the MODEL that sampled last.
+
+    A MODEL's clones share one network. The host leaves the injections and object patches of one in
+    place until another is loaded, so what is found there before may concern this MODEL, or not.
+    """
+    model = patcher.model
+    loaded = [entry.model for entry in management.current_loaded_models]
+    sharing = [other for other in loaded if other is not None and patcher.is_clone(other)]
+    with ExitStack() as stack:
+        for other in sharing:
+            stack.enter_context(other.use_ejected())
+        for path, original in patcher.object_patches_backup.items():
+            if path.startswith("diffusion_model."):
+                current = comfy.utils.set_attr(model, path, original)
+                stack.callback(comfy.utils.set_attr, model, path, current)
+        yield
 
 
 def _trusted(kind: type) -> bool:
@@ -109,6 +133,8 @@ class _Layers:
 
     def __init__(self, module: nn.Module) -> None:
         layers = list(module.modules())
+        for layer in layers:
+            _drop_remains(layer)
         self._attributes = [vars(layer) for layer in layers]
         self._hooks = [vars(layer)[name] for layer in layers for name in _HOOKS]
         self._children = [
@@ -147,6 +173,15 @@ class _Layers:
         )
 
 
+def _drop_remains(layer: nn.Module) -> None:
+    """Where a method was replaced, the host puts the class's own back as the layer's attribute."""
+    for name in _METHODS & vars(layer).keys():
+        left = vars(layer)[name]
+        owner = getattr(left, "__self__", None)
+        if owner is layer and left.__func__ is getattr(type(layer), name, None):
+            delattr(layer, name)
+
+
 _read: weakref.WeakKeyDictionary[nn.Module, _Layers] = weakref.WeakKeyDictionary()
 
 
@@ -177,7 +212,8 @@ def why_host_run(patcher: Any, model_options: Mapping[str, Any], conds: Any) -> 
     patcher: the MODEL as the sampler has it. model_options: what it samples with. conds: the
     conditioning by kind, as `PREPARE_SAMPLING` wrappers get it. Changes nothing.
     """
-    state = network_state(patcher.model.diffusion_model)
+    with pristine(patcher):
+        state = network_state(patcher.model.diffusion_model)
     found = [Reason(state)] if state is not None else []
     found += _changed_patcher(patcher)
     found += _options(model_options.get("transformer_options") or {})

@@ -52,6 +52,8 @@ class EngineMixin:
             )
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unload_weights()
+            # What a clone that shares the network put in place of its objects.
+            self.unpatch_model(self.offload_device, unpatch_weights=False)
             self.patch_model(load_weights=False)
         return 0
 
