@@ -13,6 +13,7 @@ from typing import Any
 
 import comfy.gligen
 import comfy.hooks
+import comfy.ldm.modules.attention as attention
 import comfy.model_patcher
 import folder_paths
 import pytest
@@ -141,6 +142,28 @@ def _bypass_lora(model: Any) -> Any:
     import comfy.sd
 
     return comfy.sd.load_bypass_lora_for_models(model, None, lora_state(KIND, "by"), 1.0, 0.0)[0]
+
+
+def _attention(name: str) -> Callable[[Any], Any]:
+    """One of ComfyUI's own attentions, as its node for that sets it."""
+
+    def apply(model: Any) -> Any:
+        model = model.clone()
+        model.set_model_optimized_attention(attention.REGISTERED_ATTENTION_FUNCTIONS[name])
+        return model
+
+    return apply
+
+
+def _inexact(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    result: torch.Tensor = attention.optimized_attention(q * 0.9, *args, **kwargs)
+    return result
+
+
+def _own_attention(model: Any) -> Any:
+    model = model.clone()
+    model.set_model_optimized_attention(_inexact)
+    return model
 
 
 def _weight_wrapper(model: Any) -> Any:
@@ -303,6 +326,13 @@ if exists("comfy.sd", "load_bypass_lora_for_models"):
             node="Load LoRA (Bypass)")
     )  # fmt: skip
 
+# Newer versions choose an attention for each MODEL.
+_CHOICE = hasattr(comfy.model_patcher.ModelPatcher, "set_model_optimized_attention")
+if _CHOICE:
+    CHANGED.append(
+        Row("own attention", model=_own_attention, text="a node has chosen another attention")
+    )
+
 HARMLESS = [
     Row("RescaleCFG", _E + "model_advanced", {"multiplier": 0.7}),
     Row("ModelSamplingDiscrete", _E + "model_advanced",
@@ -335,6 +365,8 @@ HARMLESS = [
         )
     ),
 ]  # fmt: skip
+if _CHOICE:
+    HARMLESS += [Row(f"{name} attention", model=_attention(name)) for name in ("pytorch", "split")]
 
 
 def every(rows: list[Row]) -> pytest.MarkDecorator:

@@ -287,6 +287,25 @@ _PARTS = {
 }
 
 
+ATTENTION = "optimized_attention_override"
+"""The key of `transformer_options` under which a node puts another attention."""
+
+# Of ComfyUI's attentions those that compute the same, up to the order of additions.
+_EXACT = ("flash", "pytorch", "split", "sub_quad", "xformers")
+
+
+def exact_attention(override: Any) -> bool:
+    """Whether it only chooses among ComfyUI's own exact attentions: an engine has its own."""
+    if getattr(override, "__qualname__", "") != (
+        "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override"
+    ):
+        return False
+    cells = dict(zip(override.__code__.co_freevars, override.__closure__ or (), strict=False))
+    chosen = cells["optimized_attention"].cell_contents
+    registered = getattr(attention, "REGISTERED_ATTENTION_FUNCTIONS", {})
+    return any(chosen is registered[name] for name in _EXACT if name in registered)
+
+
 def _part(name: str) -> str:
     for prefix, part in (("attn1", "the self-attention"), ("attn2", "the cross-attention")):
         if name.startswith(prefix):
@@ -307,7 +326,9 @@ def _options(options: Mapping[str, Any]) -> Iterator[Reason]:
         elif key == "patches_replace":
             for name, functions in value.items():
                 yield from _patches(_part(name), list(functions.values()))
-        elif key == "optimized_attention_override":
+        elif key == ATTENTION:
+            if exact_attention(value):
+                continue
             node = _node(value)
             yield Reason(f"{node or 'a node'} has chosen another attention", node)
         else:

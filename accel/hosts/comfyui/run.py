@@ -29,7 +29,7 @@ from ...runtime.network import Seat
 from ...runtime.weights import weights_bytes
 from ...structure import Structure, structure_of
 from .builder import builder
-from .decide import Reason, learn, why_host_call, why_host_run
+from .decide import ATTENTION, Reason, exact_attention, learn, pristine, why_host_call, why_host_run
 from .journal import Run, journal, status_line
 from .pool import NetworkPatcher, pool
 from .weights import PREFIX, PatchedSource, identity
@@ -66,14 +66,14 @@ class Binding:
     engine: NetworkPatcher
     seat: Seat
 
-    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], key: object | None) -> Tensor:
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: object | None) -> Tensor:
         """The denoiser's forward on the engine.
 
         Raises `UnsupportedModel`, `InvalidInput` or `OutOfMemory` where that cannot be.
         """
         config = self.engine.structure.config
         assert config is not None
-        bound = bind_call(config, "comfyui", args, kwargs)
+        bound = bind_call(config, "comfyui", *_without_attention(args, kwargs))
         if not self.engine.holds(self.seat):  # evicted by what the host loaded in mid-run
             self.seat, _ = bring_in(self.patcher, self.engine)
         result: Tensor = bound.finish(self.engine.run(self.seat, bound.inputs, key))
@@ -372,7 +372,8 @@ def structure_of_model(model: Any) -> Structure:
     """The structure of a MODEL's denoiser. Raises `UnsupportedModel`."""
     module = model.model.diffusion_model
     if module not in _structures:
-        _structures[module] = structure_of(module)
+        with pristine(model):
+            _structures[module] = structure_of(module)
     return _structures[module]
 
 
@@ -459,6 +460,19 @@ def prompt_key(sampling: Sampling, options: Mapping[str, Any]) -> object | None:
 def _transformer_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     given = kwargs.get("transformer_options", args[5] if len(args) > 5 else None)
     return given if isinstance(given, Mapping) else {}
+
+
+def _without_attention(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments without a choice of attention that makes no difference."""
+    given = _transformer_options(args, kwargs)
+    if ATTENTION not in given or not exact_attention(given[ATTENTION]):
+        return args, kwargs
+    rest = {name: value for name, value in given.items() if name != ATTENTION}
+    if "transformer_options" in kwargs:
+        return args, {**kwargs, "transformer_options": rest}
+    return (*args[:5], rest, *args[6:]), kwargs
 
 
 def _count(sampling: Sampling, end: float) -> None:
