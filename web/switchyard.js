@@ -7,6 +7,7 @@ import { canCompare, compareOnce } from "./js/compare.js";
 import { loadTexts, onSetting, setting, t } from "./js/i18n.js";
 import { toast } from "./js/notify.js";
 import { Panel } from "./js/panel.js";
+import { addReport, isReport } from "./js/report.js";
 import { listen } from "./js/server.js";
 import { TAB, storedTab } from "./js/tab.js";
 
@@ -94,7 +95,7 @@ app.registerExtension({
         {
             id: "Switchyard.CompareOnce",
             label: "Compare once with the host's path",
-            icon: "pi pi-clone",
+            icon: "pi pi-arrow-right-arrow-left",
             function: async () => {
                 for (const item of app.canvas.selectedItems ?? []) {
                     if (canCompare(item)) await compareOnce(item);
@@ -118,6 +119,7 @@ app.registerExtension({
     /** @param {any} node */
     nodeCreated(node) {
         if (hasStatus(node)) addBadge(node);
+        if (isReport(node)) addReport(node);
     },
 
     getCanvasMenuItems() {

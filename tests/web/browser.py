@@ -186,12 +186,14 @@ class Desk:
         """Draw a link with the mouse."""
         mouse = self.page.mouse
         mouse.move(*self.point(source, output, True))
+        self.page.wait_for_timeout(200)
         mouse.down()
         x, y = self.point(target, slot, False)
-        mouse.move(x - 20, y, steps=5)
-        mouse.move(x, y, steps=5)
-        mouse.up()
+        mouse.move(x - 20, y, steps=8)
+        mouse.move(x, y, steps=4)
         self.page.wait_for_timeout(200)
+        mouse.up()
+        self.page.wait_for_timeout(300)
 
     def picture(self, name: str, **options: Any) -> None:
         """A screenshot for the docs; only where SWITCHYARD_SCREENSHOTS is set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Se
     if missing:
         pytest.skip(missing)
     folder: Path = tmp_path_factory.mktemp("comfyui")
-    server = Server(request.param, folder)
+    # An older ComfyUI belongs with its own front end, whichever the Python has installed.
+    front_end = os.environ.get("COMFYUI_FRONT_END")
+    arguments = ["--front-end-root", front_end] if front_end else []
+    server = Server(request.param, folder, arguments=arguments)
     server.ensure("checkpoints/tiny-sd15-a.safetensors", "checkpoints/tiny-sd15-b.safetensors")
     with server:
         yield server
@@ -39,7 +43,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Se
 @pytest.fixture
 def desk(browser: Any, server: Server) -> Iterator[Desk]:
     """A fresh page. Whatever it printed as an error fails the test."""
-    desk = Desk(browser, server.url)
+    desk = Desk(browser, server.url, 1440, 900)
     yield desk.open()
     desk.close()
     assert desk.errors == []

@@ -279,9 +279,9 @@ def checkpoint_comparison() -> Example:
     return e
 
 
-EXAMPLES = {
-    maker.__name__: maker for maker in (sd15, sdxl, sdxl_lora_controlnet, hires_fix)
-} | {"checkpoint_comparison": checkpoint_comparison}
+EXAMPLES = {maker.__name__: maker for maker in (sd15, sdxl, sdxl_lora_controlnet, hires_fix)} | {
+    "checkpoint_comparison": checkpoint_comparison
+}
 
 # Makes the nodes, and returns what the front end would save.
 _BUILD = """async ({ nodes, links }) => {

@@ -135,7 +135,9 @@ CHECKPOINTS: list[dict[str, Any]] = [
         folder="diffusion_models",
         why="GGUF weights are quantised",
     ),
-    _checkpoint("half-downloaded.safetensors", "unreadable", why="the file is shorter than it says"),
+    _checkpoint(
+        "half-downloaded.safetensors", "unreadable", why="the file is shorter than it says"
+    ),
     _checkpoint(
         "canny-sdxl.safetensors",
         "ready",

@@ -393,8 +393,8 @@ def test_compare_once_asks_for_one_comparison_and_leaves_the_switch(desk: Desk) 
     desk.run(
         """(id) => {
             const node = app.graph.getNodeById(id);
-            const entry = app.collectNodeMenuItems(node).find((one) => one?.content);
-            entry.callback();
+            const ours = app.extensions.find(({ name }) => name === "Switchyard");
+            ours.getNodeMenuItems(node).find((one) => one?.content).callback();
         }""",
         node,
     )

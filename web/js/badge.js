@@ -2,9 +2,10 @@
  * The badge on a node: building, on the engine, or fell back.
  *
  * Nodes drawn on the canvas and nodes drawn by Vue read the same `node.badges`; they learn of a
- * change in different ways, and `redraw` goes both.
+ * change in different ways, and `redrawBadges` goes both.
  */
 
+import { app } from "../../../scripts/app.js";
 import { rootGraph } from "./graph.js";
 import { setting, t } from "./i18n.js";
 import { storedTab } from "./tab.js";
@@ -21,8 +22,20 @@ const COLOURS = {
 
 /** @typedef {import("./server.js").Status} Status */
 
-/** @type {WeakMap<object, Status>} the last status by node; a node that goes takes its own along */
-const statuses = new WeakMap();
+/**
+ * The last status of each node, oldest first. By name and not by the node itself: changing the
+ * language or the tab makes all nodes anew.
+ *
+ * @type {Map<string, Status>}
+ */
+const statuses = new Map();
+
+const MOST_STATUSES = 500;
+
+/** @param {any} node @returns {string} */
+function nameOf(node) {
+    return `${node.graph?.id} ${node.id}`;
+}
 
 /**
  * Give a node its badge, empty until a status arrives.
@@ -36,7 +49,7 @@ export function addBadge(node) {
     const getter = () => {
         // Vue nodes ask again only when something that they watch has changed: this has, then.
         void storedTab()?.revision;
-        const status = statuses.get(node);
+        const status = statuses.get(nameOf(node));
         const text = status && setting(BADGE_SETTING) !== false ? label(status) : "";
         if (text !== last.text) {
             last = { text, badge: new window.LGraphBadge({ text, ...COLOURS[status?.state] }) };
@@ -70,21 +83,16 @@ function label({ state, text }) {
 export function showStatus(status) {
     const node = findNode(status?.node_id);
     if (!node) return;
-    statuses.set(node, status);
-    redraw(node);
+    const name = nameOf(node);
+    statuses.delete(name);
+    statuses.set(name, status);
+    if (statuses.size > MOST_STATUSES) statuses.delete(statuses.keys().next().value);
+    redrawBadges();
 }
 
-/** Show all badges again, after the language or the setting changed. */
+/** Show all badges again: after a status, or once the language or the setting has changed. */
 export function redrawBadges() {
-    const root = rootGraph();
-    for (const graph of root ? [root, ...(root.subgraphs?.values() ?? [])] : []) {
-        for (const node of graph.nodes ?? []) if (statuses.has(node)) redraw(node);
-    }
-}
-
-/** @param {any} node */
-function redraw(node) {
-    node.setDirtyCanvas?.(true, true);
+    app.canvas?.setDirty?.(true, true);
     const tab = storedTab();
     if (tab) tab.revision += 1;
 }

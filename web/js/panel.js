@@ -37,7 +37,7 @@ export class Panel {
         this.error = null;
         this.filter = "";
         /** What somebody folded stays folded when the panel is opened again. */
-        this.folded = new Set();
+        this.folded = new Set(["others"]);
         /** @type {(() => void)[]} */
         this.undo = [];
         /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -173,17 +173,23 @@ export class Panel {
                 icon: "pi-bolt",
                 onclick: () => void accelerateWorkflow(),
             }),
-            SECTIONS.map((name) => this.section(name)),
+            SECTIONS.map((name) =>
+                this.section(name, t(`${name}.title`), h("div", { "data-part": name })),
+            ),
             h("div", { class: "sy-live", role: "status" }),
         ]);
         this.fill();
     }
 
     /**
+     * A part that can be folded.
+     *
      * @param {string} name
+     * @param {string} title
+     * @param {import("./dom.js").Child} content
      * @returns {HTMLElement}
      */
-    section(name) {
+    section(name, title, content) {
         return h(
             "details",
             {
@@ -199,10 +205,10 @@ export class Panel {
             h(
                 "summary",
                 { "data-key": `section-${name}` },
-                h("span", {}, t(`${name}.title`)),
+                h("span", {}, title),
                 h("span", { class: "sy-count", "data-part": `${name}-count` }),
             ),
-            h("div", { "data-part": name }),
+            content,
         );
     }
 
@@ -230,7 +236,7 @@ export class Panel {
         this.put(
             "engines",
             state.engines.length
-                ? h("ul", { class: "sy-list" }, state.engines.map((one) => this.engine(one)))
+                ? this.engines(state.engines)
                 : h("p", { class: "sy-dim" }, t("engines.none")),
         );
         this.put("checkpoints-count", this.scanning ? t("checkpoints.scanning") : this.ready());
@@ -248,13 +254,13 @@ export class Panel {
     /** @returns {HTMLElement[]} */
     gpu() {
         const { gpu, host } = this.state;
-        const facts = gpu
+        const facts = gpu?.capability
             ? [
                   gpu.vram_mib && size(gpu.vram_mib * 1024 * 1024),
-                  gpu.capability && t("gpu.capability", { capability: gpu.capability }),
+                  t("gpu.capability", { capability: gpu.capability }),
                   gpu.profile ? t("gpu.profile", { profile: gpu.profile }) : t("gpu.noProfile"),
               ]
-            : [t("gpu.noneWhy")];
+            : [gpu?.problem ?? t(gpu ? "gpu.cpu" : "gpu.noneWhy")];
         return [
             h("div", { class: "sy-strong" }, gpu ? gpu.name : t("gpu.none")),
             h("div", { class: "sy-dim" }, facts.filter(Boolean).join(" · ")),
@@ -390,6 +396,35 @@ export class Panel {
             h("div", {}, reason.text),
             h("div", { class: "sy-advice" }, advice(reason)),
         );
+    }
+
+    /**
+     * @param {Engine[]} engines
+     * @returns {HTMLElement[]} those in use first; what only came along is folded away
+     */
+    engines(engines) {
+        const inUse = (/** @type {Engine} */ one) =>
+            one.loaded || one.source === "built" || one.last_used !== null;
+        const recent = (/** @type {Engine} */ one) => (one.loaded ? Infinity : one.last_used ?? 0);
+        const used = engines.filter(inUse).sort((a, b) => recent(b) - recent(a) || 0);
+        const others = engines.filter((one) => !inUse(one));
+        return [
+            h(
+                "ul",
+                { class: "sy-list" },
+                used.map((one) => this.engine(one)),
+            ),
+            others.length > 0 &&
+                this.section(
+                    "others",
+                    t("engines.others", { n: others.length }),
+                    h(
+                        "ul",
+                        { class: "sy-list" },
+                        others.map((one) => this.engine(one)),
+                    ),
+                ),
+        ];
     }
 
     /**

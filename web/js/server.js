@@ -50,7 +50,8 @@ import { api } from "../../../scripts/api.js";
  * @typedef {Object} State
  * @property {string} version
  * @property {{name: string, capability: string | null, vram_mib: number | null,
- *             profile: string | null} | null} gpu
+ *             profile: string | null, problem?: string | null} | null} gpu `problem`: why no
+ *     engine runs there
  * @property {{comfyui: string, dynamic_vram: boolean, torch: string}} host
  * @property {Engine[]} engines
  * @property {Build[]} builds
