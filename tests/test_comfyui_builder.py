@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import subprocess
 import sys
 import textwrap
@@ -18,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from comfyui.server import installations, why_not
 from support import family_config, tiny_config
 
 from accel.cache import DiskCache
@@ -151,10 +151,11 @@ def test_an_unknown_structure_is_built_by_another_process_and_cached(
 def test_comfyuis_own_network_is_traced_in_its_own_python(
     family: str, cache: DiskCache, heard: list[dict[str, Any]]
 ) -> None:
-    root = Path(os.environ["COMFYUI_PATH"])
-    python = root / ".venv" / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"{python} does not exist")
+    installation = installations()[0]
+    reason = why_not(installation)
+    if reason is not None:
+        pytest.skip(reason)
+    root, python = installation.root, installation.python
     changes: dict[str, Any] = {}
     config = tiny_config(family)
     if config.pooled_dim is not None:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from comfyui.server import installations, why_not
 from sparse import ldm_shapes, sparse_file
 from support import family_config
 
@@ -390,10 +391,11 @@ def test_importing_the_routes_costs_the_host_nothing() -> None:
 @pytest.mark.comfyui
 def test_the_routes_answer_inside_comfyui(tmp_path: Path) -> None:
     """In ComfyUI's Python, over its own folders, queue and table of routes, without serving."""
-    root = Path(os.environ["COMFYUI_PATH"])
-    python = root / ".venv" / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"{python} does not exist")
+    installation = installations()[0]
+    reason = why_not(installation)
+    if reason is not None:
+        pytest.skip(reason)
+    root, python = installation.root, installation.python
     models = tmp_path / "models" / "checkpoints"
     models.mkdir(parents=True)
     sparse_file(models / "one.safetensors", ldm_shapes("sdxl", "model.diffusion_model."))

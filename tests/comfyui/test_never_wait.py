@@ -1,0 +1,144 @@
+"""No image waits for an engine that is not there yet, and the panel's routes say how far it is."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from .host import relative_error
+from .server import Installation, Server, ServerError
+from .workflows import Graph, Workflow
+
+KIND = "tiny-sd15"
+CLOSE = 1e-3
+
+
+@pytest.fixture
+def fresh(server: Server, tmp_path: Path, models_folder: Path) -> Iterator[Server]:
+    """A server of its own, with an empty cache."""
+    installation = Installation(server.installation.root, server.installation.python)
+    with Server(installation, tmp_path / "fresh", models=models_folder) as running:
+        running.ensure(f"checkpoints/{KIND}-a.safetensors")
+        yield running
+
+
+def workflow(record: str, accelerated: bool = True, steps: int = 3, **options: Any) -> Workflow:
+    graph = Graph()
+    model = graph.checkpoint(KIND)
+    if accelerated:
+        model = graph.add("SwitchyardAccelerate", model=model, compare_once=False, **options)
+    positive, negative = graph.prompt(KIND, 1), graph.prompt(KIND, 2)
+    latent = graph.sample(model, positive, negative, graph.latent(), record, steps=steps)
+    graph.add("TestSave", samples=latent, record=f"{record}-end")
+    return graph.workflow
+
+
+def state(server: Server) -> dict[str, Any]:
+    found: dict[str, Any] = server.get("/switchyard/state")
+    return found
+
+
+def build_of(server: Server) -> dict[str, Any]:
+    builds: list[dict[str, Any]] = state(server)["builds"]
+    return builds[0] if builds else {"state": "none"}
+
+
+def until(condition: Callable[[], Any], seconds: float = 240) -> Any:
+    deadline = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+
+
+def build_processes(server: Server) -> list[psutil.Process]:
+    children = psutil.Process(server.pid).children()
+    return [child for child in children if "build_process" in " ".join(child.cmdline())]
+
+
+def test_the_first_image_comes_from_the_hosts_path_and_later_ones_from_the_engine(fresh):
+    fresh.run(workflow("plain", accelerated=False))
+    fresh.run(workflow("first", first_run="don't wait"))
+    run = state(fresh)["last_run"]
+    assert (run["mode"], run["engine_calls"]) == ("building", 0)
+    until(lambda: build_of(fresh)["state"] == "ready")
+    fresh.run(workflow("later", first_run="don't wait"))
+    later = state(fresh)
+    assert (later["last_run"]["mode"], later["last_run"]["host_calls"]) == ("engine", 0)
+    assert later["last_run"]["speedup"] is not None  # against the run that did not wait
+    (built,) = [engine for engine in later["engines"] if engine["source"] == "built"]
+    assert built["loaded"] and built["sizes"][0]["width"] == 128
+    plain = fresh.record("plain-end")["latent"]
+    assert relative_error(fresh.record("first-end")["latent"], plain) == 0
+    assert relative_error(fresh.record("later-end")["latent"], plain) < CLOSE
+    assert not build_processes(fresh)
+
+    answer = fresh.post("/switchyard/engines/delete", {"id": built["id"]})
+    assert answer["freed_bytes"] == built["bytes"]
+    assert not [engine for engine in state(fresh)["engines"] if engine["source"] == "built"]
+
+
+def test_waiting_is_the_users_choice(fresh):
+    fresh.run(workflow("waited", first_run="wait"))
+    run = state(fresh)["last_run"]
+    assert (run["mode"], run["host_calls"]) == ("engine", 0)
+
+
+def test_interrupting_the_wait_stops_the_prompt_and_not_the_build(fresh):
+    prompt = fresh.queue(workflow("waited", first_run="wait"))
+    until(lambda: build_of(fresh)["state"] == "building")
+    fresh.post("/interrupt", {})
+    result = fresh.wait(prompt, timeout=60)
+    assert result.error == "interrupted"
+    assert build_of(fresh)["state"] == "building"
+
+
+def test_a_cancelled_build_is_begun_again_only_when_asked(fresh):
+    fresh.run(workflow("first", first_run="don't wait"))
+    build = until(lambda: build_of(fresh))
+    assert build["state"] == "building"
+    until(lambda: build_processes(fresh))
+    fresh.post("/switchyard/builds/cancel", {"id": build["id"]})
+    assert build_of(fresh)["state"] == "cancelled" and not build_processes(fresh)
+    fresh.run(workflow("second", first_run="don't wait"))
+    assert build_of(fresh)["state"] == "cancelled" and not build_processes(fresh)
+    with pytest.raises(ServerError, match="409"):
+        fresh.post("/switchyard/builds/cancel", {"id": build["id"]})
+    fresh.post("/switchyard/builds/retry", {"id": build["id"]})
+    until(lambda: build_of(fresh)["state"] == "ready")
+
+
+def test_a_killed_build_is_said_and_the_image_comes(fresh):
+    fresh.run(workflow("first", first_run="don't wait"))
+    (process,) = until(lambda: build_processes(fresh))
+    process.send_signal(signal.SIGKILL)
+    build = until(lambda: build_of(fresh)["state"] == "failed" and build_of(fresh))
+    assert "SIGKILL" in build["error"]
+    fresh.run(workflow("second", first_run="don't wait"))
+    run = state(fresh)["last_run"]
+    assert run["mode"] == "host" and "could not be built" in run["reasons"][0]["text"]
+
+
+def test_no_build_outlives_the_server(fresh):
+    fresh.run(workflow("first", first_run="don't wait"))
+    (process,) = until(lambda: build_processes(fresh))
+    psutil.Process(fresh.pid).kill()
+    process.wait(30)
+
+
+def test_the_panel_lists_the_models_folder(server):
+    server.ensure(f"checkpoints/{KIND}-a.safetensors", f"controlnet/{KIND}-1.safetensors")
+    answer = until(
+        lambda: (found := server.get("/switchyard/checkpoints")) and not found["scanning"] and found
+    )
+    files = {(entry["folder"], entry["name"]): entry for entry in answer["checkpoints"]}
+    assert files["checkpoints", f"{KIND}-a.safetensors"]["badge"] == "build"
+    assert files["controlnet", f"{KIND}-1.safetensors"]["badge"] in ("build", "ready")
