@@ -140,3 +140,18 @@ def test_what_shows_in_mid_run_only(plain, fast):
         assert journal().runs[-1].mode == "engine"
     finally:
         decide._learned.clear()
+
+
+def test_what_is_put_into_the_network_after_the_decision(plain, fast):
+    row = Row("none")
+    changed, reference = fast.clone(), plain.clone()
+    fakes.late_hook(changed)
+    fakes.late_hook(reference)
+    expected = picture(row, reference)
+    assert relative_error(picture(row, plain), expected) > 1e-3
+    assert torch.equal(picture(row, changed), expected)
+    run = journal().runs[-1]
+    assert (run.mode, run.engine_calls) == ("host", 0)
+    assert "out.1 (SiLU) has forward hooks" in run.reasons[0]["text"]
+    assert relative_error(picture(row, fast), picture(row, plain)) < CLOSE
+    assert journal().runs[-1].mode == "engine"

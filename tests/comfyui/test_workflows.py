@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from .checkpoints import CONFIGS
 from .host import relative_error
+from .server import Server
 from .workflows import Graph
 
 # Both compute in float32; the order of additions differs.
@@ -323,6 +325,23 @@ def test_a_patch_by_a_pack_is_told_by_its_folder(server):
 
     _, runs = compare(server, SD15, build, mode="host")
     assert runs[0]["reasons"][0]["node"] == "testpack"
+
+
+@pytest.mark.skipif(not os.environ.get("COMFYUI_PACKS"), reason="COMFYUI_PACKS names no packs")
+def test_beside_other_packs(server, models_folder, tmp_path):
+    """Real packs, by their folders, separated as in PATH: the picture is right with them loaded."""
+
+    def build(w):
+        model = w.lora(w.model(), "1", 0.7)
+        w.sample(model, w.context(1), w.context(2), w.latent(), record="packs")
+
+    packs = [Path(name).expanduser() for name in os.environ["COMFYUI_PACKS"].split(os.pathsep)]
+    with Server(server.installation, tmp_path, models=models_folder, packs=packs) as crowded:
+        assert [pack.name for pack in packs if f"IMPORT FAILED): {pack}" in crowded.log] == []
+        expected, _ = run(crowded, SD15, build, fast=False)
+        records, runs = run(crowded, SD15, build, fast=True)
+    assert relative_error(records["packs"]["latent"], expected["packs"]["latent"]) < CLOSE
+    assert runs[0]["mode"] == "engine" or runs[0]["reasons"]
 
 
 _WIDE = ["wide-sd15", "wide-sdxl", "wide-sdxl-inpaint"]

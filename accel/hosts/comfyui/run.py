@@ -29,7 +29,16 @@ from ...runtime.network import Seat
 from ...runtime.weights import weights_bytes
 from ...structure import Structure, structure_of
 from .builder import builder
-from .decide import ATTENTION, Reason, exact_attention, learn, pristine, why_host_call, why_host_run
+from .decide import (
+    ATTENTION,
+    Reason,
+    exact_attention,
+    learn,
+    network_state,
+    pristine,
+    why_host_call,
+    why_host_run,
+)
 from .journal import Run, journal, status_line
 from .pool import NetworkPatcher, pool
 from .weights import PREFIX, PatchedSource, identity
@@ -333,6 +342,8 @@ class Acceleration:
             key = _key(sampling, args, kwargs) if alone else None
             started = time.perf_counter()
             try:
+                if not sampling.calls:
+                    _look_again(module)
                 result = binding.call(args, kwargs, key)
             except UnsupportedModel as error:
                 given = _transformer_options(args, kwargs)
@@ -460,6 +471,13 @@ def prompt_key(sampling: Sampling, options: Mapping[str, Any]) -> object | None:
 def _transformer_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     given = kwargs.get("transformer_options", args[5] if len(args) > 5 else None)
     return given if isinstance(given, Mapping) else {}
+
+
+def _look_again(module: nn.Module) -> None:
+    """Raise `UnsupportedModel` for what was put into the network since the run was decided."""
+    state = network_state(module)
+    if state is not None:
+        raise UnsupportedModel(state)
 
 
 def _without_attention(

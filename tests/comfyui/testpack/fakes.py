@@ -80,6 +80,23 @@ def injection(model: Any) -> None:
     model.set_injections("fake", [PatcherInjection(inject, eject)])
 
 
+def late_hook(model: Any) -> None:
+    """A hook on a layer, set when sampling begins, by names that nobody sees beforehand."""
+    handles: list[Any] = []
+
+    def begin(patcher: Any) -> None:
+        network = getattr(patcher.model, "_".join(("diffusion", "model")))
+        halve = getattr(network.out[1], "_".join(("register", "forward", "hook")))
+        handles.append(halve(lambda module, args, result: result * 0.9))
+
+    def end(patcher: Any) -> None:
+        while handles:
+            handles.pop().remove()
+
+    model.add_callback_with_key(CallbacksMP.ON_PRE_RUN, "fake", begin)
+    model.add_callback_with_key(CallbacksMP.ON_CLEANUP, "fake", end)
+
+
 def wrapper_context(model: Any) -> None:
     """A wrapper around the network that gives it another prompt at each step."""
 
@@ -196,6 +213,7 @@ FAKES: dict[str, Callable[[Any], None]] = {
         harmless_cfg,
         hidden_reentering,
         injection,
+        late_hook,
         object_patch,
         reentering,
         unknown_option,
