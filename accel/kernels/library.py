@@ -61,7 +61,12 @@ def conv2d(
     dilation: tuple[int, int],
     groups: int,
 ) -> torch.Tensor:
-    """cuDNN's best algorithm by trial; bias and time embedding are added in one pass."""
+    """cuDNN's own choice of algorithm; bias and time embedding are added in one pass.
+
+    Trying all algorithms was no faster on an H100 (9.31 against 9.40 ms for SD1.5 at 512², 41.84
+    against 41.91 for SDXL at 1024²) and cost 1 to 9 s more at the first image, up to 6 s at each
+    new size.
+    """
     torch.ops.aten.cudnn_convolution.out(
         x.permute(0, 3, 1, 2),
         weight.permute(0, 3, 1, 2),
@@ -69,7 +74,7 @@ def conv2d(
         stride,
         dilation,
         groups,
-        True,  # benchmark
+        False,  # benchmark
         False,  # deterministic
         x.dtype == torch.float32 and _tf32_allowed(),
         out=out.permute(0, 3, 1, 2),

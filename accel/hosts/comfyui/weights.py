@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ FILE = "switchyard_file"
 """Attachment of a MODEL: the path that it was loaded from."""
 
 _names: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[nn.Module, list[tuple[dict[str, Any], str, str]]] = (
+    weakref.WeakKeyDictionary()
+)
 _tokens: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
 
 
@@ -104,10 +107,13 @@ class PatchedSource:
 
         A few milliseconds for SDXL. Parameters must be in RAM; others are left out.
         """
-        digest, patcher = xxhash.xxh3_128(), self._alive()
-        for key in self._keys.values():
-            for part in contents(_stored(patcher, key)):
-                digest.update(part)
+        patcher = self._alive()
+        backup = patcher.backup
+        digest = xxhash.xxh3_128()
+        for parameters, leaf, key in _places(patcher.model, self._keys.values()):
+            value = backup[key].weight if key in backup else parameters[leaf]
+            if value is not None:
+                digest.update(b"".join(contents(value)))
         return digest.hexdigest()
 
 
@@ -126,6 +132,20 @@ def identity(patcher: Any) -> Hashable:
     return _tokens.setdefault(patcher.model, object())
 
 
+def _places(owner: nn.Module, keys: Iterable[str]) -> list[tuple[dict[str, Any], str, str]]:
+    """Where each parameter stands: its module's dictionary, its name there, its key.
+
+    The host replaces parameters, and leaves modules alone: looked up once.
+    """
+    if owner not in _found:
+        found = []
+        for key in keys:
+            path, _, leaf = key.rpartition(".")
+            found.append((owner.get_submodule(path)._parameters, leaf, key))
+        _found[owner] = found
+    return _found[owner]
+
+
 def _stored(patcher: Any, key: str) -> Tensor:
     """A parameter as it is without patches."""
     value, setter, converter = comfy.model_patcher.get_key_weight(patcher.model, key)
@@ -142,13 +162,15 @@ def contents(tensor: Tensor) -> list[bytes]:
     Of one that is not in RAM, or not in one piece, dtype and shape alone.
     """
     known = [f"{tensor.dtype}{tuple(tensor.shape)}".encode()]
-    if tensor.device.type != "cpu" or tensor.data_ptr() == 0 or not tensor.is_contiguous():
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return known
-    size = tensor.numel() * tensor.element_size()
+    address, size = tensor.data_ptr(), tensor.nbytes
+    if address == 0:
+        return known
     part = min(64, size)
-    for at in (0, (size - part) // 2, size - part):
-        known.append(ctypes.string_at(tensor.data_ptr() + at, part))
-    return known
+    read = ctypes.string_at
+    middle, end = address + (size - part) // 2, address + size - part
+    return [*known, read(address, part), read(middle, part), read(end, part)]
 
 
 class _Same:
