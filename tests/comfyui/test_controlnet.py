@@ -63,7 +63,9 @@ def net(models_folder) -> Callable[..., Any]:
 
 
 def image(seed: int, batch: int = 1) -> torch.Tensor:
-    return torch.rand(batch, 128, 128, 3, generator=torch.Generator().manual_seed(seed))
+    """Coarse and far brighter than pictures are: seeded weights hardly react to anything less."""
+    generator = torch.Generator().manual_seed(seed)
+    return 60 * torch.rand(batch, 8, 8, 3, generator=generator).repeat(1, 16, 16, 1)
 
 
 def prompts(kind: str = "tiny-sd15") -> tuple[list[Any], list[Any]]:
@@ -121,6 +123,18 @@ def test_the_three_ways_to_combine_model_and_net_agree(load, net):
                 [3] if model is fast else []
             )
             management.unload_all_models()
+
+
+def test_nets_in_turn_share_an_engine(load, net):
+    plain, nets = load(), [net(number=number) for number in (1, 2)]
+    model = accelerate(plain, Options(wait=True))
+    fast = [accelerate_controlnet(control, WAIT) for control in nets]
+    expected = [sample(plain, *applied(prompts(), control)) for control in nets]
+    assert relative_error(*expected) > 0.01
+    for index in (0, 1, 0, 1, 1, 0):
+        result = sample(model, *applied(prompts(), fast[index]))
+        assert relative_error(result, expected[index]) < TOLERANCE
+    assert [engine.instance for engine in engines()] == [0]
 
 
 def chain(first: Any, second: Any, kind: str = "tiny-sd15") -> tuple[list[Any], list[Any]]:
@@ -442,6 +456,12 @@ def test_an_interrupt_ends_the_run_and_harms_no_later_one(load, net, monkeypatch
     assert forwards() == [2]
     expected = sample(model, *applied(prompts(), control))
     assert relative_error(sample(model, *conds), expected) < TOLERANCE
+    # Nor does the net that was never told of the end keep its place.
+    with pytest.raises(management.InterruptProcessingException), monkeypatch.context() as again:
+        _on_call(again, 1, lambda _: management.interrupt_current_processing(True))
+        sample(model, *conds)
+    sample(model, *applied(prompts(), accelerate_controlnet(net(number=2), WAIT)))
+    assert [engine.instance for engine in engines()] == [0]
 
 
 def test_results_belong_to_the_caller_alone(load, net):
