@@ -6,10 +6,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+
+from accel.hosts.comfyui.library import Prefetcher
 
 from .host import relative_error
 from .server import Installation, Server, ServerError
@@ -142,3 +145,28 @@ def test_the_panel_lists_the_models_folder(server):
     files = {(entry["folder"], entry["name"]): entry for entry in answer["checkpoints"]}
     assert files["checkpoints", f"{KIND}-a.safetensors"]["badge"] == "build"
     assert files["controlnet", f"{KIND}-1.safetensors"]["badge"] in ("build", "ready")
+
+
+def test_the_next_prompts_file_is_read_from_the_hosts_own_queue(tmp_path, monkeypatch):
+    import execution
+    import folder_paths
+
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("now", "next", "last"):
+        (folder / f"{name}.safetensors").write_bytes(b"x" * 100)
+    known = {
+        **folder_paths.folder_names_and_paths,
+        "checkpoints": ([str(folder)], {".safetensors"}),
+    }
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
+    queue = execution.PromptQueue(SimpleNamespace(queue_updated=lambda: None))
+    for number, name in ((3, "last"), (1, "now"), (2, "next")):
+        graph = Graph()
+        graph.add("AnyLoader", ckpt_name=f"{name}.safetensors")
+        queue.put((number, name, graph.workflow, {}, [], {}))
+    queue.get()
+    prefetcher = Prefetcher(queue, folder_paths.get_full_path)
+    prefetcher.look()
+    assert prefetcher.wait(30)
+    assert list(prefetcher.done) == [(str(folder / "next.safetensors"), 100)]
