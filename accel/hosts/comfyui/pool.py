@@ -184,18 +184,18 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
                 checkpoint = Checkpoint(sample=sample)
                 network.load(checkpoint.seat, source)
                 checkpoint.patched = source.patched
-            elif checkpoint.patches_id == patches_id:
-                checkpoint.seat.source = source
-                network.activate(checkpoint.seat)
             else:
-                patched = source.patched
-                names = [
-                    name
-                    for name in patched.keys() | checkpoint.patched.keys()
-                    if patched.get(name) != checkpoint.patched.get(name)
-                ]
-                network.update(checkpoint.seat, names, source)
-                checkpoint.patched = patched
+                names = set()
+                if checkpoint.patches_id != patches_id:
+                    patched, before = source.patched, checkpoint.patched
+                    both = patched.keys() | before.keys()
+                    names = {name for name in both if patched.get(name) != before.get(name)}
+                    checkpoint.patched = patched
+                if names:
+                    network.update(checkpoint.seat, names, source)
+                else:
+                    checkpoint.seat.source = source
+                    network.activate(checkpoint.seat)
             checkpoint.patches_id = patches_id
             self._checkpoints[identity] = checkpoint
             while len(self._checkpoints) > MAX_CHECKPOINTS:
