@@ -566,7 +566,7 @@ class Clocks:
 
 
 def add_nodes(mappings: dict[str, Any]) -> None:
-    """Nodes of this benchmark: a model on the engine, and random conditioning."""
+    """Nodes of this benchmark: a model on the engine, one with a patch, random conditioning."""
 
     class Accelerated:
         INPUT_TYPES: Any = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
@@ -595,7 +595,19 @@ def add_nodes(mappings: dict[str, Any]) -> None:
                 extra["pooled_output"] = torch.randn(1, 1280, generator=generator)
             return ([[torch.randn(1, 77, width, generator=generator), extra]],)
 
+    class Patched:
+        INPUT_TYPES: Any = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+        RETURN_TYPES = ("MODEL",)
+        FUNCTION = "run"
+        CATEGORY = "benchmark"
+
+        def run(self, model: Any) -> tuple[Any]:
+            patched = model.clone()
+            patched.set_model_output_block_patch(lambda h, skip, options: (h * 1.01, skip))
+            return (patched,)
+
     mappings["BenchmarkAccelerated"] = Accelerated
+    mappings["BenchmarkPatched"] = Patched
     mappings["BenchmarkConditioning"] = RandomConditioning
 
 
@@ -626,6 +638,7 @@ def workflow(
     bare: bool = False,
     batch: int = 1,
     loras: tuple[tuple[str, float], ...] = (),
+    patched: bool = False,
 ) -> dict[str, Any]:
     """Text to image in API format; a bare one has random conditioning and makes no picture."""
 
@@ -640,6 +653,9 @@ def workflow(
     if engine:
         graph["8"] = node("BenchmarkAccelerated", model=source)
         source = ["8", 0]
+    if patched:
+        graph["9"] = node("BenchmarkPatched", model=source)
+        source = ["9", 0]
     for index, (name, strength) in enumerate(loras):
         file = f"{name}.safetensors"
         number = f"lora{index}"
@@ -696,6 +712,7 @@ def measure(
                 row[key] = statistics.median(run[key] for run in later)
         row["it_s"] = 1e3 / row["ms"]
         row["vram_mib"] = vram_mib()
+        row["patched"] = host_path(server, arguments, model, width, height, engine)
     row["rss_mib"] = psutil.Process().memory_info().rss >> 20
     if not arguments.no_fidelity:
         try:
@@ -710,6 +727,18 @@ def measure(
         row |= profiled(server, model, width, height, engine)
     row["vram_mib_after_free"] = server.free()
     return row
+
+
+def host_path(
+    server: Server, arguments: argparse.Namespace, model: str, width: int, height: int, engine: bool
+) -> dict[str, Any]:
+    """A run that no engine takes, since the network is patched: what being asked to costs it."""
+    runs = [
+        server.run(workflow(model, width, height, arguments.steps, seed, engine, patched=True))
+        for seed in range(3)
+    ]
+    mode = (report() or {}).get("mode") if engine else None
+    return {"sample_s": min(run["sample_s"] for run in runs[1:]), "mode": mode}
 
 
 def start(arguments: argparse.Namespace, model: str, variant: str) -> tuple[Server, dict[str, Any]]:
