@@ -1,6 +1,6 @@
 """Writes example_workflows/: the workflows, as the front end saves them, and their thumbnails.
 
-    python -m web.make_examples        (in tests/, with COMFYUI_PATH as for the tests)
+    PYTHONPATH=.:tests python -m web.make_examples        (with COMFYUI_PATH as for the tests)
 
 The nodes are laid out by hand here and made by the real front end, so that the files are what a
 user's own "Save" would give.
@@ -300,7 +300,8 @@ _BUILD = """async ({ nodes, links }) => {
             const widget = node.widgets.find((w) => !key || w.name === key);
             if (!widget) throw new Error(`${type} has no ${key}`);
             widget.value = value;
-            if (widget.name === "seed") node.widgets[node.widgets.indexOf(widget) + 1].value = "fixed";
+            const next = node.widgets[node.widgets.indexOf(widget) + 1];
+            if (widget.name === "seed") next.value = "fixed";
         }
         if (size) node.setSize(size);
         made[name] = node;

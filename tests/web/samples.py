@@ -61,7 +61,7 @@ STATE: dict[str, Any] = {
                 {"width": 1024, "height": 1024, "batch": 2, "controlnet": False},
                 {"width": 1216, "height": 832, "batch": 2, "controlnet": True},
             ],
-            "last_used": time.time() - 190,
+            "last_used": 190,
             "loaded": True,
             "vram_mib": 6012.5,
             "deletable": False,
@@ -74,7 +74,7 @@ STATE: dict[str, Any] = {
             "bytes": 840_000,
             "source": "built",
             "sizes": [{"width": 512, "height": 512, "batch": 2, "controlnet": False}],
-            "last_used": time.time() - 3 * 86400 - 60,
+            "last_used": 3 * 86400 + 60,
             "loaded": False,
             "vram_mib": 0,
             "deletable": True,
@@ -156,6 +156,9 @@ class Routes:
 
     def __init__(self, page: Any) -> None:
         self.state = copy.deepcopy(STATE)
+        for engine in self.state["engines"]:  # told as seconds ago, for a test of any length
+            if engine["last_used"] is not None:
+                engine["last_used"] = time.time() - engine["last_used"]
         self.checkpoints = copy.deepcopy(CHECKPOINTS)
         self.scanning = False
         self.reads = 0

@@ -327,12 +327,14 @@ def test_badge_says_what_the_node_runs_on(desk: Desk, vue: bool) -> None:
     for state, text, expected in shown:
         desk.run(STATUS, {"node_id": str(node), "state": state, "text": text})
         assert badges(desk, node) == [expected]
-        if vue:
+        if vue and not desk.run("() => __COMFYUI_FRONTEND_VERSION__.startsWith('1.27.')"):
+            # Vue nodes were an experiment there, and drew no badges of extensions.
             badge = desk.page.locator(f'[data-node-id="{node}"]').get_by_text(expected, exact=True)
             badge.wait_for()
-        else:
+        elif not vue:
             assert drawn(desk, expected)
-        desk.picture(f"badge-{state}-{'vue' if vue else 'canvas'}")
+        if state in ("engine", "host"):
+            desk.picture(f"badge-{state}-{'vue' if vue else 'canvas'}")
     desk.set("Switchyard.Node.Badge", False)
     assert badges(desk, node) == []
     desk.set("Switchyard.Node.Badge", True)
@@ -453,7 +455,7 @@ def test_examples_open_without_missing_nodes(desk: Desk, path: Path) -> None:
     assert len(graph["links"]) == len(data["links"])
     for old in data["nodes"]:
         new = next(node for node in graph["nodes"] if str(node["id"]) == str(old["id"]))
-        assert new.get("widgets_values") == old.get("widgets_values")
+        assert (new.get("widgets_values") or []) == (old.get("widgets_values") or [])
     prompt = desk.api()
     assert any(node["class_type"].startswith("Switchyard") for node in prompt.values())
     for node in prompt.values():  # every link leads somewhere
