@@ -70,6 +70,7 @@ class Run:
     graphs:        CUDA graphs captured in this run. captures: networks traced in it.
     swaps_ms:      time spent bringing in weights.
     saved_seconds: against the baselines; None without one. speedup: the same as a ratio.
+    compared_db:   how close the result is to the host's own, where that was asked for.
     error:         what ended it early, if anything did.
     """
 
@@ -96,6 +97,7 @@ class Run:
     node_id: str | None = None
     saved_seconds: float | None = None
     speedup: float | None = None
+    compared_db: float | None = None
     error: str | None = None
     finished: bool = False
     # (path, size) -> calls without a time, and the times in ms of the others

@@ -87,6 +87,8 @@ def _run_lines(run: dict[str, Any]) -> list[str]:
     )
     if run["speedup"]:
         lines.append(f"{run['speedup']:.2f}x of this machine's own path at that size")
+    if run["compared_db"] is not None:
+        lines.append(f"{run['compared_db']:.0f} dB from the latent of the host's own path")
     for reason in run["reasons"]:
         where = f" ({reason['node']})" if reason["node"] else ""
         lines.append(f"host's path: {reason['text']}{where}")

@@ -9,6 +9,7 @@ conditioning are looked at before loading, so that a run of the host's own path 
 from __future__ import annotations
 
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -99,6 +100,7 @@ class Sampling:
     reasons: list[Reason] = field(default_factory=list)
     engine: NetworkPatcher | None = None
     on_engine: bool = False
+    compares: bool = False
     calls: list[tuple[str, tuple[int, ...], float]] = field(default_factory=list)
     graphs_before: int = 0
     # By cond uuid: the prompt's tensors, held; None once they have changed under it.
@@ -144,18 +146,27 @@ class Acceleration:
         if self.options.compare and sampling.run.engine_calls:
             self.options.compare = False
             guider.conds = conds
-            with self._recorded(Reason("the engine is compared with it", None)) as host:
+            with self._compared() as host:
                 expected = executor(*args, **kwargs)
             self._tell_comparison(sampling, host, result, expected)
         return result
 
     @contextmanager
-    def _recorded(self, *reasons: Reason) -> Iterator[Sampling]:
+    def _compared(self) -> Iterator[Sampling]:
+        """A sampling on the host's path that is no run of the user's: in no journal."""
+        run = Run(id=0, started=time.time(), model=self.options.title)
+        sampling = Sampling(run, compares=True)
+        self._samplings.append(sampling)
+        try:
+            yield sampling
+        finally:
+            self._samplings.remove(sampling)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[Sampling]:
         options = self.options
         run = journal().begin(options.title, node_id=options.node_id)
         sampling = Sampling(run)
-        for reason in reasons:
-            sampling.why(reason)
         self._samplings.append(sampling)
         error: str | None = None
         try:
@@ -173,7 +184,7 @@ class Acceleration:
     def _tell_comparison(
         self, engine: Sampling, host: Sampling, result: Tensor, expected: Tensor
     ) -> None:
-        decibel = psnr(result, expected)
+        decibel = engine.run.compared_db = psnr(result, expected)
         ms, sizes = host.run.ms("host"), host.run.dims
         if ms and len(sizes) == 1 and engine.run.graph_key:
             journal().note_baseline(engine.run.graph_key, sizes[0], engine.run.gpu, ms)
@@ -219,7 +230,7 @@ class Acceleration:
         self, sampling: Sampling, model: Any, options: Any, conds: Any, noise_shape: Any
     ) -> NetworkPatcher | None:
         """The engine that this run goes to; None, with the reasons noted, for the host's path."""
-        if sampling.reasons:
+        if sampling.compares:
             return None
         if getattr(model, "acceleration", None) is not self:
             sampling.why(Reason("the host made a model of its own for LoRAs with hooks", None))
@@ -389,12 +400,10 @@ def structure_of_model(model: Any) -> Structure:
 
 
 def psnr(image: Tensor, reference: Tensor) -> float:
-    """Peak signal to noise in dB, over the range of `reference`; infinity for equal ones."""
+    """Peak signal to noise in dB, over the range of `reference`; 200 at most."""
     error = (image.double() - reference.double()).square().mean().item()
     peak = (reference.max() - reference.min()).double().item()
-    if error == 0:
-        return float("inf")
-    return 10 * torch.log10(torch.tensor(peak * peak / error)).item()
+    return min(200.0, 10 * math.log10(peak * peak / error)) if error and peak else 200.0
 
 
 def _too_small(model: Any, plan: Plan, dtype: torch.dtype, noise_shape: Any) -> Reason | None:
