@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -102,7 +103,14 @@ def state(builder: Builder, structure: Structure) -> str:
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if child.is_running()]
+    """The processes of builds; other tests of a run may have left children of other kinds."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(child.cmdline())
+            if "build_process" in command or "def say(" in command:
+                found.append(child)
+    return found
 
 
 FOREVER = "say(progress=0.5, text='tracing')\nsys.stdin.read()"
