@@ -12,14 +12,11 @@ from .report import EngineReport
 class SwitchyardExtension(ComfyExtension):  # type: ignore[misc]
     """The pack's nodes, and the routes behind its panel."""
 
-    async def on_load(self) -> None:
-        """Register the routes and the status lines."""
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """All nodes, in the order of the menu. The routes start here: older hosts call no more."""
         from ..accel.hosts.comfyui import panel
 
         panel.start()
-
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """All nodes, in the order of the menu."""
         return [
             AccelerateModel,
             LoadCheckpoint,

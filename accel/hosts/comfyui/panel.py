@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import uuid
+from functools import cache
 from typing import Any
 
 import comfy.model_management as management
@@ -19,34 +21,63 @@ RECEIPT = "switchyard"
 """Key of the receipt in a picture's metadata."""
 
 
+@cache
 def start() -> None:
-    """Register the routes, and have the front end told of what happens."""
+    """Register the routes, and have the front end told of what happens. Once."""
     server = PromptServer.instance
     if server is None:  # the pack is imported without a server
         return
     routes.register(server)
-    journal().subscribe(_tell)
+    metadata = _Metadata(server)
+
+    def tell(event: str, data: dict[str, Any]) -> None:
+        """Send an event to the front end. Safe from any thread."""
+        server.send_sync(event, data)
+        if event == STATUS_EVENT:
+            server.send_progress_text(data["text"], data["node_id"])
+        if event == RUN_EVENT:
+            metadata.add(data)
+
+    journal().subscribe(tell)
 
 
-def _tell(event: str, data: dict[str, Any]) -> None:
-    """Send an event to the front end. Safe from any thread."""
-    server = PromptServer.instance
-    server.send_sync(event, data)
-    if event == STATUS_EVENT:
-        server.send_progress_text(data["text"], data["node_id"])
-    if event == RUN_EVENT:
-        _leave_receipt(server, data)
+class _Metadata:
+    """The metadata that goes into the pictures of each queued prompt, by the prompt's id.
 
-
-def _leave_receipt(server: Any, run: dict[str, Any]) -> None:
-    """Add what made the picture to the metadata of the prompt under way, if it has any.
-
-    Nodes that save pictures write every entry of `extra_pnginfo`.
+    The queue hands out copies of what it runs; the dictionary that nodes write into pictures is the
+    one that came with the prompt.
     """
-    for item in list(server.prompt_queue.currently_running.values()):
-        metadata = item[3].get("extra_pnginfo")
-        if isinstance(metadata, dict):
-            metadata.setdefault(RECEIPT, []).append(receipt(run))
+
+    def __init__(self, server: Any) -> None:
+        self._queue = server.prompt_queue
+        self._known: dict[str, dict[str, Any]] = {}
+        server.add_on_prompt_handler(self._on_prompt)
+
+    def _on_prompt(self, json_data: dict[str, Any]) -> dict[str, Any]:
+        """Keep hold of a new prompt's metadata. What is malformed is the server's to refuse."""
+        extra = json_data.setdefault("extra_data", {})
+        if isinstance(extra, dict) and isinstance(json_data.get("prompt"), dict):
+            metadata = extra.get("extra_pnginfo")
+            if metadata is None:
+                metadata = extra["extra_pnginfo"] = {}
+            if isinstance(metadata, dict):
+                prompt_id = json_data.get("prompt_id") or str(uuid.uuid4())
+                json_data["prompt_id"] = prompt_id
+                self._forget_ended()
+                self._known[str(prompt_id)] = metadata
+        return json_data
+
+    def _forget_ended(self) -> None:
+        running, waiting = self._queue.get_current_queue()
+        queued = {item[1] for item in (*running, *waiting)}
+        self._known = {key: value for key, value in self._known.items() if key in queued}
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Leave a run's receipt with the prompt that is being executed."""
+        for item in list(self._queue.currently_running.values()):
+            metadata = self._known.get(item[1])
+            if metadata is not None:
+                metadata.setdefault(RECEIPT, []).append(receipt(run))
 
 
 def receipt(run: dict[str, Any]) -> dict[str, Any]:

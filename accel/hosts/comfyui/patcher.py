@@ -91,7 +91,8 @@ def accelerated(model: Any, acceleration: Acceleration) -> Any:
     """A clone of a supported MODEL with the wrappers of `acceleration` on it."""
     clone = model.clone()
     if not isinstance(clone, EngineMixin):
-        clone.__class__ = _engine_class(type(clone))
+        kind: Any = type(clone)
+        clone.__class__ = _engine_class(kind)
     clone.set_attachments(KEY, acceleration)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, acceleration.outer_sample),
