@@ -1,4 +1,4 @@
-"""The accelerated MODEL in the host's life cycle: same pictures, and memory that the host governs."""
+"""The accelerated MODEL in the host's life cycle: same pictures, memory governed by the host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import gc
 import weakref
 
 import comfy.model_management as management
+import comfy.sample
+import comfy.samplers
 import comfy.sd
 import comfy.utils
 import pytest
@@ -295,6 +297,35 @@ def test_a_prompt_is_computed_once_in_a_run_and_never_kept_over_a_change(load, p
     expected = sample(in_step(plain, 2, louder), *prompt)
     assert relative_error(sample(in_step(fast, 2, louder), *prompt), expected) < CLOSE
     assert counters.prompt_hits == before
+
+
+def test_a_guider_that_samples_again_at_another_size_has_another_prompt(load):
+    kind = "tiny-sdxl"  # whose pooled text holds the picture's size
+    plain = load(kind)
+    pictures = []
+    for model in (plain, accelerate(plain, Options(wait=True))):
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(conditioning(kind, 1), conditioning(kind, 2))
+        guider.set_cfg(4.0)
+        pictures.append([sample_with(guider, size) for size in ((16, 16), (24, 24), (16, 16))])
+        pictures[-1].append(sample_with(guider, (16, 16), seed=9))
+    for expected, result in zip(*pictures, strict=True):
+        assert relative_error(result, expected) < CLOSE
+    assert on_engine()
+
+
+def sample_with(guider, size, seed=1):
+    """What SamplerCustomAdvanced does: the host keeps a guider from one prompt to the next."""
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    latent = torch.zeros(1, 4, *size)
+    return guider.sample(
+        comfy.sample.prepare_noise(latent, seed),
+        latent,
+        comfy.samplers.sampler_object("euler"),
+        comfy.samplers.calculate_sigmas(sampling, "normal", 3),
+        disable_pbar=True,
+        seed=seed,
+    )
 
 
 def test_comparing_tells_how_close_and_keeps_the_picture(load, prompt, caplog):

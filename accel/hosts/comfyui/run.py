@@ -106,6 +106,8 @@ class Sampling:
     # By cond uuid: the prompt's tensors, held; None once they have changed under it.
     prompts: dict[Any, tuple[Any, ...] | None] = field(default_factory=dict)
     prompts_vouched: bool = True
+    # In every key: a guider that samples again has the same uuids, but sizes in its prompt's `y`.
+    token: object = field(default_factory=object)
 
     def why(self, reason: Reason) -> None:
         """Note why something ran on the host's path."""
@@ -468,13 +470,13 @@ def _key(sampling: Sampling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def prompt_key(sampling: Sampling, options: Mapping[str, Any]) -> object | None:
-    """What vouches for an unchanged prompt: the conds whose chunks make up the batch."""
+    """What vouches for an unchanged prompt: this sampling's conds that make up the batch."""
     uuids = options.get("uuids")
     if not sampling.prompts_vouched or not uuids:
         return None
     if any(sampling.prompts.get(uuid) is None for uuid in uuids):
         return None
-    return (*uuids,)
+    return (sampling.token, *uuids)
 
 
 def _transformer_options(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
