@@ -20,6 +20,12 @@ logger = logging.getLogger(__name__)
 RECEIPT = "switchyard"
 """Key of the receipt in a picture's metadata."""
 
+NODES = "Switchyard"
+"""What the ids of the pack's nodes begin with."""
+
+KEPT_ENDED = 16
+"""Prompts that are not in the queue: the server may still be checking them."""
+
 
 @cache
 def start() -> None:
@@ -54,9 +60,12 @@ class _Metadata:
         server.add_on_prompt_handler(self._on_prompt)
 
     def _on_prompt(self, json_data: dict[str, Any]) -> dict[str, Any]:
-        """Keep hold of a new prompt's metadata. What is malformed is the server's to refuse."""
+        """Keep hold of a new prompt's metadata. What is malformed is the server's to refuse.
+
+        A prompt without the pack's nodes is none of its business.
+        """
         extra = json_data.setdefault("extra_data", {})
-        if isinstance(extra, dict) and isinstance(json_data.get("prompt"), dict):
+        if isinstance(extra, dict) and _has_our_nodes(json_data.get("prompt")):
             metadata = extra.get("extra_pnginfo")
             if metadata is None:
                 metadata = extra["extra_pnginfo"] = {}
@@ -68,9 +77,12 @@ class _Metadata:
         return json_data
 
     def _forget_ended(self) -> None:
-        running, waiting = self._queue.get_current_queue()
-        queued = {item[1] for item in (*running, *waiting)}
-        self._known = {key: value for key, value in self._known.items() if key in queued}
+        with self._queue.mutex:  # the queue's own method would copy every prompt in it
+            items = [*self._queue.currently_running.values(), *self._queue.queue]
+            queued = {item[1] for item in items}
+        ended = [key for key in self._known if key not in queued]
+        for key in ended[:-KEPT_ENDED]:
+            del self._known[key]
 
     def add(self, run: dict[str, Any]) -> None:
         """Leave a run's receipt with the prompt that is being executed."""
@@ -80,6 +92,12 @@ class _Metadata:
                 metadata.setdefault(RECEIPT, []).append(receipt(run))
 
 
+def _has_our_nodes(prompt: Any) -> bool:
+    nodes = prompt.values() if isinstance(prompt, dict) else ()
+    kinds = (node.get("class_type") for node in nodes if isinstance(node, dict))
+    return any(isinstance(kind, str) and kind.startswith(NODES) for kind in kinds)
+
+
 def receipt(run: dict[str, Any]) -> dict[str, Any]:
     """The part of a run's record that belongs with the picture."""
     return {
@@ -87,7 +105,11 @@ def receipt(run: dict[str, Any]) -> dict[str, Any]:
         "structure": run["family"] or run["graph_key"],
         "mode": run["mode"],
         "gpu": run["gpu"],
-        "ms_per_step": run["engine_ms"] if run["mode"] == "engine" else run["host_ms"],
+        "ms_per_step": {
+            path: round(run[f"{path}_ms"], 2)
+            for path in ("engine", "host")
+            if run[f"{path}_ms"] is not None
+        },
         "steps": run["steps"],
         "loras": run["loras"],
         "controlnets": run["controlnets"],
@@ -111,7 +133,8 @@ def _run_lines(run: dict[str, Any]) -> list[str]:
     for path, name in (("engine", "engine"), ("host", "host's path")):
         calls, ms = run[f"{path}_calls"], run[f"{path}_ms"]
         if calls:
-            lines.append(f"{name}: {calls} calls" + (f", {ms:.1f} ms each" if ms else ""))
+            each = f", {ms:.1f} ms each" if ms else ""
+            lines.append(f"{name}: {calls} call{'' if calls == 1 else 's'}{each}")
     lines.append(
         f"whole run {run['seconds']:.2f} s, weights brought in {run['swaps_ms']:.0f} ms, "
         f"graphs captured {run['graphs']}, networks traced {run['captures']}"
@@ -136,7 +159,7 @@ def _memory_lines() -> list[str]:
                 f"{network['family'] or network['graph_key']} on {network['device']}: "
                 f"weights {network['weights_bytes'] >> 20} MiB, "
                 f"activations {network['activation_bytes'] >> 20} MiB, "
-                f"{len(network['shapes'])} sizes ready, {network['graphs']} graphs captured"
+                f"sizes ready {len(network['shapes'])}, graphs captured {network['graphs']}"
             )
     device = management.get_torch_device()
     if device.type == "cuda":

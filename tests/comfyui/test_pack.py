@@ -1,0 +1,114 @@
+"""The pack as a user installs it: in a folder of any name, without the tests beside it."""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import shutil
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from .server import ROOT, Server
+
+PARTS = ("__init__.py", "accel", "example_workflows", "locales", "nodes", "pyproject.toml", "web")
+NODES = {
+    "SwitchyardAccelerate",
+    "SwitchyardAccelerateControlNet",
+    "SwitchyardLoadCheckpoint",
+    "SwitchyardLoadDiffusionModel",
+    "SwitchyardReport",
+}
+
+
+def install(folder: Path) -> None:
+    """Copy what a user gets."""
+    folder.mkdir(parents=True)
+    for name in PARTS:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+
+
+def test_it_loads_from_any_folder_quickly_and_quietly(server, tmp_path, models_folder):
+    name = "My switch-yard"
+    base = tmp_path / "base"
+    installed = Server(server.installation, base, models=models_folder, pack=False)
+    (base / "custom_nodes" / "testpack").unlink()
+    install(base / "custom_nodes" / name)
+    with installed:
+        assert set(installed.get("/object_info")) >= NODES
+        assert installed.get("/switchyard/state")["last_run"] is None
+        templates = installed.get("/workflow_templates")[name]
+        assert len(templates) == len(set(templates)) == 5
+        assert {"en", "zh"} <= set(installed.get("/i18n"))
+        scripts = [path for path in installed.get("/extensions") if path.endswith("/switchyard.js")]
+        assert len(scripts) == 1  # loaded once
+    said = [line for line in installed.log.splitlines() if name in line or "witchyard" in line]
+    (line,) = said  # the host's own
+    seconds = re.search(r"([\d.]+) seconds: ", line)
+    assert seconds is not None and float(seconds[1]) <= 0.3, line
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> Any:
+    # The real server's module cannot be imported into this process on every version of the host.
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=None))
+    monkeypatch.delitem(sys.modules, "accel.hosts.comfyui.panel", raising=False)
+    from accel.hosts.comfyui.panel import _Metadata
+
+    monkeypatch.delitem(sys.modules, "accel.hosts.comfyui.panel")
+    waiting: list[Any] = []
+    prompts = SimpleNamespace(mutex=threading.RLock(), currently_running={}, queue=waiting)
+    handlers: queue.Queue[Any] = queue.Queue()
+    server = SimpleNamespace(prompt_queue=prompts, add_on_prompt_handler=handlers.put)
+    found = _Metadata(server)
+    return SimpleNamespace(add=found.add, queue=prompts, arrive=handlers.get())
+
+
+def run_of(**values: Any) -> dict[str, Any]:
+    from accel.hosts.comfyui.journal import Run
+
+    return {**Run(1, 0.0, "a.safetensors").to_json(), **values}
+
+
+OURS = {"1": {"class_type": "SwitchyardAccelerate", "inputs": {}}}
+OTHERS = {"1": {"class_type": "KSampler", "inputs": {}}}
+
+
+def test_a_prompt_without_the_packs_nodes_stays_as_it_is(metadata):
+    # Other packs tell a prompt of the front end by its metadata being there at all.
+    for prompt in (OTHERS, None, [], {"1": None}, {"1": {"class_type": 3}}):
+        answer = metadata.arrive({"prompt": prompt, "extra_data": {"client_id": "x"}})
+        assert answer == {"prompt": prompt, "extra_data": {"client_id": "x"}}
+
+
+def test_a_receipt_reaches_the_prompt_that_runs(metadata):
+    first = metadata.arrive({"prompt": OURS, "extra_data": {"extra_pnginfo": {"workflow": 1}}})
+    # Others arrive before the server has put the first into its queue.
+    second = [metadata.arrive({"prompt": OURS, "prompt_id": f"{n}"}) for n in range(5)]
+    metadata.queue.currently_running[0] = (0, first["prompt_id"], {}, {})
+    metadata.add(run_of(mode="mixed", engine_ms=12.3456, host_ms=99.0))
+    (written,) = json.loads(json.dumps(first["extra_data"]["extra_pnginfo"]["switchyard"]))
+    assert written["ms_per_step"] == {"engine": 12.35, "host": 99.0}
+    assert all(other["extra_data"]["extra_pnginfo"] == {} for other in second)
+
+
+def test_what_ended_is_forgotten_and_what_waits_is_not(metadata):
+    kept = metadata.arrive({"prompt": OURS, "prompt_id": "kept"})
+    metadata.queue.queue.append((0, "kept", {}, {}))
+    for number in range(40):
+        ended = metadata.arrive({"prompt": OURS, "prompt_id": f"{number}"})
+        if number == 0:
+            first = ended
+    metadata.queue.currently_running.update({0: (0, "kept", {}, {}), 1: (0, "0", {}, {})})
+    metadata.add(run_of())
+    assert "switchyard" in kept["extra_data"]["extra_pnginfo"]
+    assert "switchyard" not in first["extra_data"]["extra_pnginfo"]
