@@ -511,7 +511,7 @@ def test_structures_have_names_for_people() -> None:
     shapes = {name: p.shape for name, p in parameters(config).items()}
     assert title_of(structure_of(shapes)) == next(f.title for f in FAMILIES if f.name == "sdxl")
     structure = tiny_structure()
-    assert title_of(structure) == f"UNet of no published family ({str(structure.graph_key)[:6]})"
+    assert title_of(structure) == f"UNet of no published family ({structure.shape_key[:6]})"
 
 
 def test_the_process_says_why_in_one_line() -> None:

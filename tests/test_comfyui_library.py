@@ -19,7 +19,7 @@ from support import family_config, tiny_config
 from accel.cache import DiskCache
 from accel.compiler import open_cache
 from accel.hosts.comfyui import library as module
-from accel.hosts.comfyui.builder import Builder
+from accel.hosts.comfyui.builder import Builder, versions
 from accel.hosts.comfyui.library import (
     EngineRefused,
     Engines,
@@ -29,6 +29,7 @@ from accel.hosts.comfyui.library import (
     model_files,
 )
 from accel.models import FAMILIES, parameters
+from accel.structure import structure_of
 
 GIB = 1 << 30
 
@@ -120,6 +121,26 @@ def test_a_network_of_no_family_is_built_when_it_is_used(models: Models, library
     sparse_file(path, {f"model.diffusion_model.{p.ldm_name}": p.shape for p in tiny})
     assert badges(library) == {"tiny.safetensors": ("build", None)}
     assert "first use" in why(library, "tiny.safetensors")
+
+
+@pytest.mark.parametrize(("kind", "badge"), [("plan", "ready"), ("failure", "unsupported")])
+def test_a_network_of_no_family_is_known_again_by_its_shapes(
+    models: Models, library: Library, builder: Builder, cache: DiskCache, kind: str, badge: str
+) -> None:
+    tiny = parameters(tiny_config()).values()
+    path = models.root / "checkpoints" / "tiny.safetensors"
+    sparse_file(path, {f"model.diffusion_model.{p.ldm_name}": p.shape for p in tiny})
+    config = tiny_config().to_json()
+    for key, shape_key in (("c" * 32, "d" * 32), ("a" * 32, structure_of(path).shape_key)):
+        structure = {"config": config, "family": None, "shape_key": shape_key}
+        failure = {"error": "no", "title": "t", "shape_key": shape_key, "versions": versions()}
+        cache.put(key, kind, {"structure": structure} if kind == "plan" else failure)
+    used = [entry.used for entry in cache.entries()]
+    assert badges(library) == {"tiny.safetensors": (badge, None)}
+    if kind == "plan":
+        assert [entry.used for entry in cache.entries()] == used  # looking is not using
+        titles = {engine["id"]: engine["title"] for engine in Engines(builder).listing()}
+        assert library.listing()[0][0]["title"] == titles["a" * 32] != titles["c" * 32]
 
 
 def test_what_an_engine_cannot_serve_says_why(models: Models, library: Library) -> None:
@@ -306,7 +327,8 @@ def test_many_requests_at_once_read_each_header_once(
 def built(cache: DiskCache) -> str:
     """The key of a plan in the cache; of it, the panel reads the structure alone."""
     config = family_config("sd15").to_json() | {"in_channels": 5}
-    cache.put("a" * 32, "plan", {"structure": {"config": config, "family": None}})
+    structure = {"config": config, "family": None, "shape_key": "b" * 32}
+    cache.put("a" * 32, "plan", {"structure": structure})
     return "a" * 32
 
 
@@ -326,7 +348,7 @@ def test_built_engines_come_first_with_a_name(
     engine = Engines(builder).listing()[0]
     assert engine["id"] == engine["structure"] == built
     assert (engine["source"], engine["deletable"]) == ("built", True)
-    assert engine["title"] == "UNet of no published family (aaaaaa)"
+    assert engine["title"] == "UNet of no published family (bbbbbb)"
     assert engine["bytes"] == cache.entries()[0].bytes
     assert engine["last_used"] == used == cache.entries()[0].used  # looking is not using
 

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from ... import __version__
-from ...cache import DiskCache
+from ...cache import DiskCache, Entry
 from ...compiler import SHIPPED, open_cache, shipped_plan
 from ...errors import InvalidPlan
 from ...models import FAMILIES, Family, parameters
@@ -115,6 +115,7 @@ class Builder:
         self._slot = threading.Lock()  # held by the one build that runs
         self._plans: dict[str, Plan] = {}
         self._builds: dict[str, _Build] = {}
+        self._shapes: dict[str, str | None] = {}  # graph_key -> shape_key, of files in the cache
 
     def find(self, structure: Structure) -> Plan | None:
         """The plan at hand: in memory, shipped or cached. Builds nothing."""
@@ -189,6 +190,25 @@ class Builder:
                     "error": failure["error"],
                 }
         return list(found.values())[::-1]
+
+    def known_shapes(self) -> dict[str, str]:
+        """shape_key -> graph_key, of every build of this process and every file in the cache.
+
+        Of a network of no published family, a checkpoint's file gives the shape_key alone.
+        """
+        found = {}
+        for entry in self.cache.entries():
+            if entry.kind not in (PLAN, FAILURE) or entry.version != self.cache.version:
+                continue
+            if entry.key not in self._shapes:
+                self._shapes[entry.key] = _shape_key_of(entry)
+            shape_key = self._shapes[entry.key]
+            if shape_key is not None:
+                found[shape_key] = entry.key
+        with self._lock:
+            for key, build in self._builds.items():
+                found[build.structure.shape_key] = key
+        return found
 
     def is_cached(self, graph_key: str) -> bool:
         """Whether there is a file of this plan; it is not read."""
@@ -284,7 +304,12 @@ class Builder:
         key = _key(build.structure)
         try:
             if build.plan is None and result["kind"] in ("unsupported", "failed"):
-                failure = {"error": result["error"], "title": build.title, "versions": versions()}
+                failure = {
+                    "error": result["error"],
+                    "title": build.title,
+                    "shape_key": build.structure.shape_key,
+                    "versions": versions(),
+                }
                 self.cache.put(key, FAILURE, failure)
             with self._lock:
                 if build.plan is not None:
@@ -414,7 +439,16 @@ def title_of(structure: Structure) -> str:
         if family.name == structure.family:
             return family.title
     kind = {"unet": "UNet", "controlnet": "ControlNet"}.get(structure.kind, "network")
-    return f"{kind} of no published family ({str(structure.graph_key or structure.shape_key)[:6]})"
+    return f"{kind} of no published family ({structure.shape_key[:6]})"
+
+
+def _shape_key_of(entry: Entry) -> str | None:
+    """The shape_key in a plan's or a failure's file, which this does not mark as used."""
+    try:
+        body = json.loads(entry.path.read_bytes())["body"]
+        return str((body["structure"] if entry.kind == PLAN else body)["shape_key"])
+    except (KeyError, OSError, TypeError, ValueError):
+        return None
 
 
 def versions() -> dict[str, str]:

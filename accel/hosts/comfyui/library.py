@@ -77,6 +77,7 @@ class Facts:
     family: str | None = None
     title: str | None = None
     graph_key: str | None = None
+    shape_key: str | None = None
     problem: str | None = None
 
 
@@ -110,11 +111,15 @@ class Library:
                 unknown = unknown or self._stale(path, stamp)
         scanning = unknown and self._read_headers([path for *_, path, _ in found], wait_seconds)
         badges: dict[str, tuple[str, str | None]] = {}
+        shapes: dict[str, str] = {}
+        with contextlib.suppress(OSError):  # of the cache: the files can be listed without it
+            shapes = self._builder.known_shapes()
         entries = []
         for folder, name, path, stamp in found:
             facts = self._known(path, stamp)
             if facts is not None:
-                entries.append({"name": name, "folder": folder, **self._entry(facts, badges)})
+                entry = self._entry(facts, badges, shapes)
+                entries.append({"name": name, "folder": folder, **entry})
         return entries, scanning
 
     def _list(self, folder: str) -> list[str]:
@@ -169,20 +174,21 @@ class Library:
                 del self._facts[path]
 
     def _entry(
-        self, facts: Facts, badges: dict[str, tuple[str, str | None]]
+        self, facts: Facts, badges: dict[str, tuple[str, str | None]], shapes: dict[str, str]
     ) -> dict[str, str | None]:
         badge = "build"
         why = facts.problem
+        graph_key = facts.graph_key or shapes.get(facts.shape_key or "")
         if facts.kind == "":
             badge = "unreadable"
         elif facts.kind == "module":
             badge = "unsupported"
-        elif facts.graph_key is None:
+        elif graph_key is None:
             why = "of no published family: its engine is made at the first use"
         else:
-            if facts.graph_key not in badges:
-                badges[facts.graph_key] = self._badge(facts.graph_key)
-            badge, why = badges[facts.graph_key]
+            if graph_key not in badges:
+                badges[graph_key] = self._badge(graph_key)
+            badge, why = badges[graph_key]
         return {"family": facts.family, "title": facts.title, "badge": badge, "why": why}
 
     def _badge(self, graph_key: str) -> tuple[str, str | None]:
@@ -214,7 +220,13 @@ def facts_of(path: str) -> Facts:
         return Facts("", problem=f"the file cannot be read: {type(error).__name__}")
     if structure.kind == "module":
         return Facts("module", problem="it holds no UNet or ControlNet of Stable Diffusion")
-    return Facts(structure.kind, structure.family, title_of(structure), structure.graph_key)
+    return Facts(
+        structure.kind,
+        structure.family,
+        title_of(structure),
+        structure.graph_key,
+        structure.shape_key,
+    )
 
 
 class Engines:
@@ -319,7 +331,7 @@ def _cached_title(entry: Entry) -> tuple[str | None, str]:
         structure = json.loads(entry.path.read_bytes())["body"]["structure"]
         config = UNetConfig.from_json(structure["config"])
         family = structure["family"]
-        found = Structure(config.kind, family, {}, config, entry.key, "")
+        found = Structure(config.kind, family, {}, config, entry.key, structure["shape_key"])
         return family, title_of(found)
     except (KeyError, OSError, TypeError, ValueError):
         return None, f"a damaged file ({entry.key[:6]})"
