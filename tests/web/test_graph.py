@@ -333,8 +333,6 @@ def test_badge_says_what_the_node_runs_on(desk: Desk, vue: bool) -> None:
             badge.wait_for()
         elif not vue:
             assert drawn(desk, expected)
-        if state in ("engine", "host"):
-            desk.picture(f"badge-{state}-{'vue' if vue else 'canvas'}")
     desk.set("Switchyard.Node.Badge", False)
     assert badges(desk, node) == []
     desk.set("Switchyard.Node.Badge", True)

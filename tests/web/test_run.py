@@ -178,6 +178,7 @@ def test_from_search_to_deletion(desk: Desk, server: Server) -> None:
     )
     finished(desk, server, before, 240)
     desk.until(lambda: " dB" in " ".join(badges(desk, node)))
+    desk.run("() => app.extensionManager.toast.removeAll?.()")
     desk.picture("compared")
 
     # Chinese, the node's texts included.
@@ -186,9 +187,10 @@ def test_from_search_to_deletion(desk: Desk, server: Server) -> None:
         panel = desk.open_panel()
         panel.get_by_text("累计节省的时间").wait_for()
         assert badges(desk, node)[0].startswith("引擎")
-        desk.picture("chinese")
         desk.open()  # titles of nodes are translated when the page is loaded
         desk.wait(f"() => LiteGraph.createNode('{NODE}').title === '加速模型'")
+        desk.open_panel().get_by_text("累计节省的时间").wait_for()
+        desk.picture("chinese")
     finally:
         desk.set("Comfy.Locale", "en")
 
