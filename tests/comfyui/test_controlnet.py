@@ -431,6 +431,20 @@ def test_out_of_memory_in_mid_run_goes_on_natively(load, net, monkeypatch, lines
     assert forwards() == [4]
 
 
+@pytest.mark.parametrize("where", ["choosing", "running"])
+def test_an_error_that_nobody_foresaw_costs_the_speed_alone(
+    where, load, net, monkeypatch, lines, caplog
+):
+    model, control = load(), net()
+    expected = sample(model, *applied(prompts(), control))
+    name = "why_not" if where == "choosing" else "bind_call"
+    conds = applied(prompts(), accelerate_controlnet(control, WAIT))
+    monkeypatch.setattr(controlnet, name, lambda *_: {}["nothing"])
+    assert relative_error(sample(model, *conds), expected) < TOLERANCE
+    assert lines[-1][0] == "host" and "KeyError" in lines[-1][1]
+    assert "the engine failed unexpectedly" in caplog.text
+
+
 def test_an_accelerated_model_reports_the_nets_reasons(load, net, monkeypatch):
     model = accelerate(load(), Options(wait=True))
     fast = accelerate_controlnet(net(), WAIT)

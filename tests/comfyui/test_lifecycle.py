@@ -13,10 +13,12 @@ import comfy.utils
 import pytest
 import torch
 
+from accel.hosts.comfyui import decide
 from accel.hosts.comfyui import run as running
+from accel.hosts.comfyui.decide import Reason
 from accel.hosts.comfyui.journal import journal
 from accel.hosts.comfyui.patcher import accelerate, accelerated
-from accel.hosts.comfyui.pool import pool
+from accel.hosts.comfyui.pool import NetworkPatcher, pool
 from accel.hosts.comfyui.run import Acceleration, Options
 
 from .checkpoints import ensure
@@ -29,6 +31,7 @@ CLOSE = 1e-4
 @pytest.fixture(autouse=True)
 def nothing_loaded():
     yield
+    decide._learned.clear()  # the tests' wrappers share their code
     management.unload_all_models()
     gc.collect()
     management.cleanup_models_gc()
@@ -217,6 +220,94 @@ def test_a_call_that_the_engine_does_not_know_goes_on_natively(load, prompt):
     assert on_engine() and plain.model.model_loaded_weight_memory == 0
 
 
+def test_leaving_the_engine_beside_a_model_that_is_gone(load, prompt):
+    fast = accelerate(load(), Options(wait=True))
+    expected = sample(fast, *prompt)
+    other = load(letter="b")
+    management.load_models_gpu([other])
+    kept = other.model  # somebody holds the network, while its patcher is gone
+    del other
+    gc.collect()
+    assert None in management.loaded_models(only_currently_used=True)
+
+    def patch(args, kwargs):
+        kwargs.get("transformer_options", args[5] if len(args) > 5 else None)["unheard_of"] = [1]
+
+    assert relative_error(sample(in_step(fast, 2, patch), *prompt), expected) < CLOSE
+    assert last().mode == "mixed"
+    del kept
+
+
+def test_the_threads_of_two_devices_leave_the_engine_together(load, prompt, monkeypatch):
+    fast = accelerate(load(), Options(wait=True))
+    expected = sample(fast, *prompt)
+    own, loads = fast.acceleration, []
+    original = management.load_models_gpu
+
+    def load_models(models, *args, **kwargs):
+        loads.append([model for model in models if not hasattr(model, "plan")])
+        return original(models, *args, **kwargs)
+
+    def leave(args, _):
+        monkeypatch.setattr(management, "load_models_gpu", load_models)
+        for reason in ("one device's", "another device's"):
+            own._go_native(own.sampling, Reason(reason), args[0])
+
+    left = in_step(fast, 2, leave)
+    assert relative_error(sample(left, *prompt), expected) < CLOSE
+    assert len(loads) == 1 and left in loads[0]
+    assert [reason["text"] for reason in last().reasons] == ["one device's", "another device's"]
+
+
+def test_another_sampling_within_one_leaves_its_loras_to_itself(load, prompt, lora):
+    fast, other = (accelerate(load(), Options(wait=True)) for _ in range(2))
+    expected = sample(fast, *prompt)
+    patched = with_loras(other, (lora("1"), 1.0))
+    nested = in_step(fast, 2, lambda *_: sample(patched, *prompt))
+    assert torch.equal(sample(nested, *prompt), expected)
+    assert on_engine()
+
+
+def test_a_wrapper_may_name_the_arguments(load, prompt):
+    fast = accelerate(load(), Options(wait=True))
+    expected = sample(fast, *prompt)
+
+    def wrapper(executor, x, timesteps, context, y, control, transformer_options, **rest):
+        named = {"y": y, "control": control, "transformer_options": transformer_options}
+        return executor(x=x, timesteps=timesteps, context=context, **named, **rest)
+
+    named = fast.clone()
+    named.add_wrapper_with_key("diffusion_model", "another pack", wrapper)
+    assert torch.equal(sample(named, *prompt), expected)
+    assert on_engine()
+
+
+def test_the_models_own_weights_leave_before_the_engine_comes(load, prompt, monkeypatch):
+    plain = load()
+    fast = accelerate(plain, Options(wait=True))
+    sample(plain, *prompt)
+    assert plain.model.model_loaded_weight_memory > 0
+    original, beside = NetworkPatcher.partially_load, []
+
+    def partially_load(self, *args, **kwargs):
+        beside.append(plain.model.model_loaded_weight_memory)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(NetworkPatcher, "partially_load", partially_load)
+    sample(fast, *prompt)
+    assert on_engine() and beside == [0]
+
+
+def test_unloading_brings_no_weights_to_the_device(load, prompt):
+    plain = load()
+    fast = accelerate(plain, Options(wait=True))
+    sample(fast, *prompt)
+    fast.offload_device = torch.device("meta")  # the device itself, with --highvram
+    management.unload_all_models()
+    assert next(plain.model.diffusion_model.parameters()).device == torch.device("cpu")
+    assert fast.offload_device == torch.device("meta")
+
+
 def test_an_interrupt_ends_the_run_and_harms_nothing(load, prompt):
     fast = accelerate(load(), Options(wait=True))
     expected = sample(fast, *prompt)
@@ -343,6 +434,19 @@ def test_comparing_tells_how_close_and_keeps_the_picture(load, prompt, caplog):
     assert last().speedup is not None
 
 
+def test_a_comparison_that_fails_costs_no_picture(load, prompt, caplog, monkeypatch):
+    fast = accelerate(load(), Options(wait=True))
+    expected = sample(fast, *prompt)
+    fast.acceleration.options.compare = True
+
+    def full(*_):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(running, "psnr", full)
+    assert torch.equal(sample(fast, *prompt), expected)
+    assert "not compared: the device has no memory left" in caplog.text
+
+
 def test_accelerating_twice_is_accelerating_once(load, prompt):
     fast = accelerate(load(), Options(wait=True))
     twice = accelerate(fast, Options(wait=True))
@@ -352,10 +456,11 @@ def test_accelerating_twice_is_accelerating_once(load, prompt):
     assert twice.acceleration is not fast.acceleration
 
 
-def test_an_error_that_nobody_foresaw_costs_the_speed_alone(load, prompt, monkeypatch):
+@pytest.mark.parametrize("function", ["bind_call", "why_host_run"])
+def test_an_error_that_nobody_foresaw_costs_the_speed_alone(function, load, prompt, monkeypatch):
     plain = load()
     fast = accelerated(plain, Acceleration(Options(wait=True)))
     expected = sample(plain, *prompt)
-    monkeypatch.setattr(running, "bind_call", lambda *_: {}["nothing"])
+    monkeypatch.setattr(running, function, lambda *_: {}["nothing"])
     assert torch.equal(sample(fast, *prompt), expected)
     assert last().mode == "host" and "KeyError" in last().reasons[0]["text"]

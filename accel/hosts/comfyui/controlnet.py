@@ -20,7 +20,7 @@ import comfy.model_management as management
 import torch
 from torch import nn
 
-from ...errors import OutOfMemory, SwitchyardError, UnsupportedModel
+from ...errors import UnsupportedModel
 from ...models import unsupported_state
 from ...models.calls import bind_call
 from ...plan.schema import Plan
@@ -30,7 +30,7 @@ from ...structure import Structure, structure_of
 from .builder import builder
 from .journal import journal
 from .pool import NetworkPatcher, pool
-from .run import KEY, PRECISIONS, Options, Sampling, prompt_key
+from .run import KEY, PRECISIONS, Options, Sampling, prompt_key, reason_of
 from .weights import PatchedSource, identity
 
 logger = logging.getLogger(__name__)
@@ -247,7 +247,12 @@ class EngineMixin:
     def get_models(self: Any) -> list[Any]:
         """What a sampling has to load: the engine in place of the network."""
         models = comfy.controlnet.ControlBase.get_models(self)
-        self.switchyard_part = part = _choose(self)
+        try:
+            part = _choose(self)
+        except Exception as error:
+            part = None
+            self.switchyard_line.show("host", f"host's path: {reason_of(error).text}")
+        self.switchyard_part = part
         return [*models, self.control_model_wrapped if part is None else part.engine]
 
     def pre_run(self: Any, model: Any, percent_to_timestep_function: Any) -> None:
@@ -301,8 +306,8 @@ class _StandIn:
         if not part.native:
             try:
                 result = part.run(args, kwargs, self._key(kwargs.get("hint")))
-            except (SwitchyardError, torch.OutOfMemoryError) as error:
-                self._leave_engine(_one_line(error))
+            except Exception as error:
+                self._leave_engine(reason_of(error).text)
             else:
                 net.switchyard_line.show("engine", "engine")
                 return result
@@ -369,9 +374,3 @@ def _leave_device(patcher: Any) -> None:
         patcher.partially_unload(None, 1e32)
     elif any(parameter.device != CPU for parameter in patcher.model.parameters()):
         patcher.unpatch_model(CPU, unpatch_weights=True)
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError) and not isinstance(error, OutOfMemory):
-        return "the device has no memory left"
-    return str(error).split("\n", 1)[0]

@@ -57,14 +57,30 @@ class EngineMixin:
             self.patch_model(load_weights=False)
         return 0
 
-    def unload_weights(self: Any) -> None:
-        """Take the weights off the device, unpatched, wherever the host would leave them."""
+    def detach(self: Any, unpatch_all: bool = True) -> Any:
+        """As the host does, but what the engine took off the device stays off.
+
+        With --highvram the device is also where the host puts weights that it unloads.
+        """
+        offload_device = self.offload_device
+        if unpatch_all and not self._weights_loaded():
+            self.offload_device = CPU
+        try:
+            return super().detach(unpatch_all)  # type: ignore[misc]
+        finally:
+            self.offload_device = offload_device
+
+    def _weights_loaded(self: Any) -> bool:
         model = self.model
         loaded = model.model_loaded_weight_memory > 0 or model.model_lowvram or self.backup
+        return bool(loaded) or next(model.diffusion_model.parameters()).device != CPU
+
+    def unload_weights(self: Any) -> None:
+        """Take the weights off the device, unpatched, wherever the host would leave them."""
         if hasattr(self, "is_dynamic") and self.is_dynamic():
             # Pages of the device, and the small weights beside them; the file stays mapped.
             self.partially_unload(None, 1e32)
-        elif loaded or next(model.diffusion_model.parameters()).device != CPU:
+        elif self._weights_loaded():
             self.unpatch_model(CPU, unpatch_weights=True)
 
 

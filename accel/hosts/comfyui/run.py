@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -75,6 +76,13 @@ class Binding:
     patcher: Any
     engine: NetworkPatcher
     seat: Seat
+    source: Any
+
+    @classmethod
+    def of(cls, patcher: Any, engine: NetworkPatcher) -> tuple[Binding, float]:
+        """With the weights brought in, and the milliseconds that it took."""
+        seat, ms = bring_in(patcher, engine)
+        return cls(patcher, engine, seat, seat.source), ms
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: object | None) -> Tensor:
         """The denoiser's forward on the engine.
@@ -84,8 +92,11 @@ class Binding:
         config = self.engine.structure.config
         assert config is not None
         bound = bind_call(config, "comfyui", *_without_attention(args, kwargs))
-        if not self.engine.holds(self.seat):  # evicted by what the host loaded in mid-run
+        # In mid-run the host may have loaded what evicted it, and another sampling of the same file
+        # may have put other LoRAs on it.
+        if not self.engine.holds(self.seat) or self.seat.source is not self.source:
             self.seat, _ = bring_in(self.patcher, self.engine)
+            self.source = self.seat.source
         result: Tensor = bound.finish(self.engine.run(self.seat, bound.inputs, key))
         return result
 
@@ -123,6 +134,7 @@ class Acceleration:
         self.options = options
         self._samplings: list[Sampling] = []
         self._said: set[str] = set()
+        self._leaving = threading.Lock()
 
     def __deepcopy__(self, memo: Any) -> Acceleration:
         return self  # older hosts copy options deeply, bound methods among them
@@ -148,9 +160,14 @@ class Acceleration:
         if self.options.compare and sampling.run.engine_calls:
             self.options.compare = False
             guider.conds = conds
-            with self._compared() as host:
-                expected = executor(*args, **kwargs)
-            self._tell_comparison(sampling, host, result, expected)
+            try:
+                with self._compared() as host:
+                    expected = executor(*args, **kwargs)
+                self._tell_comparison(sampling, host, result, expected)
+            except Exception as error:  # the picture is there
+                line = f"{status_line(sampling.run)} · not compared: {reason_of(error).text}"
+                logger.warning("%s: %s", self.options.title, line)
+                journal().status(self.options.node_id, "engine", line)
         return result
 
     @contextmanager
@@ -202,24 +219,34 @@ class Acceleration:
         if sampling is None:  # a caller that goes around the sampler
             return executor(model, noise_shape, conds, *args, **kwargs)
         sampling.options = options = kwargs.get("model_options", args[0] if args else None) or {}
-        self._describe(sampling, model, conds)
-        engine = self._engine_for(sampling, model, options, conds, noise_shape)
+        engine = self._decide(sampling, model, options, conds, noise_shape)
         if engine is not None:
             sampling.on_engine, sampling.engine = True, engine
             sampling.graphs_before = engine.graphs_captured()
             model.set_additional_models(KEY, [engine])
             try:
+                _make_room(model)
                 prepared = executor(model, noise_shape, conds, *args, **kwargs)
                 self._bind(sampling, model, prepared[2])
                 self._start(sampling)
                 return prepared
             except Exception as error:
-                sampling.why(_reason(error))
+                sampling.why(reason_of(error))
                 self._leave_engine(sampling)
             finally:
                 model.remove_additional_models(KEY)
         self._start(sampling)
         return executor(model, noise_shape, conds, *args, **kwargs)
+
+    def _decide(
+        self, sampling: Sampling, model: Any, options: Any, conds: Any, noise_shape: Any
+    ) -> NetworkPatcher | None:
+        try:
+            self._describe(sampling, model, conds)
+            return self._engine_for(sampling, model, options, conds, noise_shape)
+        except Exception as error:
+            sampling.why(reason_of(error))
+            return None
 
     def _describe(self, sampling: Sampling, model: Any, conds: Any) -> None:
         run = sampling.run
@@ -273,15 +300,17 @@ class Acceleration:
         for patcher in [model, *loaded]:
             if getattr(patcher, "acceleration", None) is not self:
                 continue
+            if id(patcher.model.diffusion_model) in sampling.bindings:
+                continue  # of clones that share a network the host loads the one that samples last
             engine = next(
                 other
                 for other in [sampling.engine, *engines]
                 if other.load_device == patcher.load_device
                 and other.clone_base_uuid == sampling.engine.clone_base_uuid
             )
-            seat, ms = bring_in(patcher, engine)
+            binding, ms = Binding.of(patcher, engine)
             sampling.run.swaps_ms += ms
-            sampling.bindings[id(patcher.model.diffusion_model)] = Binding(patcher, engine, seat)
+            sampling.bindings[id(patcher.model.diffusion_model)] = binding
 
     def _start(self, sampling: Sampling) -> None:
         """Say once why this run is not on the engine."""
@@ -348,7 +377,8 @@ class Acceleration:
         sampling = self.sampling
         if sampling is None:
             return original(*args, **kwargs)
-        dims = tuple(args[0].shape)
+        x = args[0] if args else kwargs["x"]
+        dims = tuple(x.shape)
         binding = sampling.bindings.get(id(module))
         if binding is not None:
             management.throw_exception_if_processing_interrupted()
@@ -361,27 +391,38 @@ class Acceleration:
             except UnsupportedModel as error:
                 given = _transformer_options(args, kwargs)
                 learn(binding.patcher, sampling.options)
-                reason = why_host_call(given, kwargs) or _reason(error)
-                self._go_native(sampling, reason, args[0])
+                reason = why_host_call(given, kwargs) or reason_of(error)
+                self._go_native(sampling, reason, x)
             except Exception as error:
-                self._go_native(sampling, _reason(error), args[0])
+                self._go_native(sampling, reason_of(error), x)
             else:
                 sampling.calls.append(("engine", dims, started))
                 return result
+        if sampling.engine is not None:
+            with self._leaving:  # another device's thread may be loading what this one needs
+                pass
         sampling.calls.append(("host", dims, time.perf_counter()))
         return original(*args, **kwargs)
 
     def _go_native(self, sampling: Sampling, reason: Reason, x: Tensor) -> None:
         """In mid-run: load the host's own weights, for the rest of it."""
-        patchers = [binding.patcher for binding in sampling.bindings.values()]
         sampling.why(reason)
-        self._leave_engine(sampling)
-        logger.warning("%s goes on without its engine: %s", self.options.title, reason.text)
-        journal().status(self.options.node_id, "host", f"host's path: {reason.text}")
-        used = management.loaded_models(only_currently_used=True)
-        others = [m for m in used if not isinstance(m, NetworkPatcher) and m not in patchers]
-        memory = patchers[0].memory_required(list(x.shape))
-        management.load_models_gpu([*patchers, *others], memory_required=memory)
+        with self._leaving:
+            patchers = [binding.patcher for binding in sampling.bindings.values()]
+            if not patchers:  # another device's thread was here first, and has loaded for all
+                return
+            self._leave_engine(sampling)
+            logger.warning("%s goes on without its engine: %s", self.options.title, reason.text)
+            journal().status(self.options.node_id, "host", f"host's path: {reason.text}")
+            used = management.loaded_models(only_currently_used=True)
+            # The host's list may name models that are gone, as None.
+            others = [
+                m
+                for m in used
+                if m is not None and not isinstance(m, NetworkPatcher) and m not in patchers
+            ]
+            memory = patchers[0].memory_required(list(x.shape))
+            management.load_models_gpu([*patchers, *others], memory_required=memory)
 
 
 def bring_in(patcher: Any, engine: NetworkPatcher) -> tuple[Seat, float]:
@@ -406,6 +447,18 @@ def psnr(image: Tensor, reference: Tensor) -> float:
     error = (image.double() - reference.double()).square().mean().item()
     peak = (reference.max() - reference.min()).double().item()
     return min(200.0, 10 * math.log10(peak * peak / error)) if error and peak else 200.0
+
+
+def _make_room(model: Any) -> None:
+    """Take the model's own weights off the device, before the host loads the engine.
+
+    The host loads first what a model brings along, so both would be there for a moment. A network
+    that something is injected into is left to the host, which ejects that before it comes to it.
+    """
+    sharing = [other for other in management.loaded_models() if model.is_clone(other)]
+    if model.loaded_size() > 0 and not any(other.is_injected for other in sharing):
+        model.unload_weights()
+        management.soft_empty_cache()
 
 
 def _too_small(model: Any, plan: Plan, dtype: torch.dtype, noise_shape: Any) -> Reason | None:
@@ -513,7 +566,7 @@ def _count(sampling: Sampling, end: float) -> None:
         sampling.run.call(path, {"width": width * 8, "height": height * 8, "batch": batch}, ms)
 
 
-def _reason(error: Exception) -> Reason:
+def reason_of(error: Exception) -> Reason:
     """Why an error sends a run to the host's path. The user's interrupt is raised again.
 
     An error that nobody foresaw costs the speed, not the picture; the log has all of it.
