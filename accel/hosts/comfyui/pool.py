@@ -269,7 +269,11 @@ class Pool:
 
 
 def _described(patcher: NetworkPatcher) -> dict[str, Any]:
-    network = patcher.network
+    with patcher.lock:  # the panel asks from another thread, while sizes come and go
+        return _description(patcher, patcher.network)
+
+
+def _description(patcher: NetworkPatcher, network: Network | None) -> dict[str, Any]:
     return {
         "graph_key": patcher.structure.graph_key,
         "family": patcher.structure.family,
