@@ -33,7 +33,7 @@ CHECKS = (
     ("ruff check", ["ruff", "check", "."]),
     ("ruff format", ["ruff", "format", "--check", "."]),
     ("mypy", ["mypy"]),
-    ("pytest", ["pytest"]),
+    ("pytest", ["pytest", "-n", "2", "--dist", "loadgroup"]),
 )
 HELP = """usage: install.py [demo | test] [arguments ...]
 

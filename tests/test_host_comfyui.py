@@ -13,17 +13,26 @@ from comfyui.server import Installation, environment, installations, why_not
 _ROOT = Path(__file__).parents[1]
 
 
+_FILES = sorted(path.name for path in (_ROOT / "tests" / "comfyui").glob("test_*.py"))
+
+
 @pytest.fixture(scope="session")
-def test_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints that all the versions share."""
-    return tmp_path_factory.mktemp("comfyui-models")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints and engines that all files and versions share, whichever worker runs them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return folder / "comfyui"
 
 
 @pytest.mark.comfyui
 @pytest.mark.parametrize(
     "installation", installations(), ids=lambda installation: installation.version
 )
-def test_inside_comfyui(installation: Installation, test_models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", _FILES)
+def test_inside_comfyui(
+    installation: Installation, file: str, shared: Path, tmp_path: Path
+) -> None:
     reason = why_not(installation)
     if reason is not None:
         pytest.skip(reason)
@@ -31,11 +40,20 @@ def test_inside_comfyui(installation: Installation, test_models: Path, tmp_path:
     for name in [name for name in variables if name.startswith("PYTEST_")]:
         del variables[name]  # of the run around this one
     variables["COMFYUI_ROOT"] = str(installation.root)
-    variables["COMFYUI_TEST_MODELS"] = os.environ.get("COMFYUI_TEST_MODELS", str(test_models))
+    variables["SWITCHYARD_CACHE_DIR"] = variables["COMFYUI_TEST_CACHE"] = str(shared / "cache")
+    variables["COMFYUI_TEST_MODELS"] = os.environ.get("COMFYUI_TEST_MODELS", str(shared / "models"))
     done = subprocess.run(
         [
             installation.python,
-            *("-m", "pytest", "tests/comfyui", "-q", "-p", "no:cacheprovider", "--tb=short"),
+            *(
+                "-m",
+                "pytest",
+                f"tests/comfyui/{file}",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "--tb=short",
+            ),
             f"--basetemp={tmp_path / 'inside'}",
         ],
         cwd=_ROOT,

@@ -88,5 +88,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Ite
     assert _COMFYUI is not None
     installation = Installation(Path(_COMFYUI).expanduser(), Path(sys.executable))
     folder = tmp_path_factory.mktemp("server")
-    with Server(installation, folder, models=models_folder) as running:
+    cache = os.environ.get("COMFYUI_TEST_CACHE")
+    variables = {"SWITCHYARD_CACHE_DIR": cache} if cache else {}
+    with Server(installation, folder, models=models_folder, variables=variables) as running:
         yield running

@@ -14,6 +14,13 @@ from . import browser as chrome
 from .browser import Desk
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker for this folder: a server and a browser are enough."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.xdist_group("web"))
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Chromium."""
