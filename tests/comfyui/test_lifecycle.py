@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import comfy.hooks
 import comfy.model_management as management
 import comfy.sample
 import comfy.samplers
@@ -388,6 +389,28 @@ def test_a_prompt_is_computed_once_in_a_run_and_never_kept_over_a_change(load, p
     expected = sample(in_step(plain, 2, louder), *prompt)
     assert relative_error(sample(in_step(fast, 2, louder), *prompt), expected) < CLOSE
     assert counters.prompt_hits == before
+
+
+def test_a_wrapper_that_comes_with_a_hook_may_change_the_prompt(load):
+    def prompts():
+        steps = []
+
+        def louder(executor, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
+            steps.append(1)
+            return executor(x, t, c_concat, c_crossattn * len(steps), *args, **kwargs)
+
+        wrappers = {"apply_model": {"another pack": [louder]}}
+        group = comfy.hooks.HookGroup()
+        scope = comfy.hooks.EnumHookScope.HookedOnly
+        group.add(comfy.hooks.TransformerOptionsHook({"wrappers": wrappers}, scope))
+        both = [conditioning(KIND, seed)[0] for seed in (1, 2)]
+        return [[[context, {**extra, "hooks": group}]] for context, extra in both]
+
+    plain = load()
+    fast = accelerate(plain, Options(wait=True))
+    expected = sample(plain, *prompts())
+    assert relative_error(sample(fast, *prompts()), expected) < CLOSE
+    assert on_engine()
 
 
 def test_a_guider_that_samples_again_at_another_size_has_another_prompt(load):

@@ -496,10 +496,8 @@ def _see_prompts(sampling: Sampling, conds: Any, options: Any) -> None:
     # These stand between the conditioning and the network, and may change what arrives there.
     replaced = ("model_function_wrapper", "sampler_calc_cond_batch_function")
     wrappers = (options.get("transformer_options") or {}).get("wrappers") or {}
-    sampling.prompts_vouched = (
-        not any(options.get(name) for name in replaced)
-        and not any((wrappers.get("apply_model") or {}).values())
-        and _only_ours(wrappers.get("calc_cond_batch"))
+    sampling.prompts_vouched = not any(options.get(name) for name in replaced) and _only_ours(
+        wrappers.get("calc_cond_batch")
     )
     for given in conds:
         for cond in given or ():
@@ -525,7 +523,9 @@ def _key(sampling: Sampling, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 def prompt_key(sampling: Sampling, options: Mapping[str, Any]) -> object | None:
     """What vouches for an unchanged prompt: this sampling's conds that make up the batch."""
     uuids = options.get("uuids")
-    if not sampling.prompts_vouched or not uuids:
+    # Hooks on the conditioning bring wrappers of their own: the call has all there are.
+    outside = ((options.get("wrappers") or {}).get("apply_model") or {}).values()
+    if not sampling.prompts_vouched or not uuids or any(outside):
         return None
     if any(sampling.prompts.get(uuid) is None for uuid in uuids):
         return None
