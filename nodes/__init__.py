@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from comfy_api.latest import ComfyExtension, io
 
 from .accelerate import AccelerateControlNet, AccelerateModel
@@ -14,8 +17,12 @@ class SwitchyardExtension(ComfyExtension):  # type: ignore[misc]
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes, in the order of the menu. The routes start here: older hosts call no more."""
-        from ..accel.hosts.comfyui import panel
-
+        try:
+            from ..accel.hosts.comfyui import panel
+        except ModuleNotFoundError as error:
+            file = Path(__file__).parents[1] / "requirements.txt"
+            text = f'{error}; to install it: "{sys.executable}" -m pip install -r "{file}"'
+            raise ModuleNotFoundError(text, name=error.name) from None
         panel.start()
         return [
             AccelerateModel,

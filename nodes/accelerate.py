@@ -11,8 +11,11 @@ from .schema import schema
 WAITING = ["don't wait", "wait"]
 
 FIRST_RUN = {
+    "options": WAITING,
+    "default": WAITING[0],
+    "optional": True,  # prompts written by hand may leave it out
     "tooltip": "What happens when this network structure has no engine yet: render on ComfyUI's "
-    "own path while it is built in the background, or wait for it."
+    "own path while it is built in the background, or wait for it.",
 }
 
 
@@ -32,10 +35,11 @@ class AccelerateModel(io.ComfyNode):  # type: ignore[misc]
             search_aliases=["switchyard", "speed up", "faster", "accelerate", "engine", "tensorrt"],
             inputs=[
                 io.Model.Input("model"),
-                io.Combo.Input("first_run", options=WAITING, default=WAITING[0], **FIRST_RUN),
+                io.Combo.Input("first_run", **FIRST_RUN),
                 io.Boolean.Input(
                     "compare_once",
                     default=False,
+                    optional=True,
                     tooltip="Repeat the next sampling on ComfyUI's own path, and say how close "
                     "the engine is.",
                 ),
@@ -45,7 +49,9 @@ class AccelerateModel(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def execute(cls, model: Any, first_run: str, compare_once: bool) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, first_run: str = WAITING[0], compare_once: bool = False
+    ) -> io.NodeOutput:
         """The accelerated MODEL; the same MODEL where it is not supported, with the reason."""
         from ..accel.hosts.comfyui.patcher import accelerate
         from ..accel.hosts.comfyui.run import Options
@@ -74,14 +80,14 @@ class AccelerateControlNet(io.ComfyNode):  # type: ignore[misc]
             search_aliases=["switchyard", "speed up", "faster", "controlnet"],
             inputs=[
                 io.ControlNet.Input("control_net"),
-                io.Combo.Input("first_run", options=WAITING, default=WAITING[0], **FIRST_RUN),
+                io.Combo.Input("first_run", **FIRST_RUN),
             ],
             outputs=[io.ControlNet.Output()],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
-    def execute(cls, control_net: Any, first_run: str) -> io.NodeOutput:
+    def execute(cls, control_net: Any, first_run: str = WAITING[0]) -> io.NodeOutput:
         """The accelerated CONTROL_NET; the same where it is not supported, with the reason."""
         from ..accel.hosts.comfyui.controlnet import accelerate_controlnet
         from ..accel.hosts.comfyui.run import Options

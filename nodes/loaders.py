@@ -28,14 +28,14 @@ class LoadCheckpoint(io.ComfyNode):  # type: ignore[misc]
             search_aliases=["switchyard", "load checkpoint", "faster", "model loader"],
             inputs=[
                 io.Combo.Input("ckpt_name", options=folder_paths.get_filename_list("checkpoints")),
-                io.Combo.Input("first_run", options=WAITING, default=WAITING[0], **FIRST_RUN),
+                io.Combo.Input("first_run", **FIRST_RUN),
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, ckpt_name: str, first_run: str) -> io.NodeOutput:
+    def execute(cls, ckpt_name: str, first_run: str = WAITING[0]) -> io.NodeOutput:
         """MODEL, CLIP, VAE."""
         from ..accel.hosts.comfyui.loaders import load_checkpoint
 
@@ -61,15 +61,19 @@ class LoadDiffusionModel(io.ComfyNode):  # type: ignore[misc]
                 io.Combo.Input(
                     "unet_name", options=folder_paths.get_filename_list("diffusion_models")
                 ),
-                io.Combo.Input("weight_dtype", options=PRECISIONS, default=PRECISIONS[0]),
-                io.Combo.Input("first_run", options=WAITING, default=WAITING[0], **FIRST_RUN),
+                io.Combo.Input(
+                    "weight_dtype", options=PRECISIONS, default=PRECISIONS[0], optional=True
+                ),
+                io.Combo.Input("first_run", **FIRST_RUN),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, unet_name: str, weight_dtype: str, first_run: str) -> io.NodeOutput:
+    def execute(
+        cls, unet_name: str, weight_dtype: str = PRECISIONS[0], first_run: str = WAITING[0]
+    ) -> io.NodeOutput:
         """MODEL."""
         from ..accel.hosts.comfyui.loaders import load_diffusion_model
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from .server import ROOT, Server
+from .workflows import Graph
 
 PARTS = ("__init__.py", "accel", "example_workflows", "locales", "nodes", "pyproject.toml", "web")
 NODES = {
@@ -43,18 +44,38 @@ def test_it_loads_from_any_folder_quickly_and_quietly(server, tmp_path, models_f
     installed = Server(server.installation, base, models=models_folder, pack=False)
     (base / "custom_nodes" / "testpack").unlink()
     install(base / "custom_nodes" / name)
+    install(base / "custom_nodes" / "incomplete")
+    panel = base / "custom_nodes" / "incomplete" / "accel" / "hosts" / "comfyui" / "panel.py"
+    panel.write_text("import package_that_is_not_there\n")
     with installed:
         assert set(installed.get("/object_info")) >= NODES
         assert installed.get("/switchyard/state")["last_run"] is None
         templates = installed.get("/workflow_templates")[name]
         assert len(templates) == len(set(templates)) == 5
         assert {"en", "zh"} <= set(installed.get("/i18n"))
-        scripts = [path for path in installed.get("/extensions") if path.endswith("/switchyard.js")]
-        assert len(scripts) == 1  # loaded once
+        scripts = [path for path in installed.get("/extensions") if "My%20switch-yard/" in path]
+        assert len([path for path in scripts if path.endswith("/switchyard.js")]) == 1
     said = [line for line in installed.log.splitlines() if name in line or "witchyard" in line]
     (line,) = said  # the host's own
     seconds = re.search(r"([\d.]+) seconds: ", line)
     assert seconds is not None and float(seconds[1]) <= 0.3, line
+    (missing,) = [text for text in installed.log.splitlines() if "package_that" in text]
+    assert "pip install -r" in missing
+
+
+def test_a_prompt_needs_to_set_nothing(server):
+    server.ensure("checkpoints/tiny-sd15-a.safetensors", "controlnet/tiny-sd15-1.safetensors")
+    graph = Graph()
+    name = "tiny-sd15-a.safetensors"
+    loaded = graph.add("SwitchyardLoadCheckpoint", ckpt_name=name)
+    model = graph.add("SwitchyardAccelerate", model=graph.checkpoint("tiny-sd15"))
+    net = graph.add("ControlNetLoader", control_net_name="tiny-sd15-1.safetensors")
+    net = graph.add("SwitchyardAccelerateControlNet", control_net=net)
+    for thing in (loaded, model, net):
+        graph.add("SwitchyardReport", anything=thing)
+    assert server.run(graph.workflow).status == "success"
+    inputs = server.get("/object_info")["SwitchyardLoadDiffusionModel"]["input"]
+    assert list(inputs["required"]) == ["unet_name"]
 
 
 @pytest.fixture
