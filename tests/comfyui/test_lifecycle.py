@@ -181,6 +181,16 @@ def test_freed_memory_comes_back_when_needed(load, prompt):
     assert torch.equal(sample(fast, *prompt), expected)
 
 
+def test_what_the_panel_deletes_is_given_back_to_the_driver(load, prompt, monkeypatch):
+    fast = accelerate(load(), Options(wait=True))
+    sample(fast, *prompt)
+    engine, gone = engine_of(fast), []
+    weights = weakref.ref(engine.network.weights)
+    monkeypatch.setattr(management, "soft_empty_cache", lambda *_: gone.append(weights() is None))
+    pool().forget(engine.structure.graph_key)
+    assert gone == [True]
+
+
 def in_step(model, step, action):
     """The model with a wrapper around each call of the denoiser that acts at one of them."""
     calls = []

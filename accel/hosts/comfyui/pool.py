@@ -131,7 +131,7 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
     def _parts(self) -> list[Any]:
         if self.network is None:
             return []
-        return [self.network.free_parked, self.network.clear_executables, self.free]
+        return [self.network.free_parked, self.network.clear_executables, self._let_go]
 
     def detach(self, unpatch_all: bool = True) -> nn.Module:
         """Free everything on the device, unless the host only means to load it again."""
@@ -152,6 +152,11 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
 
     def free(self) -> None:
         """Give back all memory of the device."""
+        if self._let_go():
+            comfy.model_management.soft_empty_cache()
+
+    def _let_go(self) -> bool:
+        """Hold nothing any more; whether anything was held."""
         with self.lock:
             network, self.network = self.network, None
             for checkpoint in self._checkpoints.values():
@@ -161,6 +166,7 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
                 network.free_parked()
                 network.clear_executables()
                 self.graphs += network.counters.graphs
+            return network is not None
 
     # What a sampling asks of it.
 
