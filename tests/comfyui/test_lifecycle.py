@@ -497,3 +497,16 @@ def test_an_error_that_nobody_foresaw_costs_the_speed_alone(function, load, prom
     monkeypatch.setattr(running, function, lambda *_: {}["nothing"])
     assert torch.equal(sample(fast, *prompt), expected)
     assert last().mode == "host" and "KeyError" in last().reasons[0]["text"]
+
+
+def test_the_samplers_tables_stand_on_the_engines_device(load, prompt, monkeypatch):
+    """From the CPU they would cost a wait for the GPU in every step."""
+    fast = accelerate(load(), Options(wait=True))
+    moved = []
+    tables = fast.model.model_sampling
+    original = type(tables).to
+    monkeypatch.setattr(
+        type(tables), "to", lambda self, *args: moved.append(args) or original(self, *args)
+    )
+    sample(fast, *prompt)
+    assert (fast.load_device,) in moved

@@ -55,6 +55,10 @@ class EngineMixin:
             # What a clone that shares the network put in place of its objects.
             self.unpatch_model(self.offload_device, unpatch_weights=False)
             self.patch_model(load_weights=False)
+            # All but the network: from tables on the CPU the sampler would wait in every step.
+            for child in self.model.children():
+                if child is not self.model.diffusion_model:
+                    child.to(device_to)
         return 0
 
     def detach(self: Any, unpatch_all: bool = True) -> Any:
