@@ -783,9 +783,9 @@ def profiled(server: Server, model: str, width: int, height: int, engine: bool) 
 
 def tour(arguments: argparse.Namespace, model: str, variant: str) -> dict[str, Any]:
     """Ten workflows in one server: captures, memory before and after, first predictions."""
-    import torch
-
     server, row = start(arguments, model, variant)
+    import torch  # not before ComfyUI, which chooses its allocator
+
     engine = variant.startswith("engine")
     server.keep_first = True
     small = 8 if arguments.cpu else 1

@@ -510,3 +510,17 @@ def test_the_samplers_tables_stand_on_the_engines_device(load, prompt, monkeypat
     )
     sample(fast, *prompt)
     assert (fast.load_device,) in moved
+
+
+def test_the_weights_lie_once_on_the_hosts_path_too(load, prompt):
+    plain, other = load(), accelerate(load(letter="b"), Options(wait=True))
+    fast = accelerate(plain, Options(wait=True))
+    sample(fast, *prompt)
+    patched = fast.clone()
+    patched.set_model_output_block_patch(lambda h, skip, options: (h * 1.01, skip))
+    sample(patched, *prompt)
+    assert last().mode == "host" and engine_of(fast).loaded_size() == 0
+    sample(other, *prompt)
+    held = engine_of(other).loaded_size()
+    sample(patched, *prompt)  # what is live there is another checkpoint's
+    assert last().mode == "host" and engine_of(other).loaded_size() == held > 0

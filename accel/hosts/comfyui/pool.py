@@ -223,6 +223,16 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
             assert self.network is not None
             return self.network.run(seat, inputs, key)
 
+    def serves(self, identity: Hashable) -> bool:
+        """Whether the weights known by `identity` are the live ones."""
+        with self.lock:
+            checkpoint = self._checkpoints.get(identity)
+            return (
+                checkpoint is not None
+                and self.network is not None
+                and self.network.live is checkpoint.seat
+            )
+
     def graphs_captured(self) -> int:
         """CUDA graphs captured so far, those of an engine since freed among them."""
         return self.graphs + (0 if self.network is None else self.network.counters.graphs)
@@ -258,6 +268,18 @@ class Pool:
             if key not in self._patchers:
                 self._patchers[key] = NetworkPatcher(self, structure, plan, device, dtype, instance)
             return self._patchers[key]
+
+    def make_way(self, identity: Hashable, device: torch.device) -> None:
+        """Free the engine in which these weights are live: the host is about to load its own.
+
+        Beside a second copy in VRAM, captured graphs make each of the host's small allocations
+        slower where its allocator is CUDA's asynchronous one.
+        """
+        with self._lock:
+            patchers = list(self._patchers.values())
+        for patcher in patchers:
+            if patcher.load_device == device and patcher.serves(identity):
+                patcher.free()
 
     def forget(self, graph_key: str) -> None:
         """Free a structure's engines on all devices, and forget its plan."""

@@ -236,6 +236,7 @@ class Acceleration:
             finally:
                 model.remove_additional_models(KEY)
         self._start(sampling)
+        pool().make_way(identity(model), model.load_device)
         return executor(model, noise_shape, conds, *args, **kwargs)
 
     def _decide(
