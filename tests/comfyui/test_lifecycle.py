@@ -524,3 +524,38 @@ def test_the_weights_lie_once_on_the_hosts_path_too(load, prompt):
     held = engine_of(other).loaded_size()
     sample(patched, *prompt)  # what is live there is another checkpoint's
     assert last().mode == "host" and engine_of(other).loaded_size() == held > 0
+
+
+def test_ten_workflows_in_a_row_trace_nothing_and_bind_each_shape_once(
+    load, prompt, lora, monkeypatch
+):
+    """Checkpoints a, b, a, b, a with changing LoRAs, sizes and batches; the last is the first."""
+    plain = {letter: load(letter=letter) for letter in "ab"}
+    fast = {letter: accelerate(model, Options(wait=True)) for letter, model in plain.items()}
+    first = sample(fast["a"], *prompt)
+    engine = engine_of(fast["a"])
+    management.free_memory(1e30, fast["a"].load_device)
+    monkeypatch.setattr("torch.export.export", lambda *_, **__: pytest.fail("traced again"))
+    loras = {name: lora(name) for name in ("1", "loha", "lokr")}
+    tour = [
+        ("a", (), (16, 16), 1),
+        ("b", (), (16, 16), 1),
+        ("a", (("1", 0.8),), (16, 16), 1),
+        ("b", (("1", 0.8), ("loha", -0.5)), (24, 16), 1),
+        ("a", (("loha", 1.0),), (24, 16), 1),
+        ("a", (), (16, 16), 2),
+        ("b", (("1", 0.4),), (16, 16), 1),
+        ("a", (("1", 0.8), ("loha", 0.3), ("lokr", 0.6)), (24, 24), 1),
+        ("b", (), (24, 16), 1),
+        ("a", (), (16, 16), 1),
+    ]
+    for letter, given, size, batch in tour:
+        stack = [(loras[name], strength) for name, strength in given]
+        result = sample(with_loras(fast[letter], *stack), *prompt, size=size, batch=batch)
+        assert on_engine() and last().loras == len(given)
+        expected = sample(with_loras(plain[letter], *stack), *prompt, size=size, batch=batch)
+        assert relative_error(result, expected) < CLOSE
+    assert torch.equal(result, first)
+    assert engine.network.counters.binds == len({(size, batch) for _, _, size, batch in tour}) == 4
+    management.free_memory(1e30, fast["a"].load_device)
+    assert engine.loaded_size() == 0
