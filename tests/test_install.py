@@ -275,7 +275,7 @@ def test_every_check_runs_even_after_one_failed(
     runs = record_runs(monkeypatch, failing="mypy")
     assert install.main(["test", "-k", "cache"]) == 1
     assert [run.command[2] for run in runs] == ["ruff", "ruff", "mypy", "pytest"]
-    assert runs[-1].command[3:] == ["-k", "cache"] and runs[0].command[-1] == "."
+    assert runs[-1].command[-2:] == ["-k", "cache"] and runs[0].command[-1] == "."
     assert capsys.readouterr().out.endswith("switchyard: failed: mypy\n")
     record_runs(monkeypatch)
     assert install.main(["test"]) == 0

@@ -92,7 +92,9 @@ def test_the_first_image_comes_from_the_hosts_path_and_later_ones_from_the_engin
 def test_waiting_is_the_users_choice(fresh):
     fresh.run(workflow("waited", first_run="wait"))
     run = state(fresh)["last_run"]
-    assert (run["mode"], run["host_calls"]) == ("engine", 0)
+    assert (run["mode"], run["host_calls"], run["captures"]) == ("engine", 0, 1)
+    fresh.run(workflow("later", first_run="wait", steps=2))
+    assert state(fresh)["last_run"]["captures"] == 0
 
 
 def test_interrupting_the_wait_stops_the_prompt_and_not_the_build(fresh):

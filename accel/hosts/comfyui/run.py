@@ -275,7 +275,9 @@ class Acceleration:
             sampling.why(Reason(f"the model computes in {dtype}", None))
         if sampling.reasons:
             return None
+        known = builder().find(structure) is not None
         plan = builder().request(structure, model.model.diffusion_model, wait=self.options.wait)
+        run.captures = int(plan is not None and not known)
         if plan is None:
             self._note_build(sampling, structure)
             return None
