@@ -23,7 +23,7 @@ from support import family_config
 from accel import __version__
 from accel.cache import DiskCache
 from accel.compiler import open_cache
-from accel.hosts.comfyui import library, routes
+from accel.hosts.comfyui import catalog, routes
 from accel.hosts.comfyui.builder import Builder, BuildRefused
 from accel.hosts.comfyui.journal import Journal
 from accel.hosts.comfyui.routes import Panel
@@ -165,7 +165,7 @@ def test_a_built_engine_can_be_deleted_once(panel: Panel, cache: DiskCache, buil
 
 
 def test_a_shipped_engine_cannot_be_deleted(panel: Panel) -> None:
-    key = next(iter(library.shipped_families()))
+    key = next(iter(catalog.shipped_families()))
     status, data = answer(panel, "engines/delete", {"id": key})
     assert (status, data) == (
         409,
@@ -365,7 +365,7 @@ def test_when_a_sampling_begins_the_next_prompts_file_is_read(
     panel: Panel, journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    monkeypatch.setattr(library.Prefetcher, "_read", lambda self, path: read.append(path))
+    monkeypatch.setattr(catalog.Prefetcher, "_read", lambda self, path: read.append(path))
     prompt = {"1": {"inputs": {"ckpt_name": "one.safetensors"}}}
     routes.register(host_server([prompt]), panel)
     run = journal.begin("a")

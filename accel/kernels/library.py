@@ -63,8 +63,7 @@ def conv2d(
 ) -> torch.Tensor:
     """cuDNN's own choice of algorithm; bias and time embedding are added in one pass.
 
-    Trying all algorithms was no faster on an H100 (9.31 against 9.40 ms for SD1.5 at 512², 41.84
-    against 41.91 for SDXL at 1024²) and cost 1 to 9 s more at the first image, up to 6 s at each
+    Trying all algorithms was no faster on an H100, and cost seconds at the first image and at each
     new size.
     """
     torch.ops.aten.cudnn_convolution.out(

@@ -18,14 +18,15 @@ def define_torchvision_ops() -> None:
     torchvision then fails when it registers shapes for them, and with it all that imports it.
     """
     import torch
+    from torch import library as operators
 
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    fragment = operators.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         try:
             getattr(torch.ops.torchvision, name)
         except AttributeError:
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _kept.append(library)
+            fragment.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _kept.append(fragment)
 
 
 def tolerate_missing_folders() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from accel.hosts.comfyui.library import Prefetcher
+from accel.hosts.comfyui.catalog import Prefetcher
 
 from .host import relative_error
 from .server import Installation, Server, ServerError

@@ -26,11 +26,11 @@ from ...models.calls import bind_call
 from ...plan.schema import Plan
 from ...runtime.network import Seat
 from ...runtime.weights import weights_bytes
-from ...structure import Structure, structure_of
+from ...structure import Structure
 from .builder import builder
 from .journal import journal
 from .pool import NetworkPatcher, pool
-from .run import KEY, PRECISIONS, Options, Sampling, prompt_key, reason_of
+from .run import KEY, PRECISIONS, Options, Sampling, known_structure, prompt_key, reason_of
 from .weights import PatchedSource, identity
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,6 @@ _KINDS = {
     "ControlLora": "a Control-LoRA is put together from the model's own weights at every run",
     "T2IAdapter": "a T2I-Adapter runs once in a sampling, so an engine would gain nothing",
 }
-
-_structures: weakref.WeakKeyDictionary[nn.Module, Structure] = weakref.WeakKeyDictionary()
 
 
 def accelerate_controlnet(control_net: Any, options: Options) -> Any:
@@ -75,7 +73,7 @@ def why_not(control_net: Any) -> str | None:
     if getattr(module, "control_add_embedding", None) is not None:
         return "a union ControlNet's structure is not known yet"
     try:
-        structure = _structure(module)
+        structure = known_structure(module)
     except UnsupportedModel as error:
         return str(error)
     if structure.kind != "controlnet":
@@ -100,12 +98,6 @@ def _unsupported_patcher(patcher: Any, module: nn.Module) -> str | None:
         if getattr(patcher, attribute, None):
             return what
     return None
-
-
-def _structure(module: nn.Module) -> Structure:
-    if module not in _structures:
-        _structures[module] = structure_of(module)
-    return _structures[module]
 
 
 def _dtype(control_net: Any) -> torch.dtype:
@@ -348,7 +340,7 @@ def _choose(net: Any) -> Part | None:
     if device.type != "cpu" and management.vram_state == management.VRAMState.NO_VRAM:
         reason = reason or "ComfyUI was started with --novram"
     if reason is None:
-        structure = _structure(net.control_model)
+        structure = known_structure(net.control_model)
         wait = net.switchyard_line.options.wait
         plan = builder().request(structure, net.control_model, wait=wait)
         if plan is not None:

@@ -30,7 +30,7 @@ from .journal import BEGIN_EVENT, GRAPH_KEY, Journal, journal
 
 if TYPE_CHECKING:  # torch and the compiler are not imported before they are needed
     from .builder import Builder
-    from .library import Engines, Library, Prefetcher
+    from .catalog import Catalog, Engines, Prefetcher
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Panel:
         self._names, self._locate, self._networks = names, locate, networks
         self._own_builder, self._own_journal = builder, journal
         self._lock = threading.Lock()
-        self._library: Library | None = None
+        self._catalog: Catalog | None = None
         self._engines: Engines | None = None
 
     @property
@@ -81,19 +81,19 @@ class Panel:
         return self._own_builder or builder()
 
     @property
-    def library(self) -> Library:
+    def catalog(self) -> Catalog:
         """The models folder."""
-        from .library import Library
+        from .catalog import Catalog
 
         with self._lock:
-            if self._library is None:
-                self._library = Library(self._names, self._locate, self.builder)
-            return self._library
+            if self._catalog is None:
+                self._catalog = Catalog(self._names, self._locate, self.builder)
+            return self._catalog
 
     @property
     def engines(self) -> Engines:
         """The engines on disk and in memory."""
-        from .library import Engines
+        from .catalog import Engines
 
         with self._lock:
             if self._engines is None:
@@ -116,7 +116,7 @@ class Panel:
 
     def checkpoints(self) -> dict[str, Any]:
         """The answer to GET checkpoints."""
-        entries, scanning = self.library.listing()
+        entries, scanning = self.catalog.listing()
         return {"checkpoints": entries, "scanning": scanning}
 
     def runs(self) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def _reader_ahead(server: Any, panel: Panel) -> Callable[[str, dict[str, Any]], 
         if event != BEGIN_EVENT:
             return
         if not made:
-            from .library import Prefetcher
+            from .catalog import Prefetcher
 
             made.append(Prefetcher(server.prompt_queue, panel._locate))
         made[0].look()
@@ -256,7 +256,7 @@ async def _answer(work: Callable[[], dict[str, Any]]) -> web.StreamResponse:
 
 def _attempt(work: Callable[[], dict[str, Any]]) -> tuple[int, dict[str, Any]]:
     from .builder import BuildRefused
-    from .library import EngineRefused
+    from .catalog import EngineRefused
 
     try:
         return 200, work()

@@ -441,7 +441,14 @@ def structure_of_model(model: Any) -> Structure:
     module = model.model.diffusion_model
     if module not in _structures:
         with pristine(model):
-            _structures[module] = structure_of(module)
+            return known_structure(module)
+    return known_structure(module)
+
+
+def known_structure(module: nn.Module) -> Structure:
+    """The structure of a network, looked at once. Raises `UnsupportedModel`."""
+    if module not in _structures:
+        _structures[module] = structure_of(module)
     return _structures[module]
 
 

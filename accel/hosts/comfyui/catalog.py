@@ -81,7 +81,7 @@ class Facts:
     problem: str | None = None
 
 
-class Library:
+class Catalog:
     """The models folder's files with their badges. Threads may share it.
 
     names, locate: the host's lists of files and their paths.

@@ -18,12 +18,12 @@ from support import family_config, tiny_config
 
 from accel.cache import DiskCache
 from accel.compiler import open_cache
-from accel.hosts.comfyui import library as module
+from accel.hosts.comfyui import catalog as module
 from accel.hosts.comfyui.builder import Builder, versions
-from accel.hosts.comfyui.library import (
+from accel.hosts.comfyui.catalog import (
+    Catalog,
     EngineRefused,
     Engines,
-    Library,
     Prefetcher,
     facts_of,
     model_files,
@@ -73,38 +73,38 @@ def builder(cache: DiskCache) -> Builder:
 
 
 @pytest.fixture
-def library(models: Models, builder: Builder) -> Library:
-    return Library(models.names, models.locate, builder)
+def catalog(models: Models, builder: Builder) -> Catalog:
+    return Catalog(models.names, models.locate, builder)
 
 
-def badges(library: Library) -> dict[str, tuple[str, str | None]]:
+def badges(catalog: Catalog) -> dict[str, tuple[str, str | None]]:
     """Badge and family of each file, once all headers are read."""
-    entries, scanning = library.listing(30.0)
+    entries, scanning = catalog.listing(30.0)
     assert not scanning
     return {entry["name"]: (entry["badge"], entry["family"]) for entry in entries}
 
 
-def why(library: Library, name: str) -> str:
-    return next(str(e["why"]) for e in library.listing(30.0)[0] if e["name"] == name)
+def why(catalog: Catalog, name: str) -> str:
+    return next(str(e["why"]) for e in catalog.listing(30.0)[0] if e["name"] == name)
 
 
 # Badges.
 
 
-def test_files_are_known_by_their_headers(models: Models, library: Library) -> None:
+def test_files_are_known_by_their_headers(models: Models, catalog: Catalog) -> None:
     folder = models.root / "checkpoints"
     (folder / "動物").mkdir()
     write_network(folder / "one.safetensors", "sd15")
     write_network(folder / "動物" / "zwei ü.safetensors", "sdxl")
     write_network(models.root / "diffusion_models" / "inpaint.safetensors", "sdxl-inpaint", "")
     write_network(models.root / "controlnet" / "canny.safetensors", "sd15-controlnet", "")
-    assert badges(library) == {
+    assert badges(catalog) == {
         "one.safetensors": ("ready", "sd15"),
         "動物/zwei ü.safetensors": ("ready", "sdxl"),
         "inpaint.safetensors": ("ready", "sdxl-inpaint"),
         "canny.safetensors": ("ready", "sd15-controlnet"),
     }
-    entry = library.listing()[0][0]
+    entry = catalog.listing()[0][0]
     assert entry == {
         "name": "one.safetensors",
         "folder": "checkpoints",
@@ -115,17 +115,17 @@ def test_files_are_known_by_their_headers(models: Models, library: Library) -> N
     }
 
 
-def test_a_network_of_no_family_is_built_when_it_is_used(models: Models, library: Library) -> None:
+def test_a_network_of_no_family_is_built_when_it_is_used(models: Models, catalog: Catalog) -> None:
     path = models.root / "checkpoints" / "tiny.safetensors"
     tiny = parameters(tiny_config()).values()
     sparse_file(path, {f"model.diffusion_model.{p.ldm_name}": p.shape for p in tiny})
-    assert badges(library) == {"tiny.safetensors": ("build", None)}
-    assert "first use" in why(library, "tiny.safetensors")
+    assert badges(catalog) == {"tiny.safetensors": ("build", None)}
+    assert "first use" in why(catalog, "tiny.safetensors")
 
 
 @pytest.mark.parametrize(("kind", "badge"), [("plan", "ready"), ("failure", "unsupported")])
 def test_a_network_of_no_family_is_known_again_by_its_shapes(
-    models: Models, library: Library, builder: Builder, cache: DiskCache, kind: str, badge: str
+    models: Models, catalog: Catalog, builder: Builder, cache: DiskCache, kind: str, badge: str
 ) -> None:
     tiny = parameters(tiny_config()).values()
     path = models.root / "checkpoints" / "tiny.safetensors"
@@ -136,35 +136,35 @@ def test_a_network_of_no_family_is_known_again_by_its_shapes(
         failure = {"error": "no", "title": "t", "shape_key": shape_key, "versions": versions()}
         cache.put(key, kind, {"structure": structure} if kind == "plan" else failure)
     used = [entry.used for entry in cache.entries()]
-    assert badges(library) == {"tiny.safetensors": (badge, None)}
+    assert badges(catalog) == {"tiny.safetensors": (badge, None)}
     if kind == "plan":
         assert [entry.used for entry in cache.entries()] == used  # looking is not using
         titles = {engine["id"]: engine["title"] for engine in Engines(builder).listing()}
-        assert library.listing()[0][0]["title"] == titles["a" * 32] != titles["c" * 32]
+        assert catalog.listing()[0][0]["title"] == titles["a" * 32] != titles["c" * 32]
 
 
-def test_what_an_engine_cannot_serve_says_why(models: Models, library: Library) -> None:
+def test_what_an_engine_cannot_serve_says_why(models: Models, catalog: Catalog) -> None:
     folder = models.root / "diffusion_models"
     sparse_file(folder / "flux.safetensors", {"double_blocks.0.img_attn.qkv.weight": (64, 64)})
     (folder / "model.gguf").write_bytes(b"GGUF")
-    assert badges(library) == {
+    assert badges(catalog) == {
         "flux.safetensors": ("unsupported", None),
         "model.gguf": ("unsupported", None),
     }
-    assert "Stable Diffusion" in why(library, "flux.safetensors")
-    assert "GGUF" in why(library, "model.gguf")
+    assert "Stable Diffusion" in why(catalog, "flux.safetensors")
+    assert "GGUF" in why(catalog, "model.gguf")
 
 
 def test_a_build_that_failed_shows_on_its_files(
-    models: Models, library: Library, builder: Builder, monkeypatch: pytest.MonkeyPatch
+    models: Models, catalog: Catalog, builder: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_network(models.root / "checkpoints" / "a.safetensors", "sd15")
     states = {"failed": "unsupported", "building": "build", "cancelled": "build"}
     for state, badge in states.items():
         status = {"state": state, "error": "it is random"}
         monkeypatch.setattr(builder, "status", lambda key, status=status: status)
-        assert badges(library)["a.safetensors"][0] == badge
-        assert ("it is random" in why(library, "a.safetensors")) == (state == "failed")
+        assert badges(catalog)["a.safetensors"][0] == badge
+        assert ("it is random" in why(catalog, "a.safetensors")) == (state == "failed")
 
 
 @pytest.mark.parametrize(
@@ -178,39 +178,39 @@ def test_a_build_that_failed_shows_on_its_files(
     ],
 )
 def test_unreadable_files_do_not_hide_the_others(
-    models: Models, library: Library, name: str, content: bytes, reason: str
+    models: Models, catalog: Catalog, name: str, content: bytes, reason: str
 ) -> None:
     write_network(models.root / "checkpoints" / "good.safetensors", "sd15")
     (models.root / "checkpoints" / name).write_bytes(content)
-    assert badges(library) == {"good.safetensors": ("ready", "sd15"), name: ("unreadable", None)}
-    text = why(library, name)
+    assert badges(catalog) == {"good.safetensors": ("ready", "sd15"), name: ("unreadable", None)}
+    text = why(catalog, name)
     assert reason in text and "\n" not in text
     assert str(models.root) not in text
 
 
-def test_links_are_followed_and_dangling_ones_named(models: Models, library: Library) -> None:
+def test_links_are_followed_and_dangling_ones_named(models: Models, catalog: Catalog) -> None:
     target = write_network(models.root / "elsewhere.safetensors", "sd15")
     folder = models.root / "checkpoints"
     (folder / "link.safetensors").symlink_to(target)
     (folder / "dangling.safetensors").symlink_to(models.root / "gone")
     (folder / "loop.safetensors").symlink_to(folder / "loop.safetensors")
-    assert badges(library) == {
+    assert badges(catalog) == {
         "link.safetensors": ("ready", "sd15"),
         "dangling.safetensors": ("unreadable", None),
         "loop.safetensors": ("unreadable", None),
     }
-    assert "link to nothing" in why(library, "dangling.safetensors")
+    assert "link to nothing" in why(catalog, "dangling.safetensors")
 
 
-def test_names_that_are_no_utf8_reach_the_panel(models: Models, library: Library) -> None:
+def test_names_that_are_no_utf8_reach_the_panel(models: Models, catalog: Catalog) -> None:
     name = os.fsdecode(b"caf\xe9.safetensors")
     write_network(models.root / "checkpoints" / name, "sd15")
-    entries, _ = library.listing(30.0)
+    entries, _ = catalog.listing(30.0)
     assert json.loads(json.dumps(entries))[0]["name"] == name
 
 
 def test_a_file_that_may_not_be_read_is_named(
-    models: Models, library: Library, monkeypatch: pytest.MonkeyPatch
+    models: Models, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_network(models.root / "checkpoints" / "secret.safetensors", "sd15")
 
@@ -218,12 +218,12 @@ def test_a_file_that_may_not_be_read_is_named(
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(module, "structure_of", refuse)
-    assert badges(library) == {"secret.safetensors": ("unreadable", None)}
-    assert why(library, "secret.safetensors") == "the file cannot be read: Permission denied"
+    assert badges(catalog) == {"secret.safetensors": ("unreadable", None)}
+    assert why(catalog, "secret.safetensors") == "the file cannot be read: Permission denied"
 
 
 def test_whatever_a_file_does_the_others_are_listed(
-    models: Models, library: Library, monkeypatch: pytest.MonkeyPatch
+    models: Models, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in "ab":
         write_network(models.root / "checkpoints" / f"{name}.safetensors", "sd15")
@@ -235,7 +235,7 @@ def test_whatever_a_file_does_the_others_are_listed(
         return real(path)
 
     monkeypatch.setattr(module, "structure_of", sometimes)
-    assert badges(library) == {
+    assert badges(catalog) == {
         "a.safetensors": ("unreadable", None),
         "b.safetensors": ("ready", "sd15"),
     }
@@ -249,12 +249,12 @@ def test_without_models_or_folders_the_list_is_empty(builder: Builder) -> None:
         raise FileNotFoundError(folder)
 
     for names in (none, gone, lambda folder: []):
-        library = Library(names, lambda folder, name: None, builder)  # type: ignore[arg-type]
-        assert library.listing() == ([], False)
+        catalog = Catalog(names, lambda folder, name: None, builder)  # type: ignore[arg-type]
+        assert catalog.listing() == ([], False)
 
 
 def test_a_header_is_read_once_until_the_file_changes(
-    models: Models, library: Library, monkeypatch: pytest.MonkeyPatch
+    models: Models, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_network(models.root / "checkpoints" / "a.safetensors", "sd15")
     read: list[str] = []
@@ -265,20 +265,20 @@ def test_a_header_is_read_once_until_the_file_changes(
 
     monkeypatch.setattr(module, "facts_of", counted)
     for _ in range(3):
-        assert badges(library) == {"a.safetensors": ("ready", "sd15")}
+        assert badges(catalog) == {"a.safetensors": ("ready", "sd15")}
     assert len(read) == 1
     path.unlink()
-    assert badges(library) == {}
+    assert badges(catalog) == {}
     write_network(path, "sdxl")
-    assert badges(library) == {"a.safetensors": ("ready", "sdxl")}
+    assert badges(catalog) == {"a.safetensors": ("ready", "sdxl")}
     assert len(read) == 2
     os.utime(path, ns=(0, 0))  # a clock that jumped back
-    assert badges(library) == {"a.safetensors": ("ready", "sdxl")}
+    assert badges(catalog) == {"a.safetensors": ("ready", "sdxl")}
     assert len(read) == 3
 
 
 def test_a_slow_disk_gives_what_is_known_so_far(
-    models: Models, library: Library, monkeypatch: pytest.MonkeyPatch
+    models: Models, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in "abc":
         write_network(models.root / "checkpoints" / f"{name}.safetensors", "sd15")
@@ -289,19 +289,19 @@ def test_a_slow_disk_gives_what_is_known_so_far(
         return facts_of(path)
 
     monkeypatch.setattr(module, "facts_of", slow)
-    assert library.listing(0.01) == ([], True)
+    assert catalog.listing(0.01) == ([], True)
     go.release()
     deadline = time.monotonic() + 20
-    while len(library.listing(0.01)[0]) < 1:
+    while len(catalog.listing(0.01)[0]) < 1:
         assert time.monotonic() < deadline
-    entries, scanning = library.listing(0.01)
+    entries, scanning = catalog.listing(0.01)
     assert ([entry["name"] for entry in entries], scanning) == (["a.safetensors"], True)
     go.release(2)
-    assert len(badges(library)) == 3
+    assert len(badges(catalog)) == 3
 
 
 def test_many_requests_at_once_read_each_header_once(
-    models: Models, library: Library, monkeypatch: pytest.MonkeyPatch
+    models: Models, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in "abcd":
         write_network(models.root / "checkpoints" / f"{name}.safetensors", "sd15")
@@ -312,7 +312,7 @@ def test_many_requests_at_once_read_each_header_once(
         return facts_of(path)
 
     monkeypatch.setattr(module, "facts_of", counted)
-    threads = [threading.Thread(target=library.listing, args=(30.0,)) for _ in range(8)]
+    threads = [threading.Thread(target=catalog.listing, args=(30.0,)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
