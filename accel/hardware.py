@@ -37,6 +37,7 @@ class Hardware:
     cuda: str | None  # runtime that torch was built with
     cudnn: str | None
     triton: str | None
+    shared_bytes: int | None = None  # shared memory that one thread block may have
 
 
 def require(device: str | torch.device) -> torch.device:
@@ -113,6 +114,7 @@ def describe(device: str | torch.device) -> Hardware:
         cuda=torch.version.cuda,
         cudnn=_cudnn_version(),
         triton=_triton_version(),
+        shared_bytes=getattr(properties, "shared_memory_per_block_optin", None),
     )
 
 

@@ -34,6 +34,7 @@ from .runtime.weights import SwapReport
 from .settings import settings
 from .structure import Structure, canonical_names, structure_of
 from .tensorfile import TensorFile, fingerprint_of
+from .tuning import selector_for
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Session:
         self.precision, self.dtype = precision, PRECISIONS[precision]
         root = Path(cache_dir) if cache_dir is not None else settings().cache_dir
         self.cache = open_cache(root, settings().cache_bytes)
+        self._selector = selector_for(self.device, root)
         self.captures = 0
         self._progress = progress
         self._lock = threading.RLock()
@@ -96,7 +98,9 @@ class Session:
             planned = time.perf_counter()
             with _off_the_device(module, self.device):
                 if network is None:
-                    network = self._networks[key] = Network(plan, self.device, self.dtype)
+                    network = self._networks[key] = Network(
+                        plan, self.device, self.dtype, self._selector
+                    )
                 with self._lock:
                     engine = Engine(self, network, structure, origin, _host(module))
                     network.load(engine.seat, ModuleSource(module, structure))

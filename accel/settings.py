@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DEFAULT_CACHE_GIB = 2.0
+SWITCHES = {"on": True, "off": False}
 
 _T = TypeVar("_T")
 
@@ -27,25 +28,28 @@ class Settings:
     `cache_dir` (SWITCHYARD_CACHE_DIR): where built plans are kept.
     `cache_bytes` (SWITCHYARD_CACHE_GIB, in GiB): size limit of the cache.
     `log_level` (SWITCHYARD_LOG): one of LOG_LEVELS, for the command line's log.
+    `tune` (SWITCHYARD_TUNE, "on" or "off"): time the kernels for a call that no profile knows.
     """
 
     cache_dir: Path
     cache_bytes: int
     log_level: str
+    tune: bool
 
 
 def settings() -> Settings:
     """The settings in force. A bad value is warned of once and replaced by its default."""
-    names = ("SWITCHYARD_CACHE_DIR", "SWITCHYARD_CACHE_GIB", "SWITCHYARD_LOG")
+    names = ("SWITCHYARD_CACHE_DIR", "SWITCHYARD_CACHE_GIB", "SWITCHYARD_LOG", "SWITCHYARD_TUNE")
     return _parse(*(os.environ.get(name, "").strip() for name in names), user_cache_dir())
 
 
 @lru_cache(maxsize=16)  # one entry per environment seen, so that each bad value is warned of once
-def _parse(cache_dir: str, cache_gib: str, log: str, default_cache: Path) -> Settings:
+def _parse(cache_dir: str, cache_gib: str, log: str, tune: str, default_cache: Path) -> Settings:
     return Settings(
         cache_dir=_cache_dir(cache_dir, default_cache),
         cache_bytes=int(_gib(cache_gib) * 2**30),
         log_level=_log_level(log),
+        tune=_tune(tune),
     )
 
 
@@ -95,6 +99,13 @@ def _log_level(text: str) -> str:
     if level in LOG_LEVELS:
         return level
     return _default("SWITCHYARD_LOG", text, f"one of {', '.join(LOG_LEVELS)}", "warning")
+
+
+def _tune(text: str) -> bool:
+    switch = text.lower() or "on"
+    if switch in SWITCHES:
+        return SWITCHES[switch]
+    return SWITCHES[_default("SWITCHYARD_TUNE", text, "on or off", "on")]
 
 
 def _default(name: str, text: str, wanted: str, default: _T) -> _T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,10 @@ if TYPE_CHECKING:  # a test without torch shall not pay for its import
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share the cores among the workers of pytest-xdist; one worker alone keeps torch's default."""
+    """Share the cores among the workers of pytest-xdist, and see to it that kernels can run."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if shutil.which("nvidia-smi") is None:  # else kernels run on the GPU; Triton reads it at import
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     if workers > 1:  # before torch is imported, which reads it
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 

@@ -17,6 +17,7 @@ from accel.plan.memory import ALIGNMENT, Interval, Layout, align, peak_live_byte
 from accel.plan.schema import Plan
 from accel.runtime.arena import Arena
 from accel.runtime.executable import Executable
+from accel.tuning import selector_for
 
 
 def random_intervals(rng: random.Random, count: int) -> list[Interval]:
@@ -103,7 +104,8 @@ def planned(plan: Plan, dims: dict[str, int]) -> tuple[Spy, Executable]:
     meta = torch.device("meta")
     constants = {c.name: torch.empty(c.recipe.shape, device=meta) for c in plan.constants}
     arena = Spy(meta)
-    return arena, Executable(plan, dims, constants, torch.float16, arena, {})
+    selector = selector_for(CPU)
+    return arena, Executable(plan, dims, constants, torch.float16, arena, {}, None, selector)
 
 
 @pytest.mark.parametrize("sides", [(64, 64), (65, 33), (8, 8), (40, 128)], ids=str)

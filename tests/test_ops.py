@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from accel import ops
 from accel.errors import InvalidPlan
-from accel.kernels import select
+from accel.kernels import reference
 
 
 def image(*shape: int) -> torch.Tensor:
@@ -162,7 +162,7 @@ def test_reference_and_shape_rule(
     assert isinstance(op.shape(shapes, attrs), tuple)
     # What runs on the CPU fills the buffer that it was given.
     out = torch.empty_like(result, memory_format=torch.contiguous_format)
-    assert select(op.name, "cpu").kernel.run(out, *tensors, **attrs) is out
+    assert reference(op.name).run(out, *tensors, **attrs) is out
     assert torch.equal(out, result)
 
 

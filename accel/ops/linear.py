@@ -20,6 +20,7 @@ def _shape(shapes: Any, attrs: dict[str, Any]) -> Shape:
 @op(
     shape=_shape,
     flops=lambda shapes, out, attrs: 2 * prod(shapes[0][:-1]) * prod(shapes[1]),
+    rowwise=True,
 )
 def linear(
     x: torch.Tensor,

@@ -13,15 +13,23 @@ def group_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
     *,
     groups: int,
     eps: float,
     activation: str = "none",
 ) -> torch.Tensor:
-    """GroupNorm over a channels-last image, then SiLU if `activation` is "silu".
+    """GroupNorm of `x + shift + offset`, a channels-last image, then SiLU if asked for ("silu").
 
-    x [B, H, W, C] or [B, S, C], weight and bias [C]; returns the shape of x.
+    x [B, H, W, C] or [B, S, C], weight and bias [C], shift [B, C] (a time embedding, the same for
+    every pixel), offset [C] (the bias of the convolution that made x); returns the shape of x.
     """
+    for addend in (offset, shift):
+        if addend is not None:
+            x = x + (
+                addend if addend.dim() == 1 else addend.view(x.shape[0], *[1] * (x.dim() - 2), -1)
+            )
     # As [B, C, pixels]: ATen's kernel for channels-last images on the CPU sums squares in one pass,
     # which loses the digits of a mean far from zero.
     pixels = x.flatten(1, -2).transpose(1, 2)
@@ -29,7 +37,7 @@ def group_norm(
     return (F.silu(y) if activation == "silu" else y).transpose(1, 2).reshape(x.shape)
 
 
-@op(shape=lambda shapes, attrs: shapes[0])
+@op(shape=lambda shapes, attrs: shapes[0], rowwise=True)
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *, eps: float
 ) -> torch.Tensor:

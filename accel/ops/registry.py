@@ -29,6 +29,7 @@ class Op:
     `view`: the result aliases the first input whenever strides allow; no kernel runs.
     `sizes`: attributes that hold symbolic sizes.
     `output_dtype`: attribute that holds the output's dtype; otherwise it is the first tensor's.
+    `rowwise`: every dimension but the last only counts rows; how they are split does not matter.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Op:
     view: bool = False
     sizes: tuple[str, ...] = ()
     output_dtype: str | None = None
+    rowwise: bool = False
 
 
 OPS: dict[str, Op] = {}
@@ -50,12 +52,13 @@ def op(
     view: bool = False,
     sizes: tuple[str, ...] = (),
     output_dtype: str | None = None,
+    rowwise: bool = False,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Register the decorated function as the reference of the operator of that name."""
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         name = function.__name__
-        OPS[name] = Op(name, function, shape, flops, view, sizes, output_dtype)
+        OPS[name] = Op(name, function, shape, flops, view, sizes, output_dtype, rowwise)
         return function
 
     return register

@@ -158,6 +158,8 @@ def _template(node: Node) -> tuple[tuple[Node, ...], dict[str, Any]]:
 
 
 def _sized(value: Any) -> Any:
+    if value is None:
+        return None
     return tuple(from_sympy(v) for v in value) if isinstance(value, tuple) else from_sympy(value)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -18,10 +19,11 @@ import torch
 
 from .. import ops
 from ..errors import InvalidInput, InvalidPlan, OutOfMemory
-from ..kernels import Kernel, select
+from ..kernels import Call, TensorSpec
 from ..plan.memory import Interval
 from ..plan.schema import Input, Plan, Step, resolve
 from ..plan.shapes import evaluate, evaluate_shape, names
+from ..tuning import Choice, Selector, selector_for
 from .arena import Arena
 
 _PROMPT = ("static", "prompt")
@@ -88,7 +90,7 @@ class _Call:
     attrs: dict[str, Any]
     out: torch.Tensor | None
     dead: tuple[str, ...]
-    kernel: Kernel | None
+    choice: Choice | None
 
 
 class Executable:
@@ -96,6 +98,7 @@ class Executable:
 
     plan: already specialised (`Plan.without`) to the optional inputs that will come.
     constants: the live weights by constant name, at addresses that stay.
+    selector: chooses the kernels; by default the device's own.
     Raises `OutOfMemory` when its buffers do not fit.
     """
 
@@ -108,8 +111,10 @@ class Executable:
         arena: Arena,
         prompts: dict[Any, PromptState],
         graph_pool: Any = None,
+        selector: Selector | None = None,
     ) -> None:
         started = time.perf_counter()
+        self._selector = selector_for(arena.device) if selector is None else selector
         self.plan, self.dims, self.dtype = plan, dict(dims), dtype
         self.device = arena.device
         self._constants = constants
@@ -175,6 +180,8 @@ class Executable:
             trait = traits[step.output]
             # What outlives its graph must not lie in memory that another graph reuses.
             escapes = step.output in outputs or index < split
+            if trait.workspace:
+                intervals.append(Interval(_workspace(step.output), trait.workspace, index, index))
             if trait.root != step.output or (trait.allocates and not escapes):
                 continue
             last = read_until.get(step.output, index)
@@ -190,12 +197,17 @@ class Executable:
                 intervals.append(Interval(step.output, size, index, last))
         self._make_inputs()
         self._layout, blocks = self._arena.acquire(intervals)
+        scratch: dict[str, torch.Tensor] = {}
         for interval in intervals:
-            slot, trait = self._layout.slots[interval.name], traits[interval.name]
+            slot = self._layout.slots[interval.name]
             block = blocks[slot.block]
             assert block is not None
             raw = block[slot.offset : slot.offset + interval.bytes]
-            kept[interval.name] = raw.view(trait.dtype).view(trait.shape)
+            if interval.name in traits:
+                trait = traits[interval.name]
+                kept[interval.name] = raw.view(trait.dtype).view(trait.shape)
+            else:
+                scratch[interval.name] = raw
         # Results that kernels allocate must go when their last reader is done, as planned ones do.
         dead: dict[int, list[str]] = {}
         for name, trait in traits.items():
@@ -205,11 +217,11 @@ class Executable:
         calls = [
             _Call(
                 step,
-                traits[step.output].run,
+                traits[step.output].runner(scratch.get(_workspace(step.output))),
                 traits[step.output].attrs,
                 kept.get(step.output),
                 tuple(dead.get(index, ())),
-                traits[step.output].kernel,
+                traits[step.output].choice,
             )
             for index, step in enumerate(steps)
         ]
@@ -229,6 +241,7 @@ class Executable:
                 self._stored_shape(entry), dtype=resolve(entry.dtype, self.dtype), device="meta"
             )
         traits: dict[str, _Trait] = {}
+        calls: dict[str, Call] = {}
         for step in steps:
             op = ops.get(step.op)
             shape = evaluate_shape(step.shape, self.dims)
@@ -243,20 +256,29 @@ class Executable:
                 source = step.inputs[0]
                 assert source is not None
                 root = traits[source].root if source in traits else source
-                run, allocates, kernel = op.reference, False, None
+                traits[step.output] = _Trait(shape, dtype, root, attrs, view=op.reference)
                 metas[step.output] = view
             else:
-                kernel = select(step.op, self.device.type).kernel
-                root, run, allocates = step.output, kernel.run, kernel.allocates
-                metas[step.output] = torch.empty(shape, dtype=dtype, device="meta")
-            traits[step.output] = _Trait(shape, dtype, root, allocates, run, attrs, kernel)
+                traits[step.output] = _Trait(shape, dtype, step.output, attrs)
+                out = metas[step.output] = torch.empty(shape, dtype=dtype, device="meta")
+                specs = tuple(
+                    None if name is None else TensorSpec.of(metas[name], name in self._constants)
+                    for name in step.inputs
+                )
+                calls[step.output] = Call(step.op, TensorSpec.of(out), specs, attrs)
+        choices = self._selector.select(list(calls.values()))
+        for (name, call), choice in zip(calls.items(), choices, strict=True):
+            size = choice.kernel.workspace(call, choice.config)
+            traits[name] = replace(traits[name], choice=choice, workspace=size)
         return traits
 
     def _attrs(self, step: Step, op: ops.Op) -> dict[str, Any]:
         """The step's attributes with sizes and dtypes made concrete."""
         attrs = {name: self._with_dtypes(value) for name, value in step.attrs.items()}
         for name in op.sizes:
-            value = attrs[name]
+            value = attrs.get(name)
+            if value is None:
+                continue
             many = isinstance(value, tuple)
             attrs[name] = (evaluate_shape if many else evaluate)(value, self.dims)
         if op.output_dtype is not None:
@@ -334,7 +356,7 @@ class Executable:
     def _execute(self, calls: Sequence[_Call], environment: dict[str, torch.Tensor]) -> None:
         for call in calls:
             tensors = [None if name is None else environment[name] for name in call.step.inputs]
-            if call.kernel is None:
+            if call.choice is None:
                 result = call.run(*tensors, **call.attrs)
             else:
                 result = call.run(call.out, *tensors, **call.attrs)
@@ -347,7 +369,7 @@ class Executable:
     def _resume(self, environment: dict[str, torch.Tensor]) -> None:
         """The prompt's results as they stand; what only its own steps read is stale, and unread."""
         for call in self._prompt_calls:
-            if call.kernel is None:
+            if call.choice is None:
                 sources = [environment[name] for name in call.step.inputs if name is not None]
                 environment[call.step.output] = call.run(*sources, **call.attrs)
             else:
@@ -405,35 +427,62 @@ class Executable:
 
     def kernels(self) -> Counter[str]:
         """How many calls go to each kernel."""
-        return Counter(kernel.name for kernel in self._kernels())
+        return Counter(choice.kernel.name for choice in self._choices())
 
     def reasons(self) -> dict[str, str]:
-        """Why each kernel was chosen."""
+        """Why each kernel was chosen: the reasons of the calls that it runs, with their counts."""
+        found: dict[str, Counter[str]] = {}
+        for choice in self._choices():
+            kind = choice.reason.split(",")[0]
+            found.setdefault(choice.kernel.name, Counter())[kind] += 1
         return {
-            kernel.name: select(kernel.op, self.device.type).reason for kernel in self._kernels()
+            name: "; ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
+            for name, kinds in found.items()
         }
 
-    def _kernels(self) -> list[Kernel]:
+    def _choices(self) -> list[Choice]:
         calls = (*self._prompt_calls, *self._step_calls)
-        return [call.kernel for call in calls if call.kernel is not None]
+        return [call.choice for call in calls if call.choice is not None]
 
 
 @dataclass(frozen=True)
 class _Trait:
+    """What binding knows of a step's result. `view`: how it is looked at, if no kernel runs."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
     root: str
-    allocates: bool
-    run: Callable[..., torch.Tensor]
     attrs: dict[str, Any]
-    kernel: Kernel | None
+    view: Callable[..., torch.Tensor] | None = None
+    choice: Choice | None = None
+    workspace: int = 0
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the kernel makes its own result."""
+        return self.choice is not None and self.choice.kernel.allocates
+
+    def runner(self, workspace: torch.Tensor | None) -> Callable[..., torch.Tensor]:
+        """The kernel with its configuration and scratch memory, or the view."""
+        if self.choice is None:
+            assert self.view is not None
+            return self.view
+        kernel = self.choice.kernel
+        if kernel.configs is None:
+            return kernel.run
+        return partial(kernel.run, config=self.choice.config, workspace=workspace)
+
+
+def _workspace(output: str) -> str:
+    """The name of a step's scratch memory among the planned intervals."""
+    return f"{output} workspace"
 
 
 def _dims_of(step: Step) -> frozenset[str]:
     """The dimensions that a step's result depends on by its sizes."""
     sizes = list(step.shape)
     for name in ops.get(step.op).sizes:
-        value = step.attrs[name]
+        value = step.attrs.get(name) or ()
         sizes += value if isinstance(value, tuple) else [value]
     return frozenset[str]().union(*map(names, sizes))
 

@@ -21,6 +21,7 @@ import torch
 from ..errors import OutOfMemory, SwitchyardError
 from ..hardware import available_memory
 from ..plan.schema import Plan
+from ..tuning import Selector
 from .arena import Arena
 from .executable import Executable, PromptState, bind_dims
 from .weights import Adapters, Source, SwapReport, Weights
@@ -57,10 +58,20 @@ class Counters:
 
 
 class Network:
-    """Runs a plan for any shape with any seat. Callers hold the session's lock."""
+    """Runs a plan for any shape with any seat. Callers hold the session's lock.
 
-    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
+    selector: chooses the kernels; by default the device's own.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        dtype: torch.dtype,
+        selector: Selector | None = None,
+    ) -> None:
         self.plan, self.device, self.dtype = plan, device, dtype
+        self._selector = selector
         self.weights = Weights(plan, device, dtype)
         self.arena = Arena(device)
         self.counters = Counters()
@@ -249,6 +260,7 @@ class Network:
             self.arena,
             self._prompts,
             self._graph_pool,
+            self._selector,
         )
         return executable
 

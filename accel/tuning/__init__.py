@@ -1,0 +1,5 @@
+"""Which kernel, in which configuration, runs each call: measured where it can be, remembered."""
+
+from .select import Choice, Selector, selector_for
+
+__all__ = ["Choice", "Selector", "selector_for"]

@@ -1,0 +1,212 @@
+"""Timing of candidates on the GPU, as they will run: in a CUDA graph, on weights not in the cache.
+
+A kernel of a few microseconds cannot be timed launch by launch, since launching takes longer.
+Activations are left where the last launch put them, as in a network; each launch reads another copy
+of the weights, since a network's weights never stay in the cache from one step to the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from .. import kernels
+from ..hardware import Hardware
+from ..kernels.launch import Launch
+from ..kernels.registry import Call, Config, Kernel, TensorSpec, reference
+
+logger = logging.getLogger(__name__)
+
+LAUNCHES = 8
+"""Launches in a timed graph."""
+
+REPLAYS = 5
+
+TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Relative L2 distance from the reference in the same dtype beyond which a result is wrong: some
+twenty times what rounding explains."""
+
+MAX_COPIES = 16
+MAX_COPY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One candidate: microseconds of a run, or the problem that keeps it from being used."""
+
+    kernel: Kernel
+    config: Config
+    us: float | None
+    problem: str | None = None
+
+
+def measure(
+    calls: Sequence[Call], hardware: Hardware, device: torch.device
+) -> Iterator[tuple[Call, list[Measurement]]]:
+    """Each call with the times of its candidates, in the order of preference."""
+    compile_ahead(calls, hardware)
+    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+        torch.cuda.synchronize(device)
+        for call in calls:
+            yield call, _measure(call, hardware, device)
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def compile_ahead(calls: Sequence[Call], hardware: Hardware) -> None:
+    """Compile every Triton variant of the calls, several at a time; what fails shows when it runs.
+
+    Compiling needs no tensors, only their dtypes and alignment, so that `meta` ones do.
+    """
+    launches: list[Launch] = []
+    for call in calls:
+        for kernel, config in kernels.candidates(call, hardware):
+            if kernel.launches is None:
+                continue
+            with suppress(Exception):
+                launches += launches_of(kernel, config, call)
+    device = torch.cuda.current_device()
+
+    def warm(launch: Launch) -> None:
+        torch.cuda.set_device(device)
+        with suppress(Exception):
+            launch.warm()
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        list(threads.map(warm, launches))
+
+
+def launches_of(kernel: Kernel, config: Config, call: Call) -> Sequence[Launch]:
+    """The launches of a Triton kernel for a call, on `meta` tensors: to compile, not to run."""
+    assert kernel.launches is not None
+    tensors = [None if spec is None else _meta(spec) for spec in call.tensors]
+    extra: dict[str, Any] = {}
+    if kernel.configs is not None:
+        size = kernel.workspace(call, config)
+        scratch = torch.empty(size, dtype=torch.uint8, device="meta") if size else None
+        extra = {"config": config, "workspace": scratch}
+    return kernel.launches(_meta(call.out), *tensors, **extra, **call.attrs)
+
+
+def _meta(spec: TensorSpec) -> torch.Tensor:
+    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
+
+
+def _measure(call: Call, hardware: Hardware, device: torch.device) -> list[Measurement]:
+    found = kernels.candidates(call, hardware)[:-1]  # without the reference
+    try:
+        operands = _Operands(call, hardware, device)
+        expected = operands.expected()
+    except torch.OutOfMemoryError:
+        return [Measurement(kernel, config, None, "no memory") for kernel, config in found]
+    results: list[Measurement] = []
+    for kernel, config in found:
+        try:
+            run = operands.bind(kernel, config)
+            distance = _distance(run(0), expected)
+            if not distance <= TOLERANCE.get(call.out.dtype, 1e-2):
+                logger.warning(
+                    "%s %s is not used: on this GPU its result for %s is off by %.2g",
+                    *(kernel.name, dict(config), call.key, distance),
+                )
+                results.append(Measurement(kernel, config, None, "wrong result"))
+                continue
+            results.append(Measurement(kernel, config, _time(run, device)))
+        except Exception as error:
+            problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            logger.debug("%s %s cannot run %s: %s", kernel.name, config, call.key, problem)
+            results.append(Measurement(kernel, config, None, problem))
+    return results
+
+
+class _Operands:
+    """Random tensors of a call's specs, the weights several times over."""
+
+    def __init__(self, call: Call, hardware: Hardware, device: torch.device) -> None:
+        self.call, self.device = call, device
+        weights = sum(_bytes(t) for t in call.tensors if t is not None and t.constant)
+        wanted = 2 * (hardware.l2_bytes or 0) // max(weights, 1) + 1
+        copies = max(1, min(wanted, MAX_COPIES, MAX_COPY_BYTES // max(weights, 1)))
+        generator = torch.Generator(device).manual_seed(0)
+        self._sets: list[list[torch.Tensor | None]] = []
+        for index in range(copies):
+            tensors: list[torch.Tensor | None] = []
+            for place, spec in enumerate(call.tensors):
+                if index and (spec is None or not spec.constant):
+                    tensors.append(self._sets[0][place])
+                else:
+                    tensors.append(None if spec is None else _random(spec, generator, device))
+            self._sets.append(tensors)
+        self._out = torch.empty(call.out.shape, dtype=call.out.dtype, device=device)
+
+    def bind(self, kernel: Kernel, config: Config) -> Callable[[int], torch.Tensor]:
+        """A function that runs the kernel once, on the copy of that index."""
+        extra: dict[str, Any] = {}
+        if kernel.configs is not None:
+            size = kernel.workspace(self.call, config)
+            scratch = torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
+            extra = {"config": config, "workspace": scratch}
+        out = None if kernel.allocates else self._out
+        attrs = dict(self.call.attrs)
+
+        def run(index: int) -> torch.Tensor:
+            return kernel.run(out, *self._sets[index % len(self._sets)], **extra, **attrs)
+
+        return run
+
+    def expected(self) -> torch.Tensor:
+        """The reference's result for the first copy."""
+        out = torch.empty_like(self._out)
+        return reference(self.call.op).run(out, *self._sets[0], **self.call.attrs)
+
+
+def _bytes(spec: TensorSpec) -> int:
+    return prod(spec.shape) * spec.dtype.itemsize
+
+
+def _random(spec: TensorSpec, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """Normal values; a weight's are scaled so that a product over its rows stays of order one."""
+    start = 0 if spec.aligned else 1
+    extent = start + 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True))
+    if not spec.dtype.is_floating_point:
+        flat = torch.zeros(extent, dtype=spec.dtype, device=device)
+    else:
+        flat = torch.randn(extent, generator=generator, device=device).to(spec.dtype)
+        if spec.constant and len(spec.shape) > 1:
+            flat *= prod(spec.shape[1:]) ** -0.5
+    return flat.as_strided(spec.shape, spec.stride, start)
+
+
+def _distance(result: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = (result.float() - expected.float()).norm()
+    return float(difference / expected.float().norm().clamp_min(1e-12))
+
+
+def _time(run: Callable[[int], torch.Tensor], device: torch.device) -> float:
+    """Microseconds of one run: the median over replays of a graph of several."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        run(1)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for index in range(LAUNCHES):
+            run(index)
+    samples = []
+    for _ in range(REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) * 1e3 / LAUNCHES)
+    return statistics.median(samples)

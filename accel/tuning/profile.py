@@ -1,0 +1,131 @@
+"""Profiles: what was measured on one GPU, by call.
+
+A profile that comes with the pack (`tuning_profiles/<gpu>.json`) is read first; over it lies the
+user's own, in the disk cache. Both hold the same JSON:
+`{"meta": {...}, "entries": {call: {"kernel": name, "config": {...}, "us": microseconds}}}`.
+What cannot be understood is left out with a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..cache import DiskCache
+from ..hardware import Hardware
+from ..kernels.registry import Config
+
+logger = logging.getLogger(__name__)
+
+PROFILE_VERSION = 1
+KIND = "profile"
+SHIPPED = Path(__file__).resolve().parents[2] / "tuning_profiles"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The fastest that was measured for one call: microseconds of one run."""
+
+    kernel: str
+    config: Config
+    us: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as `json.dumps` takes it."""
+        return {"kernel": self.kernel, "config": dict(self.config), "us": round(self.us, 3)}
+
+
+class Profile:
+    """Measured entries of one GPU with one set of library versions, kept in the disk cache."""
+
+    def __init__(self, hardware: Hardware, cache: DiskCache | None) -> None:
+        self._meta = identity(hardware)
+        self._cache = cache
+        self._key = xxhash.xxh3_64_hexdigest(json.dumps(self._meta, sort_keys=True).encode())
+        self._entries = shipped(hardware)
+        self._measured: dict[str, Entry] = {}
+        if cache is not None:
+            self._measured = _entries(cache.get(self._key, KIND) or {}, "the cached profile")
+        self._entries |= self._measured
+
+    def get(self, call: str) -> Entry | None:
+        """What is known of a call, by its key."""
+        return self._entries.get(call)
+
+    def add(self, measured: Mapping[str, Entry]) -> None:
+        """Remember measurements, here and on disk, beside those that another process made."""
+        self._entries |= measured
+        self._measured |= measured
+        if self._cache is None:
+            return
+        others = _entries(self._cache.get(self._key, KIND) or {}, "the cached profile")
+        self._measured = {**others, **self._measured}
+        self._cache.put(self._key, KIND, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """The measurements of this machine, as a file under `tuning_profiles/` holds them."""
+        entries = {call: entry.to_json() for call, entry in sorted(self._measured.items())}
+        return {"version": PROFILE_VERSION, "meta": self._meta, "entries": entries}
+
+
+def identity(hardware: Hardware) -> dict[str, Any]:
+    """What a measurement depends on beside the call."""
+    return {
+        "gpu": hardware.name,
+        "capability": list(hardware.capability or ()),
+        "multiprocessors": hardware.multiprocessors,
+        "torch": hardware.torch,
+        "cuda": hardware.cuda,
+        "cudnn": hardware.cudnn,
+        "triton": hardware.triton,
+    }
+
+
+def shipped(hardware: Hardware) -> dict[str, Entry]:
+    """Entries of the profile that comes with the pack for this GPU; empty if there is none."""
+    for path in sorted(SHIPPED.glob("*.json")):
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            logger.warning("the profile %s is ignored: %s", path.name, error)
+            continue
+        meta = data.get("meta") if isinstance(data, dict) else None
+        if isinstance(meta, dict) and meta.get("gpu") == hardware.name:
+            return _entries(data, f"the profile {path.name}")
+    return {}
+
+
+def _entries(data: Mapping[str, Any], what: str) -> dict[str, Entry]:
+    if not data:
+        return {}
+    if data.get("version") != PROFILE_VERSION or not isinstance(data.get("entries"), Mapping):
+        logger.warning("%s is ignored: it has version %s", what, data.get("version"))
+        return {}
+    found = {}
+    for call, fields in data["entries"].items():
+        entry = _entry(fields)
+        if entry is None:
+            logger.warning("%s: the entry of %s is ignored: %s", what, call, str(fields)[:80])
+        else:
+            found[call] = entry
+    return found
+
+
+def _entry(fields: Any) -> Entry | None:
+    if not isinstance(fields, Mapping):
+        return None
+    kernel, config, us = (fields.get(name) for name in ("kernel", "config", "us"))
+    if not isinstance(kernel, str) or not isinstance(config, Mapping):
+        return None
+    if not all(isinstance(value, (int, str, bool)) for value in config.values()):
+        return None
+    if isinstance(us, bool) or not isinstance(us, (int, float)) or not 0 < us < math.inf:
+        return None
+    return Entry(kernel, dict(config), float(us))

@@ -1,0 +1,126 @@
+"""The choice of a kernel for each call: what a profile says, what measuring says, or the default.
+
+One selector serves a device. Its choices stay the same for the life of the process, so that equal
+runs give equal bits; what is measured now counts from here on, also in later processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import kernels
+from ..cache import DiskCache
+from ..hardware import Hardware, describe
+from ..kernels.registry import Call, Config, Kernel
+from ..settings import settings
+from .measure import Measurement, measure
+from .profile import PROFILE_VERSION, Entry, Profile
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A selected kernel, its configuration, why it was selected, and its time if that is known."""
+
+    kernel: Kernel
+    config: Config
+    reason: str
+    us: float | None = None
+
+
+class Selector:
+    """Chooses for one device. Thread-safe.
+
+    measuring: time the candidates of a call that the profile does not know; needs the device.
+    """
+
+    def __init__(
+        self, hardware: Hardware, device: torch.device, profile: Profile, measuring: bool
+    ) -> None:
+        self.hardware, self.device, self.profile = hardware, device, profile
+        self._measuring = measuring and device.type == "cuda"
+        self._choices: dict[str, Choice] = {}
+        self._lock = threading.Lock()
+
+    def select(self, calls: Sequence[Call]) -> list[Choice]:
+        """A choice for each call; calls with equal keys get the same."""
+        with self._lock:
+            unknown = {call.key: call for call in calls if call.key not in self._choices}
+            unmeasured = []
+            for key, call in unknown.items():
+                choice = self._known(key, call)
+                if choice is None:
+                    unmeasured.append(call)
+                else:
+                    self._choices[key] = choice
+            if unmeasured:
+                self._measure(unmeasured)
+            return [self._choices[call.key] for call in calls]
+
+    def _known(self, key: str, call: Call) -> Choice | None:
+        """The choice that needs no measurement: a profile's, or the only candidate there is."""
+        candidates = kernels.candidates(call, self.hardware)
+        entry = self.profile.get(key)
+        if entry is not None:
+            for kernel, config in candidates:
+                if kernel.name == entry.kernel and dict(config) == dict(entry.config):
+                    return Choice(kernel, config, f"measured, {entry.us:.1f} us", entry.us)
+        kernel, config = candidates[0]
+        if len(candidates) == 1:
+            return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")
+        if len(candidates) == 2:  # the other is the reference
+            return Choice(kernel, config, "the only kernel for this call")
+        if not self._measuring:
+            return Choice(kernel, config, "the default: measuring is off")
+        return None
+
+    def _measure(self, calls: Sequence[Call]) -> None:
+        started = time.perf_counter()
+        logger.info("measuring %d operators on %s, once", len(calls), self.hardware.name)
+        found: dict[str, Entry] = {}
+        for call, results in measure(calls, self.hardware, self.device):
+            best = min((r for r in results if r.us is not None), key=_us, default=None)
+            if best is None:
+                kernel, config = kernels.candidates(call, self.hardware)[0]
+                why = next((r.problem for r in results if r.problem), "no memory")
+                choice = Choice(kernel, config, f"the default: nothing could be measured ({why})")
+            else:
+                us = _us(best)
+                reason = f"measured, {us:.1f} us, the fastest of {len(results)}"
+                choice = Choice(best.kernel, best.config, reason, us)
+                found[call.key] = Entry(best.kernel.name, best.config, us)
+            self._choices[call.key] = choice
+        self.profile.add(found)
+        seconds = time.perf_counter() - started
+        logger.info("measured %d operators in %.1f s", len(found), seconds)
+
+
+def _us(result: Measurement) -> float:
+    assert result.us is not None
+    return result.us
+
+
+_selectors: dict[tuple[str, Path], Selector] = {}
+_selectors_lock = threading.Lock()
+
+
+def selector_for(device: torch.device, cache_dir: Path | None = None) -> Selector:
+    """The selector of a device, its profile kept under `cache_dir` (by default the user's)."""
+    root = settings().cache_dir if cache_dir is None else cache_dir
+    with _selectors_lock:
+        key = (str(device), root)
+        if key not in _selectors:
+            hardware = describe(device)
+            on_disk = device.type == "cuda"
+            cache = DiskCache(root, settings().cache_bytes, f"profile{PROFILE_VERSION}")
+            profile = Profile(hardware, cache if on_disk else None)
+            _selectors[key] = Selector(hardware, device, profile, settings().tune)
+        return _selectors[key]
