@@ -91,6 +91,7 @@ class _Call:
     out: torch.Tensor | None
     dead: tuple[str, ...]
     choice: Choice | None
+    call: Call | None
 
 
 class Executable:
@@ -222,6 +223,7 @@ class Executable:
                 kept.get(step.output),
                 tuple(dead.get(index, ())),
                 traits[step.output].choice,
+                traits[step.output].call,
             )
             for index, step in enumerate(steps)
         ]
@@ -269,7 +271,7 @@ class Executable:
         choices = self._selector.select(list(calls.values()))
         for (name, call), choice in zip(calls.items(), choices, strict=True):
             size = choice.kernel.workspace(call, choice.config)
-            traits[name] = replace(traits[name], choice=choice, workspace=size)
+            traits[name] = replace(traits[name], call=call, choice=choice, workspace=size)
         return traits
 
     def _attrs(self, step: Step, op: ops.Op) -> dict[str, Any]:
@@ -440,9 +442,18 @@ class Executable:
             for name, kinds in found.items()
         }
 
+    def calls(self) -> list[tuple[str, Call, Choice]]:
+        """Every call of a kernel in order: its part ("prompt" or "step"), the call, the choice."""
+        parts = (("prompt", self._prompt_calls), ("step", self._step_calls))
+        return [
+            (part, call.call, call.choice)
+            for part, calls in parts
+            for call in calls
+            if call.call is not None and call.choice is not None
+        ]
+
     def _choices(self) -> list[Choice]:
-        calls = (*self._prompt_calls, *self._step_calls)
-        return [call.choice for call in calls if call.choice is not None]
+        return [choice for _, _, choice in self.calls()]
 
 
 @dataclass(frozen=True)
@@ -454,6 +465,7 @@ class _Trait:
     root: str
     attrs: dict[str, Any]
     view: Callable[..., torch.Tensor] | None = None
+    call: Call | None = None
     choice: Choice | None = None
     workspace: int = 0
 

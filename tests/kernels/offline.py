@@ -1,0 +1,203 @@
+"""Compile the kernels for GPUs that are not here, and say what each variant needs.
+
+    python tests/kernels/offline.py [--all] [--chips 75,90] [--kernels NAME,…] > variants.json
+
+Runs in a process of its own, since the other tests of kernels run Triton's interpreter. The calls
+are those of the shipped plans, so that nothing is compiled that no network needs. Without --all,
+each kernel is compiled once for every kind of call (which optional tensors are there, which
+activation) with its first configuration; with it, every configuration of every call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from harness import CHIPS, chip  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from accel import kernels  # noqa: E402
+from accel.kernels import Call, Launch  # noqa: E402
+from accel.plan.schema import Plan  # noqa: E402
+from accel.runtime.arena import Arena  # noqa: E402
+from accel.runtime.executable import Executable  # noqa: E402
+from accel.tuning import Choice  # noqa: E402
+from accel.tuning.measure import launches_of  # noqa: E402
+
+NETWORKS = (("sd15", 64, 64, 1), ("sd15-controlnet", 64, 64, 1), ("sdxl", 128, 128, 1))
+"""Family, height and width of the latent, and in how many packs of 77 tokens the prompt comes."""
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class _Collect:
+    """Stands where a selector does, keeps the calls and chooses the references."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def select(self, calls: Sequence[Call]) -> list[Choice]:
+        self.calls += calls
+        return [Choice(kernels.reference(call.op), {}, "not run") for call in calls]
+
+
+def calls_of(family: str, height: int, width: int, packs: int, optional: bool) -> list[Call]:
+    """Every call of a shipped plan at one size; optional: with all residuals, or with none."""
+    path = ROOT / "accel" / "plan" / "shipped" / f"{family}.json"
+    plan = Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+    if not optional:
+        plan = plan.without(entry.name for entry in plan.inputs if entry.optional)
+    dims = dict.fromkeys(plan.dims, 2) | {"height": height, "width": width, "tokens": 77 * packs}
+    meta = torch.device("meta")
+    constants = {
+        c.name: torch.empty(c.recipe.shape, device=meta, dtype=torch.float16)
+        for c in plan.constants
+    }
+    collect: Any = _Collect()
+    Executable(plan, dims, constants, torch.float16, Arena(meta), {}, None, collect)
+    return list({call.key: call for call in collect.calls}.values())
+
+
+def kind_of(call: Call) -> str:
+    """What makes one call of an operator another piece of code than the next."""
+    present = "".join("-" if spec is None else "x" for spec in call.tensors)
+    named = ("activation", "stride", "heads")
+    attrs = [str(call.attrs[name]) for name in named if name in call.attrs]
+    upsampled = "up" if call.attrs.get("upsample") else ""
+    return " ".join([call.op, present, *attrs, upsampled])
+
+
+def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> Iterator[Any]:
+    """(chip, kernel, configuration, launch) of all that is to be compiled, each code once."""
+    found = {}
+    for family, height, width, packs in NETWORKS:
+        for optional in (False, True):
+            for call in calls_of(family, height, width, packs, optional):
+                found[call.key if every else kind_of(call)] = call
+    seen = set()
+    for capability in chips:
+        for call in found.values():
+            taken: set[str] = set()
+            for kernel, config in kernels.candidates(call, chip(capability)):
+                if kernel.launches is None or (names and kernel.name not in names):
+                    continue
+                if not every and kernel.name in taken:
+                    continue
+                taken.add(kernel.name)
+                for launch in launches_of(kernel, config, call):
+                    code = (capability, source_key(launch))
+                    if code not in seen:
+                        seen.add(code)
+                        yield capability, kernel.name, dict(config), call.key, launch
+
+
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constexprs and attributes, as the launcher would find them from the arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, param in enumerate(launch.kernel.params):
+        if param.name not in launch.args:  # left to its default
+            signature[param.name], constants[(index,)] = "constexpr", param.default
+            continue
+        value = launch.args[param.name]
+        fixed = param.do_not_specialize
+        if param.is_constexpr or value is None or (value is not True and value == 1 and not fixed):
+            signature[param.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif hasattr(value, "block_shape"):
+            name = POINTERS[value.base.dtype].removeprefix("*")
+            signature[param.name] = f"tensordesc<{name}{list(value.block_shape)}>"
+        elif isinstance(value, bool):
+            signature[param.name] = "i1"
+        elif isinstance(value, int):
+            signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not fixed:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[param.name] = "fp32"
+    return signature, constants, attributes
+
+
+def source_key(launch: Launch) -> str:
+    return repr((launch.kernel.__name__, *specialise(launch), sorted(launch.options.items())))
+
+
+def compile_one(capability: tuple[int, int], launch: Launch) -> dict[str, Any]:
+    """Shared memory, registers, spilled bytes and tensor-core instructions of one variant."""
+    signature, constants, attributes = specialise(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    number = capability[0] * 10 + capability[1]
+    target = GPUTarget("cuda", number, 32)
+    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [str(BINARIES / "cuobjdump"), "--dump-resource-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    tensor_core = re.search(r"\b(wgmma|tcgen05\.mma|mma\.sync)", ptx)
+    dots = re.search(r"tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma", compiled.asm["ttgir"])
+    return {
+        "shared": compiled.metadata.shared,
+        "registers": found["REG"],
+        "threads": 32 * compiled.metadata.num_warps,
+        "spilled": found.get("LOCAL", 0) + found.get("STACK", 0),
+        "tensor_cores": tensor_core.group(1) if tensor_core else None,
+        "dots": bool(
+            re.search(r"tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma", compiled.asm["ttgir"])
+        ),
+        "vector": bool(re.search(r"ld\.global\S*\.v4|cp\.async|ld\.global\S*\.v2\.b64", ptx)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--chips", default="")
+    parser.add_argument("--kernels", default="")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    chips = [c for c in CHIPS if not options.chips or f"{c[0]}{c[1]}" in options.chips.split(",")]
+    names = set(filter(None, options.kernels.split(",")))
+
+    def one(variant: Any) -> dict[str, Any]:
+        capability, kernel, config, call, launch = variant
+        row = {"chip": f"{capability[0]}{capability[1]}", "kernel": kernel, "config": config}
+        row |= {"call": call, "function": launch.kernel.__name__}
+        try:
+            return row | compile_one(capability, launch)
+        except Exception as error:
+            return row | {"failed": f"{type(error).__name__}: {error}"[:500]}
+
+    with ThreadPoolExecutor(options.threads) as threads:
+        rows = list(threads.map(one, variants(options.all, names, chips)))
+    json.dump(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
