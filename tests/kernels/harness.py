@@ -5,14 +5,20 @@ Without a GPU they run in Triton's interpreter (tests/conftest.py sees to it), w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from accel import ops
+from accel.compiler import SHIPPED
 from accel.hardware import Hardware
-from accel.kernels.registry import Call, Config, Kernel, TensorSpec, kernels
+from accel.kernels import Call, Config, Kernel, TensorSpec, kernels, load_triton, reference
+from accel.plan.schema import Plan
+from accel.runtime.arena import Arena
+from accel.runtime.executable import Executable
+from accel.tuning import Choice
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -49,6 +55,7 @@ def chip(capability: tuple[int, int] = (9, 0)) -> Hardware:
 
 def find(name: str) -> Kernel:
     """The registered kernel of that name."""
+    load_triton()
     (found,) = [kernel for kernel in kernels() if kernel.name == name]
     return found
 
@@ -117,3 +124,37 @@ def check(
     assert torch.isfinite(result).all()
     assert error(result, truth) <= factor * error(plain, truth) + 1e-7
     return result
+
+
+class _Collect:
+    """Stands where a selector does, keeps the calls and chooses the references."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def select(self, calls: Sequence[Call]) -> list[Choice]:
+        self.calls += calls
+        return [Choice(reference(call.op), {}, "not run") for call in calls]
+
+
+def calls_of(
+    family: str, height: int, width: int, packs: int = 1, batch: int = 2, optional: bool = False
+) -> list[Call]:
+    """Every call of a shipped plan, in fp16, at one size of the latent.
+
+    packs: of 77 tokens, in the prompt. optional: with all residuals, or with none.
+    """
+    path = SHIPPED / f"{family}.json"
+    plan = Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+    if not optional:
+        plan = plan.without(entry.name for entry in plan.inputs if entry.optional)
+    sizes = {"batch": batch, "height": height, "width": width, "tokens": 77 * packs}
+    dims = {name: sizes[name] for name in plan.dims}
+    meta = torch.device("meta")
+    constants = {
+        c.name: torch.empty(c.recipe.shape, device=meta, dtype=torch.float16)
+        for c in plan.constants
+    }
+    collect: Any = _Collect()
+    Executable(plan, dims, constants, torch.float16, Arena(meta), {}, None, collect)
+    return list({call.key: call for call in collect.calls}.values())

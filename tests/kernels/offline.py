@@ -26,16 +26,12 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from harness import CHIPS, chip  # noqa: E402
+from harness import CHIPS, calls_of, chip  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from accel import kernels  # noqa: E402
 from accel.kernels import Call, Launch  # noqa: E402
-from accel.plan.schema import Plan  # noqa: E402
-from accel.runtime.arena import Arena  # noqa: E402
-from accel.runtime.executable import Executable  # noqa: E402
-from accel.tuning import Choice  # noqa: E402
 from accel.tuning.measure import launches_of  # noqa: E402
 
 NETWORKS = (("sd15", 64, 64, 1), ("sd15-controlnet", 64, 64, 1), ("sdxl", 128, 128, 1))
@@ -53,34 +49,6 @@ POINTERS = {
 }
 
 
-class _Collect:
-    """Stands where a selector does, keeps the calls and chooses the references."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-
-    def select(self, calls: Sequence[Call]) -> list[Choice]:
-        self.calls += calls
-        return [Choice(kernels.reference(call.op), {}, "not run") for call in calls]
-
-
-def calls_of(family: str, height: int, width: int, packs: int, optional: bool) -> list[Call]:
-    """Every call of a shipped plan at one size; optional: with all residuals, or with none."""
-    path = ROOT / "accel" / "plan" / "shipped" / f"{family}.json"
-    plan = Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
-    if not optional:
-        plan = plan.without(entry.name for entry in plan.inputs if entry.optional)
-    dims = dict.fromkeys(plan.dims, 2) | {"height": height, "width": width, "tokens": 77 * packs}
-    meta = torch.device("meta")
-    constants = {
-        c.name: torch.empty(c.recipe.shape, device=meta, dtype=torch.float16)
-        for c in plan.constants
-    }
-    collect: Any = _Collect()
-    Executable(plan, dims, constants, torch.float16, Arena(meta), {}, None, collect)
-    return list({call.key: call for call in collect.calls}.values())
-
-
 def kind_of(call: Call) -> str:
     """What makes one call of an operator another piece of code than the next."""
     present = "".join("-" if spec is None else "x" for spec in call.tensors)
@@ -95,7 +63,7 @@ def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> 
     found = {}
     for family, height, width, packs in NETWORKS:
         for optional in (False, True):
-            for call in calls_of(family, height, width, packs, optional):
+            for call in calls_of(family, height, width, packs, optional=optional):
                 found[call.key if every else kind_of(call)] = call
     seen = set()
     for capability in chips:
@@ -168,9 +136,7 @@ def compile_one(capability: tuple[int, int], launch: Launch) -> dict[str, Any]:
         "threads": 32 * compiled.metadata.num_warps,
         "spilled": found.get("LOCAL", 0) + found.get("STACK", 0),
         "tensor_cores": tensor_core.group(1) if tensor_core else None,
-        "dots": bool(
-            re.search(r"tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma", compiled.asm["ttgir"])
-        ),
+        "dots": dots is not None,
         "vector": bool(re.search(r"ld\.global\S*\.v4|cp\.async|ld\.global\S*\.v2\.b64", ptx)),
     }
 

@@ -1,0 +1,365 @@
+"""Selection: profiles, measurements and defaults; on the CPU, with kernels made for the purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from accel import tuning
+from accel.cache import DiskCache
+from accel.hardware import describe
+from accel.kernels import NO_CONFIG, Call, Kernel, TensorSpec, kernels, registry
+from accel.tuning import measure as measuring
+from accel.tuning import profile as profiles
+from accel.tuning import select as selection
+from accel.tuning.profile import Entry, Profile
+from accel.tuning.select import Selector
+
+sys.path.append(str(Path(__file__).parent / "kernels"))
+from harness import chip
+
+CPU = torch.device("cpu")
+GPU = chip()
+
+
+def spec(*shape: int, constant: bool = False) -> TensorSpec:
+    tensor = torch.empty(shape, dtype=torch.float32, device="meta")
+    return TensorSpec.of(tensor, constant)
+
+
+def add_call(rows: int = 4) -> Call:
+    return Call("add", spec(rows, 8), (spec(rows, 8), spec(rows, 8)), {})
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Kernel]]:
+    """Registers kernels for `add` that exist only in this test, beside which there are none."""
+    monkeypatch.setattr(registry, "_KERNELS", [])
+
+    def make(name: str, run: Any = None, configs: Any = None, **traits: Any) -> Kernel:
+        def right(out: torch.Tensor, a: Any, b: Any, **_: Any) -> torch.Tensor:
+            return torch.add(a, b, out=out)
+
+        registry.kernel("add", name=name, configs=configs, **traits)(run or right)
+        return kernels()[-1]  # type: ignore[index]
+
+    yield make
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> DiskCache:
+    return DiskCache(tmp_path, 1 << 20, "profile-test")
+
+
+def selector(cache: DiskCache | None = None, measuring: bool = True) -> Selector:
+    chosen = Selector(GPU, torch.device("cuda"), Profile(GPU, cache), measuring)
+    return chosen
+
+
+def times(monkeypatch: pytest.MonkeyPatch, us: dict[Any, float]) -> list[str]:
+    """Pretend that candidates take these microseconds; returns the keys of calls measured."""
+    asked: list[str] = []
+
+    def fake(calls: Any, hardware: Any, device: Any) -> Iterator[Any]:
+        for call in calls:
+            asked.append(call.key)
+            found = tuning_candidates(call)[:-1]
+            yield (
+                call,
+                [
+                    measuring.Measurement(kernel, config, us.get(_named(kernel, config)), "broken")
+                    for kernel, config in found
+                ],
+            )
+
+    monkeypatch.setattr(selection, "measure", fake)
+    return asked
+
+
+def tuning_candidates(call: Call) -> Any:
+    return registry.candidates(call, GPU)
+
+
+def _named(kernel: Kernel, config: Any) -> Any:
+    return (kernel.name, *config.values()) if config else kernel.name
+
+
+# Keys and constraints.
+
+
+def test_a_call_is_told_by_what_matters_and_by_nothing_else() -> None:
+    image, rows = spec(2, 8, 8, 16), spec(128, 16)
+    weight = spec(32, 16, constant=True)
+    linear = {"activation": "none"}
+    keys = {
+        Call("linear", spec(2, 8, 8, 32), (image, weight, None, None), linear).key,
+        Call("linear", spec(128, 32), (rows, weight, None, None), linear).key,
+    }
+    assert len(keys) == 1, "how the rows are split does not matter"
+    keys.add(Call("linear", spec(128, 16), (rows, weight, None, None), {"activation": "geglu"}).key)
+    keys.add(Call("linear", spec(128, 32), (rows, weight, spec(32), None), linear).key)
+    sliced = TensorSpec.of(torch.empty(128, 48, device="meta")[:, 16:32])
+    keys.add(Call("linear", spec(128, 32), (sliced, weight, None, None), linear).key)
+    odd = TensorSpec.of(torch.empty(128 * 16 + 1, device="meta")[1:].view(128, 16))
+    assert not odd.aligned and sliced.aligned and sliced.row_stride() == 48
+    keys.add(Call("linear", spec(128, 32), (odd, weight, None, None), linear).key)
+    assert len(keys) == 5
+    norm = {"groups": 4, "eps": 1e-5, "activation": "none"}
+    shapes = [spec(2, 8, 8, 16), spec(2, 4, 16, 16)]
+    assert len({Call("group_norm", s, (s, None, None), norm).key for s in shapes}) == 2
+
+
+def test_strides_that_no_single_row_stride_says() -> None:
+    images = torch.empty(2, 8, 8, 16, device="meta")
+    assert TensorSpec.of(images[:, :, :, :8]).row_stride() == 16
+    assert TensorSpec.of(images[:, :, :4]).row_stride() is None
+    assert TensorSpec.of(images[:, :1, :, :8]).row_stride() is None
+    assert TensorSpec.of(images[:1, :1, :, :8]).row_stride() == 16
+    assert TensorSpec.of(torch.empty(4, device="meta").expand(3, 4)).row_stride() == 0
+    assert not TensorSpec.of(images.transpose(1, 2)).contiguous
+
+
+def test_candidates_are_those_that_fit_the_default_first(made: Any) -> None:
+    made("slow", priority=2)
+    made("tiled", priority=0, configs=lambda call, hardware: [{"tile": 64}, {"tile": 32}])
+    made("elsewhere", devices=("cpu",))
+    made("never", supports=lambda call, hardware: False)
+    found = registry.candidates(add_call(), GPU)
+    names = [(kernel.name, dict(config)) for kernel, config in found]
+    expected = [("tiled", {"tile": 64}), ("tiled", {"tile": 32}), ("slow", {})]
+    assert names == [*expected, ("reference.add", {})]
+
+
+# Profiles.
+
+
+def test_a_profile_outlives_its_process(cache: DiskCache) -> None:
+    entry = Entry("tiled", {"tile": 64, "wide": True, "kind": "a"}, 12.5)
+    Profile(GPU, cache).add({"a": entry})
+    again = Profile(GPU, cache)
+    assert again.get("a") == entry and again.get("b") is None
+    other = Profile(dataclasses.replace(GPU, torch="9.9"), cache)
+    assert other.get("a") is None, "another version of PyTorch is measured anew"
+
+
+def test_two_processes_keep_what_each_measured(cache: DiskCache) -> None:
+    ours, theirs = Profile(GPU, cache), Profile(GPU, cache)
+    ours.add({"a": Entry("x", {}, 1.0)})
+    theirs.add({"b": Entry("y", {}, 2.0)})
+    both = Profile(GPU, cache)
+    assert both.get("a") is not None and both.get("b") is not None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        None,
+        {"kernel": "x", "config": {}},
+        {"kernel": "x", "config": {}, "us": -1},
+        {"kernel": "x", "config": {}, "us": float("nan")},
+        {"kernel": "x", "config": {}, "us": True},
+        {"kernel": 3, "config": {}, "us": 1.0},
+        {"kernel": "x", "config": {"tile": [1]}, "us": 1.0},
+        {"kernel": "x", "config": None, "us": 1.0},
+    ],
+    ids=str,
+)
+def test_an_entry_that_makes_no_sense_is_left_out(
+    fields: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = {"kernel": "x", "config": {"tile": 64}, "us": 3.0}
+    data = {"version": 1, "meta": {"gpu": GPU.name}, "entries": {"bad": fields, "good": good}}
+    (tmp_path / "gpu.json").write_text(json.dumps(data))
+    monkeypatch.setattr(profiles, "SHIPPED", tmp_path)
+    profile = Profile(GPU, None)
+    assert profile.get("bad") is None
+    assert profile.get("good") == Entry("x", {"tile": 64}, 3.0)
+    assert [r.levelname for r in caplog.records] == ["WARNING"] and "bad" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"meta": {"gpu": "sm_90"}, "version": 99}'])
+def test_a_shipped_profile_that_cannot_be_read_is_ignored(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gpu.json").write_text(content)
+    monkeypatch.setattr(profiles, "SHIPPED", tmp_path)
+    assert Profile(GPU, None).get("a") is None
+
+
+def test_the_users_own_measurements_go_before_the_shipped(
+    cache: DiskCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = {name: {"kernel": "x", "config": {}, "us": 3.0} for name in ("a", "b")}
+    data = {"version": 1, "meta": {"gpu": GPU.name}, "entries": shipped}
+    (tmp_path / "gpu.json").write_text(json.dumps(data))
+    monkeypatch.setattr(profiles, "SHIPPED", tmp_path)
+    Profile(GPU, cache).add({"a": Entry("y", {}, 2.0)})
+    again = Profile(GPU, cache)
+    assert (again.get("a"), again.get("b")) == (Entry("y", {}, 2.0), Entry("x", {}, 3.0))
+    assert set(again.to_json()["entries"]) == {"a"}
+
+
+# Selection.
+
+
+def test_the_fastest_measured_is_chosen_once_and_remembered(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("library")
+    made("tiled", configs=lambda call, hardware: [{"tile": 64}, {"tile": 32}])
+    asked = times(monkeypatch, {"library": 9.0, ("tiled", 64): 8.0, ("tiled", 32): 4.0})
+    chooser = selector(cache)
+    first, second, third = chooser.select([add_call(), add_call(), add_call(5)])
+    assert (first.kernel.name, dict(first.config), first.us) == ("tiled", {"tile": 32}, 4.0)
+    assert second is first and third.kernel.name == "tiled"
+    assert asked == [add_call().key, add_call(5).key]
+    assert chooser.select([add_call()])[0] is first
+    assert selector(cache).select([add_call()])[0].config == {"tile": 32}
+    assert len(asked) == 2, "what is remembered is not measured again"
+
+
+def test_a_choice_stays_for_the_life_of_the_process(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("library")
+    made("other")
+    times(monkeypatch, {"library": 1.0, "other": 2.0})
+    chooser = selector(cache)
+    before = chooser.select([add_call()])[0]
+    chooser.profile.add({add_call().key: Entry("other", {}, 0.5)})
+    assert chooser.select([add_call()])[0] is before
+
+
+def test_without_measuring_the_default_runs_and_says_so(made: Any) -> None:
+    made("second", priority=5)
+    made("default", priority=0)
+    choice = selector(measuring=False).select([add_call()])[0]
+    assert choice.kernel.name == "default" and "measuring is off" in choice.reason
+
+
+def test_a_profile_that_names_what_is_not_offered_is_not_believed(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("library")
+    made("tiled", configs=lambda call, hardware: [{"tile": 64}])
+    asked = times(monkeypatch, {"library": 1.0, ("tiled", 64): 2.0})
+    Profile(GPU, cache).add({add_call().key: Entry("tiled", {"tile": 7}, 0.1)})
+    assert selector(cache).select([add_call()])[0].kernel.name == "library"
+    assert asked
+
+
+def test_where_nothing_can_be_measured_the_default_runs(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("first", priority=0)
+    made("second")
+    times(monkeypatch, {})
+    choice = selector(cache).select([add_call()])[0]
+    assert choice.kernel.name == "first" and "broken" in choice.reason
+    assert Profile(GPU, cache).get(add_call().key) is None
+
+
+def test_one_kernel_needs_no_measuring(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made("only")
+    asked = times(monkeypatch, {})
+    assert selector().select([add_call()])[0].kernel.name == "only"
+    assert not asked
+
+
+def test_on_the_cpu_the_reference_runs() -> None:
+    choice = tuning.selector_for(CPU).select([add_call()])[0]
+    assert choice.kernel.name == "reference.add" and choice.config == NO_CONFIG
+    assert tuning.selector_for(CPU) is tuning.selector_for(CPU)
+    assert describe("cpu").kind == "cpu"
+
+
+# Measuring: what surrounds the clock, which needs a GPU.
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, call: Call) -> dict[Any, measuring.Measurement]:
+    monkeypatch.setattr(measuring, "_time", lambda run, device: float(run(1).numel()))
+    results = measuring._measure(call, GPU, CPU)
+    return {_named(result.kernel, result.config): result for result in results}
+
+
+def test_a_candidate_that_is_wrong_or_fails_is_never_used(
+    made: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(out: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+        return torch.sub(a, b, out=out)
+
+    def partial(out: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+        out.fill_(float("nan"))
+        return out
+
+    def fails(out: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+        raise RuntimeError("out of resources: shared memory\nand more")
+
+    made("right")
+    made("wrong", wrong)
+    made("partial", partial)
+    made("fails", fails)
+    with caplog.at_level(logging.WARNING):
+        results = measured(monkeypatch, add_call())
+    assert results["right"].us == 32.0
+    assert [results[name].us for name in ("wrong", "partial", "fails")] == [None] * 3
+    assert results["fails"].problem == "out of resources: shared memory"
+    assert sum("is not used" in r.getMessage() for r in caplog.records) == 2
+
+
+def test_configurations_and_scratch_memory_reach_the_kernel(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def run(out: torch.Tensor, a: Any, b: Any, *, config: Any, workspace: Any) -> torch.Tensor:
+        seen.append((config["tile"], None if workspace is None else workspace.numel()))
+        return torch.add(a, b, out=out)
+
+    made(
+        "tiled",
+        run,
+        configs=lambda call, hardware: [{"tile": 0}, {"tile": 64}],
+        workspace=lambda call, config: 4 * config["tile"],
+    )
+    measured(monkeypatch, add_call())
+    assert set(seen) == {(0, None), (64, 256)}
+
+
+def test_each_launch_reads_other_weights_but_the_same_activations(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Call("add", spec(4, 8), (spec(4, 8), spec(4, 8, constant=True)), {})
+    operands = measuring._Operands(call, GPU, CPU)
+    pointers = [[tensor.data_ptr() for tensor in tensors] for tensors in operands._sets]
+    assert len({a for a, _ in pointers}) == 1
+    assert len({b for _, b in pointers}) == len(pointers) == measuring.MAX_COPIES
+
+
+def test_no_memory_is_no_error(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made("right")
+
+    def full(*arguments: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(measuring, "_random", full)
+    assert measured(monkeypatch, add_call())["right"].problem == "no memory"
+
+
+def test_random_operands_have_the_strides_and_alignment_asked_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.empty(6, 24, dtype=torch.float16, device="meta")
+    sliced = measuring._random(TensorSpec.of(base[:, 8:16]), generator, CPU)
+    assert sliced.stride() == (24, 1) and sliced.shape == (6, 8)
+    odd = TensorSpec.of(torch.empty(65, dtype=torch.float16, device="meta")[1:].view(8, 8))
+    assert measuring._random(odd, generator, CPU).storage_offset() == 1
+    weight = TensorSpec.of(torch.empty(64, 256, device="meta"), constant=True)
+    assert abs(float(measuring._random(weight, generator, CPU).std()) * 16 - 1) < 0.1
