@@ -207,6 +207,46 @@ def test_the_users_own_measurements_go_before_the_shipped(
     assert set(again.to_json()["entries"]) == {"a"}
 
 
+def test_families_differ_in_image_size_alone() -> None:
+    def attention(tokens: int, others: int) -> str:
+        q, k = spec(2, tokens, 64), spec(2, others, 64)
+        return Call("attention", q, (q, k, k), {"heads": 8, "scale": 0.125}).key
+
+    def linear(rows: int, columns: int) -> str:
+        x, weight = spec(rows, 16), spec(columns, 16, constant=True)
+        return Call("linear", spec(rows, columns), (x, weight, None, None), {}).key
+
+    def upsample(side: int) -> str:
+        attrs = {"size": (2 * side, 2 * side)}
+        out, x = spec(2, 2 * side, 2 * side, 8), spec(2, side, side, 8)
+        return Call("upsample_nearest", out, (x,), attrs).key
+
+    def family(key: str) -> str:
+        return profiles.family_of(key)[0]
+
+    assert family(attention(64, 64)) == family(attention(100, 100))
+    assert family(attention(64, 77)) == family(attention(100, 77))
+    assert family(attention(64, 77)) != family(attention(64, 64))
+    assert family(linear(64, 32)) == family(linear(65, 32)) != family(linear(64, 48))
+    assert profiles.family_of(linear(65, 32))[1] == 65
+    assert family(upsample(8)) == family(upsample(12))
+
+
+def test_a_measurement_speaks_for_sizes_near_by(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("library")
+    made("tiled", configs=lambda call, hardware: [{"tile": 64}])
+    asked = times(monkeypatch, {"library": 2.0, ("tiled", 64): 1.0})
+    chooser = selector(cache)
+    chooser.select([add_call(100)])
+    near = chooser.select([add_call(140)])[0]
+    assert near.kernel.name == "tiled" and near.us is None and "near this" in near.reason
+    assert asked == [add_call(100).key]
+    chooser.select([add_call(160)])
+    assert asked == [add_call(100).key, add_call(160).key]
+
+
 # Selection.
 
 
@@ -217,10 +257,10 @@ def test_the_fastest_measured_is_chosen_once_and_remembered(
     made("tiled", configs=lambda call, hardware: [{"tile": 64}, {"tile": 32}])
     asked = times(monkeypatch, {"library": 9.0, ("tiled", 64): 8.0, ("tiled", 32): 4.0})
     chooser = selector(cache)
-    first, second, third = chooser.select([add_call(), add_call(), add_call(5)])
+    first, second, third = chooser.select([add_call(), add_call(), add_call(50)])
     assert (first.kernel.name, dict(first.config), first.us) == ("tiled", {"tile": 32}, 4.0)
     assert second is first and third.kernel.name == "tiled"
-    assert asked == [add_call().key, add_call(5).key]
+    assert asked == [add_call().key, add_call(50).key]
     assert chooser.select([add_call()])[0] is first
     assert selector(cache).select([add_call()])[0].config == {"tile": 32}
     assert len(asked) == 2, "what is remembered is not measured again"

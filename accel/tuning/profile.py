@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 PROFILE_VERSION = 1
 KIND = "profile"
+NEAR = 1.5
+"""How many times as many rows a measured call may have and still speak for another."""
+
 SHIPPED = Path(__file__).resolve().parents[2] / "tuning_profiles"
 
 
@@ -53,15 +58,33 @@ class Profile:
         self._measured: dict[str, Entry] = {}
         if cache is not None:
             self._measured = _entries(cache.get(self._key, KIND) or {}, "the cached profile")
-        self._entries |= self._measured
+        self._families: dict[str, dict[int, str]] = {}
+        self._learn(self._entries | self._measured)
+
+    def _learn(self, entries: Mapping[str, Entry]) -> None:
+        self._entries |= entries
+        for call in entries:
+            family, rows = family_of(call)
+            self._families.setdefault(family, {})[rows] = call
 
     def get(self, call: str) -> Entry | None:
         """What is known of a call, by its key."""
         return self._entries.get(call)
 
+    def near(self, call: str) -> tuple[str, Entry] | None:
+        """The measured call that differs from `call` in image size alone and is nearest to it."""
+        family, rows = family_of(call)
+        known = self._families.get(family, {})
+        if not known:
+            return None
+        nearest = min(known, key=lambda other: abs(math.log(other / rows)))
+        if max(nearest / rows, rows / nearest) > NEAR:
+            return None
+        return known[nearest], self._entries[known[nearest]]
+
     def add(self, measured: Mapping[str, Entry]) -> None:
         """Remember measurements, here and on disk, beside those that another process made."""
-        self._entries |= measured
+        self._learn(measured)
         self._measured |= measured
         if self._cache is None:
             return
@@ -73,6 +96,36 @@ class Profile:
         """The measurements of this machine, as a file under `tuning_profiles/` holds them."""
         entries = {call: entry.to_json() for call, entry in sorted(self._measured.items())}
         return {"version": PROFILE_VERSION, "meta": self._meta, "entries": entries}
+
+
+_TENSOR = re.compile(r"(\d+(?:x\d+)+)(:\w+\S*)")
+_SIZES = re.compile(r"(size|upsample)=\((\d+),(\d+)\)")
+
+
+def family_of(call: str) -> tuple[str, int]:
+    """A call's key with letters for the sizes that an image decides, and the rows of its result.
+
+    Equal sizes get equal letters, so that self- and cross-attention stay apart; the last dimension
+    and the weights are the structure's own.
+    """
+    letters: dict[str, str] = {}
+    rows = [1]
+
+    def letter(size: str) -> str:
+        return letters.setdefault(size, string.ascii_letters[len(letters) % 52])
+
+    def tensor(match: re.Match[str]) -> str:
+        *leading, width = match[1].split("x")
+        if match[2].endswith("c"):
+            return match[0]
+        rows[0] = math.prod(map(int, leading))
+        return "x".join([*map(letter, leading), width]) + match[2]
+
+    def sizes(match: re.Match[str]) -> str:
+        return f"{match[1]}=({letter(match[2])},{letter(match[3])})"
+
+    family = _SIZES.sub(sizes, _TENSOR.sub(tensor, call))
+    return family, rows[0]
 
 
 def identity(hardware: Hardware) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from .profile import PROFILE_VERSION, Entry, Profile
 
 logger = logging.getLogger(__name__)
 
+Candidates = Sequence[tuple[Kernel, Config]]
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -69,10 +71,13 @@ class Selector:
         """The choice that needs no measurement: a profile's, or the only candidate there is."""
         candidates = kernels.candidates(call, self.hardware)
         entry = self.profile.get(key)
-        if entry is not None:
-            for kernel, config in candidates:
-                if kernel.name == entry.kernel and dict(config) == dict(entry.config):
-                    return Choice(kernel, config, f"measured, {entry.us:.1f} us", entry.us)
+        found = None if entry is None else _offered(entry, candidates)
+        if entry is not None and found is not None:
+            return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
+        near = self.profile.near(key)
+        found = None if near is None else _offered(near[1], candidates)
+        if near is not None and found is not None:
+            return Choice(*found, f"measured at a size near this, {near[0]}")
         kernel, config = candidates[0]
         if len(candidates) == 1:
             return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")
@@ -101,6 +106,14 @@ class Selector:
         self.profile.add(found)
         seconds = time.perf_counter() - started
         logger.info("measured %d operators in %.1f s", len(found), seconds)
+
+
+def _offered(entry: Entry, candidates: Candidates) -> tuple[Kernel, Config] | None:
+    """The candidate that a profile's entry names; None if this version does not offer it."""
+    for kernel, config in candidates:
+        if kernel.name == entry.kernel and dict(config) == dict(entry.config):
+            return kernel, config
+    return None
 
 
 def _us(result: Measurement) -> float:

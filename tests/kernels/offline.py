@@ -91,7 +91,8 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
             continue
         value = launch.args[param.name]
         fixed = param.do_not_specialize
-        if param.is_constexpr or value is None or (value is not True and value == 1 and not fixed):
+        one = type(value) is int and value == 1 and not fixed
+        if param.is_constexpr or value is None or one:
             signature[param.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[param.name] = POINTERS[value.dtype]
@@ -100,7 +101,7 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
             name = POINTERS[value.base.dtype].removeprefix("*")
             signature[param.name] = f"tensordesc<{name}{list(value.block_shape)}>"
         elif isinstance(value, bool):
-            signature[param.name] = "i1"
+            signature[param.name] = "u1"
         elif isinstance(value, int):
             signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
             if value % 16 == 0 and not fixed:

@@ -1,0 +1,74 @@
+"""Every Triton kernel compiles for every GPU generation that it claims, without such a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import CHIPS
+
+from accel.kernels import kernels, load_triton
+
+REGISTERS = 64 << 10
+"""Of one multiprocessor; a block must find place in it."""
+
+
+@pytest.fixture(scope="module")
+def variants() -> list[dict[str, Any]]:
+    """What offline.py says of each variant. Compiled elsewhere: here the interpreter is on."""
+    script = Path(__file__).with_name("offline.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    return rows
+
+
+def named(rows: list[dict[str, Any]]) -> list[str]:
+    fields = ("chip", "kernel", "config", "call", "shared", "registers", "spilled", "failed")
+    return [str({name: row[name] for name in fields if name in row}) for row in rows]
+
+
+def test_every_variant_compiles(variants: list[dict[str, Any]]) -> None:
+    assert len(variants) > 100
+    failed = [row for row in variants if "failed" in row]
+    assert not failed, "\n".join(["", *named(failed)])
+
+
+def test_every_kernel_was_compiled_and_the_newest_chips_have_them_all(
+    variants: list[dict[str, Any]],
+) -> None:
+    assert load_triton()
+    registered = {kernel.name for kernel in kernels() if kernel.launches is not None}
+    for chip in ("90", "100", "120"):
+        compiled = {row["kernel"] for row in variants if row["chip"] == chip}
+        assert compiled == registered, chip
+    assert {row["chip"] for row in variants} == {f"{a}{b}" for a, b in CHIPS}
+
+
+def test_every_variant_fits_its_chip(variants: list[dict[str, Any]]) -> None:
+    limits = {f"{a}{b}": shared for (a, b), (_, shared, _) in CHIPS.items()}
+    large = [row for row in variants if row["shared"] > limits[row["chip"]]]
+    crowded = [row for row in variants if row["registers"] * row["threads"] > REGISTERS]
+    assert not large and not crowded, "\n".join(["", *named(large + crowded)])
+
+
+def test_nothing_is_spilled(variants: list[dict[str, Any]]) -> None:
+    spilled = [row for row in variants if row["spilled"]]
+    assert not spilled, "\n".join(["", *named(spilled)])
+
+
+def test_matrix_products_run_on_tensor_cores(variants: list[dict[str, Any]]) -> None:
+    dots = [row for row in variants if row["dots"]]
+    assert dots and not [row for row in dots if row["chip"] == "75"]
+    wrong = [row for row in dots if row["tensor_cores"] is None]
+    assert not wrong, "\n".join(["", *named(wrong)])
+    assert {row["tensor_cores"] for row in dots if row["chip"] == "89"} == {"mma.sync"}
+    assert "wgmma" in {row["tensor_cores"] for row in dots if row["chip"] == "90"}
