@@ -5,7 +5,7 @@ from .concat import concat
 from .conv import conv2d
 from .linear import linear
 from .norm import group_norm, layer_norm
-from .pointwise import add, cast, gelu, mul, residual_add, silu
+from .pointwise import add, cast, gelu, mul, pointwise, residual_add, silu
 from .registry import OPS, Op, aten_arguments, aten_name, get, of
 from .upsample import upsample_nearest
 from .view import expand, permute, reshape, slice_dim
@@ -29,6 +29,7 @@ __all__ = [
     "mul",
     "of",
     "permute",
+    "pointwise",
     "reshape",
     "residual_add",
     "silu",

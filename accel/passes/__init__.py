@@ -17,7 +17,9 @@ from .geglu import fuse_geglu
 from .layout import to_channels_last
 from .merge_linears import merge_linears
 from .norm_activation import fuse_norm_activation
+from .norm_shift import fuse_norm_shift
 from .phases import partition_phases
+from .pointwise import fuse_pointwise
 from .views import simplify_views
 
 Pass = Callable[[Graph], None]
@@ -33,8 +35,10 @@ PASSES: tuple[Pass, ...] = (
     fuse_norm_activation,
     fuse_epilogues,  # bias, time embedding, residual
     merge_linears,  # QKV; every context K and V; every time-embedding projection
+    fuse_norm_shift,  # what a convolution adds to every pixel, into the norm that reads it
     fold_controlnet,  # residual adds into the concatenations that read them
     simplify_views,
+    fuse_pointwise,  # what is left over between the large operators
     remove_dead_code,
     partition_phases,  # prompt, timestep, step
 )

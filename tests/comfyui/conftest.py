@@ -48,9 +48,37 @@ def _enter_comfyui(root: Path) -> None:
 
     args.cpu = os.environ.get("COMFYUI_DEVICE", "cpu") == "cpu"
     args.disable_api_nodes = True
+    if not args.cpu:
+        _set_up_dynamic_vram()
     from .testpack import models
 
     models.register()
+
+
+def _set_up_dynamic_vram() -> None:
+    """As main.py does on a GPU: without it, pinning host memory ends the process.
+
+    COMFYUI_DYNAMIC_VRAM=0 leaves it at that, as `--disable-dynamic-vram` does.
+    """
+    try:
+        from comfy_aimdo import control
+    except ImportError:  # ComfyUI before 0.4 has none
+        return
+    control.init()
+    if os.environ.get("COMFYUI_DYNAMIC_VRAM", "1") == "0":
+        return
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+
+    devices = comfy.model_management.get_all_torch_devices()
+    try:
+        ready = control.init_devices((device.index, 0) for device in devices)
+    except TypeError:
+        ready = control.init_devices(device.index for device in devices)
+    if ready:
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+        comfy.memory_management.aimdo_enabled = True
 
 
 if _COMFYUI:
