@@ -28,13 +28,14 @@ class Settings:
     `cache_dir` (SWITCHYARD_CACHE_DIR): where built plans are kept.
     `cache_bytes` (SWITCHYARD_CACHE_GIB, in GiB): size limit of the cache.
     `log_level` (SWITCHYARD_LOG): one of LOG_LEVELS, for the command line's log.
-    `tune` (SWITCHYARD_TUNE, "on" or "off"): time the kernels for a call that no profile knows.
+    `tune` (SWITCHYARD_TUNE, "on" or "off"): time the kernels for a call that no profile knows,
+    before its first run. Unset, sessions of scripts do and hosts, whose users wait, do not.
     """
 
     cache_dir: Path
     cache_bytes: int
     log_level: str
-    tune: bool
+    tune: bool | None
 
 
 def settings() -> Settings:
@@ -101,11 +102,12 @@ def _log_level(text: str) -> str:
     return _default("SWITCHYARD_LOG", text, f"one of {', '.join(LOG_LEVELS)}", "warning")
 
 
-def _tune(text: str) -> bool:
-    switch = text.lower() or "on"
-    if switch in SWITCHES:
-        return SWITCHES[switch]
-    return SWITCHES[_default("SWITCHYARD_TUNE", text, "on or off", "on")]
+def _tune(text: str) -> bool | None:
+    if not text:
+        return None
+    if text.lower() in SWITCHES:
+        return SWITCHES[text.lower()]
+    return _default("SWITCHYARD_TUNE", text, "on or off", None)
 
 
 def _default(name: str, text: str, wanted: str, default: _T) -> _T:

@@ -38,6 +38,7 @@ def test_values_are_read_at_every_call(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("SWITCHYARD_CACHE_GIB", "inf"),
         ("SWITCHYARD_CACHE_DIR", "a/relative/path"),
         ("SWITCHYARD_LOG", "loud"),
+        ("SWITCHYARD_TUNE", "maybe"),
     ],
 )
 def test_bad_value_warns_once_and_gives_the_default(
@@ -51,6 +52,14 @@ def test_bad_value_warns_once_and_gives_the_default(
         assert settings() == default
     (record,) = caplog.records
     assert name in record.message and value in record.message and "\n" not in record.message
+
+
+@pytest.mark.parametrize(("text", "meant"), [("", None), ("on", True), ("Off", False)])
+def test_tuning_is_on_off_or_up_to_the_caller(
+    text: str, meant: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWITCHYARD_TUNE", text)
+    assert settings().tune is meant
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="XDG is for the other systems")

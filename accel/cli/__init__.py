@@ -17,9 +17,9 @@ from typing import NoReturn
 from .. import __version__
 from ..errors import SwitchyardError
 from ..settings import settings
-from . import build, cache, demo, doctor, inspect
+from . import bench, build, cache, demo, doctor, inspect
 
-COMMANDS = (demo, inspect, build, cache, doctor)
+COMMANDS = (demo, inspect, build, bench, cache, doctor)
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
 
@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m accel",
         description="Switchyard: one compiled engine for every checkpoint.",
         epilog="Every command has its own --help. Settings: SWITCHYARD_CACHE_DIR (folder), "
-        "SWITCHYARD_CACHE_GIB (size limit), SWITCHYARD_LOG (debug, info, warning or error).",
+        "SWITCHYARD_CACHE_GIB (size limit), SWITCHYARD_LOG (debug, info, warning or error), "
+        "SWITCHYARD_TUNE (on or off).",
     )
     top.add_argument("--version", action="version", version=f"Switchyard {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -121,19 +121,24 @@ def _us(result: Measurement) -> float:
     return result.us
 
 
-_selectors: dict[tuple[str, Path], Selector] = {}
+_selectors: dict[tuple[str, Path, bool], Selector] = {}
 _selectors_lock = threading.Lock()
 
 
-def selector_for(device: torch.device, cache_dir: Path | None = None) -> Selector:
-    """The selector of a device, its profile kept under `cache_dir` (by default the user's)."""
+def selector_for(
+    device: torch.device, cache_dir: Path | None = None, measuring: bool = False
+) -> Selector:
+    """The selector of a device, its profile kept under `cache_dir` (by default the user's).
+
+    measuring: whether calls that no profile knows are timed, unless the user's settings say.
+    """
     root = settings().cache_dir if cache_dir is None else cache_dir
+    wanted = settings().tune
+    key = (str(device), root, measuring if wanted is None else wanted)
     with _selectors_lock:
-        key = (str(device), root)
         if key not in _selectors:
             hardware = describe(device)
-            on_disk = device.type == "cuda"
             cache = DiskCache(root, settings().cache_bytes, f"profile{PROFILE_VERSION}")
-            profile = Profile(hardware, cache if on_disk else None)
-            _selectors[key] = Selector(hardware, device, profile, settings().tune)
+            profile = Profile(hardware, cache if device.type == "cuda" else None)
+            _selectors[key] = Selector(hardware, device, profile, key[2])
         return _selectors[key]
