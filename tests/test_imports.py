@@ -33,7 +33,8 @@ LAYERS: dict[str, set[str]] = {
     "accel": {"compiler", "session", "structure"},  # accel/__init__.py: the public surface
     "hosts": {"accel", "compiler", "lora", "models", "plan", "runtime", "structure"},
     "demo": {"accel", "lora", "models", "structure"},
-    "cli": {"accel", "compiler", "demo", "lora", "models", "plan", "structure", "tuning"},
+    "bench": {"accel", "kernels", "models", "tuning"},
+    "cli": {"accel", "bench", "compiler", "demo", "lora", "models", "plan", "structure", "tuning"},
     "__main__": {"cli"},
     "nodes": {"accel", "hosts"},
     "scripts": {"accel", "hosts"},
@@ -50,17 +51,20 @@ ONLY = {"lora": {"numpy", "torch"}, "models": {"numpy", "torch"}}
 # Third-party packages -> the modules, with all inside them, that alone may import them.
 RESTRICTED: dict[tuple[str, ...], set[str]] = {
     ("triton",): {"accel.kernels"},
+    ("cudnn",): {"accel.kernels.cudnn"},
     (
         *("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server"),
         *("ldm_patched", "modules"),
     ): {"__init__", "accel.hosts", "nodes", "scripts"},
     ("PIL", "accelerate", "diffusers", "peft", "transformers"): {
+        "accel.bench",
         "accel.cli",
         "accel.demo",
         "accel.hosts.comfyui.build_process",
         "accel.hosts.diffusers",
     },
     ("aiohttp",): {"accel.hosts.comfyui.routes"},
+    ("matplotlib",): {"accel.bench.plot"},
 }
 
 
