@@ -265,8 +265,7 @@ def test_nothing_is_left_to_data_or_to_aten(
         for step in plan.steps:
             assert ops.get(step.op).name == step.op
             assert frozenset[str]().union(*map(names, step.shape)) <= set(plan.dims)
-        aten = sorted(step.op for step in plan.steps if step.op.startswith("aten."))
-        assert aten == ["aten.cos.default", "aten.sin.default"]
+        assert not any(step.op.startswith("aten.") for step in plan.steps)
         assert not any(step.op == "permute" for step in plan.steps)
         assert {step.phase for step in plan.steps} <= {
             "prompt",

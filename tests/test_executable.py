@@ -258,13 +258,9 @@ KERNELS = {
     "conv2d": 52,
     "layer_norm": 48,
     "attention": 32,
-    "concat": 13,
-    "upsample_nearest": 3,
+    "concat": 12,
     "silu": 2,
-    "cast": 1,
-    "mul": 1,
-    "aten.sin.default": 1,
-    "aten.cos.default": 1,
+    "pointwise": 1,  # the timestep's sines and cosines
 }
 
 

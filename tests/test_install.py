@@ -73,7 +73,7 @@ def test_hosts_and_packagers_install_the_same_without_torch() -> None:
 
 def test_pyproject_is_read_as_toml_readers_do() -> None:
     assert install.version() == PROJECT["version"]
-    assert {*install.LEVELS, "bench", "web"} == set(PROJECT["optional-dependencies"])
+    assert {*install.LEVELS, "bench", "cudnn", "web"} == set(PROJECT["optional-dependencies"])
     for extra, packages in PROJECT["optional-dependencies"].items():
         assert install.optional(extra) == packages
 

@@ -12,6 +12,19 @@ import torch.nn.functional as F
 from accel import ops
 from accel.errors import InvalidPlan
 from accel.kernels import reference
+from accel.ops.pointwise import (
+    ADD,
+    COS,
+    EXP,
+    GELU,
+    GELU_TANH,
+    MUL,
+    OFFSET,
+    SCALE,
+    SILU,
+    SIN,
+    SPLIT,
+)
 
 
 def image(*shape: int) -> torch.Tensor:
@@ -48,7 +61,8 @@ FILTER = torch.randn(6, 3, 3, 8)
 BIAS, EMBEDDING = torch.randn(6), torch.randn(2, 6)
 TOKENS, MATRIX, COLUMNS = torch.randn(2, 9, 8), torch.randn(12, 8), torch.randn(12)
 Q, K = torch.randn(2, 9, 12), torch.randn(2, 5, 12)
-SCALE, SHIFT = torch.randn(8), torch.randn(8)
+SCALES, SHIFT = torch.randn(8), torch.randn(8)
+ANGLES = TOKENS[..., :1] * SCALES
 
 SAME = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
 HALF = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
@@ -59,15 +73,44 @@ def conv(weight: torch.Tensor, bias: torch.Tensor | None, attrs: dict[str, Any])
     return last(F.conv2d(first(X), first(weight), bias, **attrs))
 
 
+def program(*instructions: tuple[float, ...], dtype: torch.dtype = torch.float32) -> Any:
+    """The attributes of `ops.pointwise`."""
+    return {"program": tuple(n for step in instructions for n in step), "dtype": dtype}
+
+
 # Operator, tensors, attributes, what plain PyTorch makes of them.
 CASES: list[tuple[Callable[..., torch.Tensor], list[Any], dict[str, Any], torch.Tensor]] = [
     (ops.add, [X, X[:, :1, :1]], {}, X + X[:, :1, :1]),
-    (ops.add, [SCALE, X], {}, X + SCALE),
+    (ops.add, [SCALES, X], {}, X + SCALES),
     (ops.mul, [X, TOKENS[0, 0]], {}, X * TOKENS[0, 0]),
     (ops.silu, [X], {}, X / (1 + torch.exp(-X))),
     (ops.gelu, [X], {}, X * 0.5 * (1 + torch.erf(X / 2**0.5))),
     (ops.gelu, [X], {"approximate": "tanh"}, F.gelu(X, approximate="tanh")),
     (ops.cast, [X], {"dtype": torch.float16}, X.half()),
+    (
+        ops.pointwise,  # cosines, then sines, of each row's angles
+        [TOKENS[:, :, :1], SCALES],
+        program((MUL, 0, 1, 0), (COS, 2, 2, 0), (SIN, 2, 2, 0), (SPLIT, 3, 4, 5)),
+        torch.cat([ANGLES.cos()[..., :5], ANGLES.sin()[..., 5:]], -1),
+    ),
+    (
+        ops.pointwise,
+        [X, X[:, :1, :1]],
+        program(
+            (ADD, 0, 1, 0),
+            (SILU, 2, 2, 0),
+            (MUL, 3, 0, 0),
+            (SCALE, 4, 4, 0.5),
+            (OFFSET, 5, 5, -2.0),
+        ),
+        F.silu(X + X[:, :1, :1]) * X * 0.5 - 2,
+    ),
+    (
+        ops.pointwise,
+        [X],
+        program((GELU, 0, 0, 0), (GELU_TANH, 1, 1, 0), (EXP, 2, 2, 0)),
+        F.gelu(F.gelu(X), approximate="tanh").exp(),
+    ),
     (ops.residual_add, [X, X * 2], {}, X * 3),
     (ops.residual_add, [X, None], {}, X),
     (ops.concat, [X, None, X * 2, None], {}, torch.cat([X, X * 2], -1)),
@@ -97,23 +140,23 @@ CASES: list[tuple[Callable[..., torch.Tensor], list[Any], dict[str, Any], torch.
     ),
     (
         ops.group_norm,
-        [X, SCALE, SHIFT],
+        [X, SCALES, SHIFT],
         {"groups": 4, "eps": 1e-3, "activation": "none"},
-        last(F.group_norm(first(X), 4, SCALE, SHIFT, 1e-3)),
+        last(F.group_norm(first(X), 4, SCALES, SHIFT, 1e-3)),
     ),
     (
         ops.group_norm,
-        [TOKENS, SCALE, SHIFT],
+        [TOKENS, SCALES, SHIFT],
         {"groups": 2, "eps": 1e-3, "activation": "silu"},
-        F.silu(F.group_norm(TOKENS.mT.contiguous(), 2, SCALE, SHIFT, 1e-3)).mT,
+        F.silu(F.group_norm(TOKENS.mT.contiguous(), 2, SCALES, SHIFT, 1e-3)).mT,
     ),
     (
         ops.layer_norm,
-        [TOKENS, SCALE, SHIFT],
+        [TOKENS, SCALES, SHIFT],
         {"eps": 1e-3},
         (TOKENS - TOKENS.mean(-1, True))
         / (TOKENS.var(-1, False).unsqueeze(-1) + 1e-3).sqrt()
-        * SCALE
+        * SCALES
         + SHIFT,
     ),
     (ops.layer_norm, [TOKENS, None, None], {"eps": 1e-3}, F.layer_norm(TOKENS, (8,), eps=1e-3)),
@@ -246,3 +289,18 @@ def test_group_norm_keeps_its_digits_far_from_zero(shape: tuple[int, ...]) -> No
     if shape[1:3] != (1, 1):  # of two values per group the difference itself is rounded
         assert float((result - exact).norm() / exact.norm()) < 1e-5
     assert result.shape == x.shape and result.isfinite().all()
+
+
+def test_a_program_is_rounded_once() -> None:
+    """What float16 could not hold on the way, and a float64 that stays one."""
+    x = torch.tensor([300.0, 2050.0], dtype=torch.float16)
+    steps = [(MUL, 0, 0, 0), (SCALE, 1, 1, 2**-8)]
+    assert ops.pointwise(x, **program(*steps, dtype=torch.float16)).tolist() == [351.5, 16416.0]
+    wide = torch.tensor([1 + 2**-40], dtype=torch.float64)
+    kept = ops.pointwise(wide, **program((SCALE, 0, 0, 1.0), dtype=torch.float64))
+    assert torch.equal(kept, wide)
+
+
+def test_an_unknown_instruction_is_refused() -> None:
+    with pytest.raises(InvalidPlan, match="no operator 99"):
+        ops.pointwise(X, **program((99, 0, 0, 0)))

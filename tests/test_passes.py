@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from accel import capture, ops
+from accel.ops.pointwise import OPERANDS
 from accel.passes import PASSES, ir, run_passes
 from accel.passes.attention import fuse_attention
 from accel.passes.canonicalize import canonicalize
@@ -26,9 +27,12 @@ from accel.passes.geglu import fuse_geglu
 from accel.passes.layout import TO_FIRST, TO_LAST, to_channels_last
 from accel.passes.merge_linears import merge_linears
 from accel.passes.norm_activation import fuse_norm_activation
+from accel.passes.norm_shift import fuse_norm_shift
 from accel.passes.phases import partition_phases
+from accel.passes.pointwise import INSTRUCTIONS, fuse_pointwise
+from accel.passes.upsample import fold_upsample
 from accel.passes.views import simplify_views
-from accel.plan.recipe import Param, places
+from accel.plan.recipe import Literal, Param, places
 from accel.plan.schema import Input
 
 aten = torch.ops.aten
@@ -990,3 +994,272 @@ def test_only_one_reader_counts_as_the_only_one(b: Build) -> None:
     assert ir.only_user(x) is None
     assert ir.only_user(b.call(ops.silu, twice)) is None
     assert ir.only_user(twice) is not None
+
+
+# fuse_norm_shift
+
+
+def shifted(b: Build, bias: bool = True, embedding: bool = True, **changes: Node) -> Node:
+    """A group norm of a convolution that adds a slice of all time embeddings, and its bias."""
+    x, weight = b.input("x", 2, 5, 7, 4), b.constant("w", 4, 3, 3, 4)
+    shift = b.slice(b.input("e", 2, 12), 1, 4, 4) if embedding else None
+    offset = b.constant("c", 4) if bias else None
+    y = b.call(ops.conv2d, x, weight, offset, shift, changes.get("residual"), **CONV)
+    return b.call(ops.group_norm, y, b.constant("g", 4), b.constant("s", 4), **NORM)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("embedding", [True, False])
+def test_what_every_pixel_gets_is_added_by_the_norm(b: Build, bias: bool, embedding: bool) -> None:
+    norm = shifted(b, bias, embedding)
+    found = b.after(lambda g: (fuse_norm_shift(g), fuse_norm_activation(g)), b.call(ops.silu, norm))
+    assert found == {"conv2d": 1, "group_norm": 1} | ({"slice_dim": 1} if embedding else {})
+    (conv,), (norm,) = ir.calls(b.graph, ops.conv2d), ir.calls(b.graph, ops.group_norm)
+    assert ir.tensors(conv)[2:] == (None, None, None)
+    _, _, _, *addends = [n and n.name for n in ir.tensors(norm)]
+    moved = ["slice_dim" if embedding else None, "c" if bias else None]
+    assert addends == (moved if bias or embedding else [])
+
+
+@pytest.mark.parametrize("reason", ["residual", "reader", "reshape", "linear", "twice"])
+def test_what_others_need_stays_in_the_convolution(b: Build, reason: str) -> None:
+    outputs: list[Node] = []
+    if reason == "residual":
+        outputs.append(shifted(b, residual=b.input("r", 2, 5, 7, 4)))
+    elif reason == "linear":
+        y = b.linear(b.input("x", 2, 5, 7, 4), "a", 4)
+        outputs.append(b.call(ops.group_norm, y, b.constant("g", 4), b.constant("s", 4), **NORM))
+    else:
+        norm = shifted(b)
+        y, *weights = ir.tensors(norm)
+        outputs.append(norm)
+        assert y is not None
+        if reason == "reader":
+            outputs.append(b.call(ops.gelu, y))
+        elif reason == "twice":
+            outputs.append(b.call(ops.group_norm, y, *weights, **NORM))
+        elif reason == "reshape":
+            tokens = b.call(ops.reshape, y, shape=(2, 35, 4))
+            outputs = [b.call(ops.group_norm, tokens, *weights, **NORM)]
+            b.graph.erase_node(norm)
+    b.after(fuse_norm_shift, *outputs)
+    assert all(len(ir.tensors(norm)) == 3 for norm in ir.calls(b.graph, ops.group_norm))
+    assert all(ir.tensors(conv)[2] for conv in ir.calls(b.graph, ops.conv2d))
+
+
+def test_a_norm_that_adds_already_stays(b: Build) -> None:
+    norm = shifted(b)
+    norm.args = (*norm.args, None, b.constant("o", 4))
+    b.after(fuse_norm_shift, norm)
+    (conv,) = ir.calls(b.graph, ops.conv2d)
+    assert ir.tensors(conv)[2] is not None
+
+
+# fuse_pointwise
+
+
+def literal(b: Build, name: str, *shape: int) -> Node:
+    node = b.constant(name, *shape)
+    values = tuple(b.values[name].flatten().tolist())
+    node.meta["recipe"] = Literal(values, shape)
+    return node
+
+
+def sinusoid(b: Build, **changes: Any) -> Node:
+    """The timestep's embedding, as networks compute it."""
+    time = b.call(ops.reshape, b.input("t", 2, phase="timestep"), shape=(2, 1))
+    table = changes.get("table") or literal(b, "table", 1, 6)
+    angles = b.call(ops.mul, time, table)
+    sines, cosines = (b.call(f.default, angles) for f in (aten.sin, aten.cos))
+    joined = b.call(ops.concat, cosines, changes.get("residual"), sines, None)
+    return b.call(ops.cast, joined, dtype=torch.float16)
+
+
+def test_a_chain_is_one_call(b: Build) -> None:
+    x, y, scale = b.input("x", 2, 5, 7, 4), b.input("y", 2, 5, 7, 4), b.constant("w", 4)
+    chain = b.call(aten.mul.Tensor, b.call(ops.silu, b.call(ops.add, x, y)), 0.5)
+    chain = b.call(ops.mul, b.call(ops.gelu, chain, approximate="tanh"), scale)
+    chain = b.call(aten.add.Tensor, b.call(aten.div.Tensor, chain, 4), 1)
+    assert b.after(fuse_pointwise, b.call(aten.exp.default, chain)) == {"pointwise": 1}
+    (call,) = ir.calls(b.graph, ops.pointwise)
+    assert [n.name for n in call.all_input_nodes] == ["x", "y", "w"]
+    assert all(isinstance(number, (int, float)) for number in ir.attribute(call, "program"))
+
+
+def test_the_embedding_of_the_timestep_is_one_call(b: Build) -> None:
+    result = sinusoid(b)
+    assert b.after(fuse_pointwise, result) == {"reshape": 1, "pointwise": 1}
+    (call,) = ir.calls(b.graph, ops.pointwise)
+    (_, table) = ir.tensors(call)
+    assert table is not None and ir.shape(table) == (12,)
+    assert len(ir.attribute(call, "program")) == 4 * 4  # one product for sines and cosines
+
+
+def test_three_parts_lie_side_by_side(b: Build) -> None:
+    """Parts of different width, the constants of each its own."""
+    column = b.input("x", 3, 5, 1)
+    parts = [
+        b.call(target, b.call(ops.mul, column, literal(b, f"table_{width}", width)))
+        for target, width in ((ops.silu, 2), (aten.sin.default, 4), (aten.exp.default, 1))
+    ]
+    joined = b.call(ops.concat, parts[0], None, parts[1], None, parts[2], None)
+    assert b.after(fuse_pointwise, joined) == {"pointwise": 1}
+
+
+def test_a_value_used_twice_is_computed_once(b: Build) -> None:
+    x = b.input("x", 2, 9, 4)
+    for _ in range(20):
+        x = b.call(ops.add, b.call(ops.silu, x), x)
+    assert b.after(fuse_pointwise, b.call(ops.mul, x, x)) == {"pointwise": 2, "silu": 1}
+    programs = [ir.attribute(n, "program") for n in ir.calls(b.graph, ops.pointwise)]
+    assert [len(program) // 4 for program in programs] == [40 - INSTRUCTIONS, INSTRUCTIONS]
+
+
+def test_nothing_is_rounded_on_the_way(b: Build) -> None:
+    x = b.input("x", 2, 3)
+    half = b.call(ops.cast, b.call(ops.silu, x), dtype=torch.float16)
+    b.graph.output((b.call(ops.mul, b.call(ops.cast, half, dtype=torch.float32), x),))
+    fuse_pointwise(b.graph)
+    assert b.count() == {"pointwise": 1}
+    expected = torch.nn.functional.silu(b.values["x"]) * b.values["x"]
+    torch.testing.assert_close(b.run()[0], expected)
+
+
+def test_a_reshape_of_ones_does_not_part_a_chain(b: Build) -> None:
+    x, e, f = b.input("x", 2, 5, 7, 4), b.input("e", 2, 4), b.input("f", 2, 4)
+    squares = b.call(ops.mul, *[b.call(ops.add, e, f)] * 2)
+    column = b.call(ops.reshape, squares, shape=(2, 1, 1, 4))
+    assert b.after(fuse_pointwise, b.call(ops.silu, b.call(ops.add, x, column))) == {
+        "reshape": 2,
+        "pointwise": 1,
+    }
+
+
+def test_other_reshapes_part_it(b: Build) -> None:
+    x = b.call(ops.silu, b.input("x", 2, 35, 4))
+    image = b.call(ops.reshape, x, shape=(2, 5, 7, 4))
+    row = b.call(ops.mul, b.input("r", 2, 4), b.input("s", 4))  # would need two reshapes in one
+    column = b.call(ops.reshape, row, shape=(2, 1, 1, 4))
+    found = b.after(fuse_pointwise, b.call(ops.mul, image, column))
+    assert found == {"silu": 1, "mul": 2, "reshape": 2}
+
+
+@pytest.mark.parametrize("phase", ["prompt", "timestep"])
+def test_what_is_kept_from_step_to_step_is_not_computed_in_each(b: Build, phase: str) -> None:
+    x, kept = b.input("x", 2, 3), b.input("kept", 2, 3, phase=phase)
+    early = b.call(ops.silu, b.call(ops.mul, kept, kept))
+    assert b.after(fuse_pointwise, b.call(ops.mul, b.call(ops.gelu, x, approximate="none"), early))[
+        "pointwise"
+    ] == (2 if phase == "prompt" else 1)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["alone", "reader", "dear", "integers", "double", "broadcast", "permuted", "alpha", "zero"],
+)
+def test_other_calls_are_not_fused(b: Build, reason: str) -> None:
+    x, y = b.input("x", 2, 5, 7, 4), b.input("y", 2, 5, 7, 4)
+    first = b.call(ops.mul, x, y)
+    outputs: list[Node] = []
+    if reason == "reader":
+        outputs.append(first)
+    elif reason == "dear":  # once for every image, not for every pixel
+        first = b.call(ops.silu, b.input("e", 2, 1, 1, 4))
+    elif reason == "integers":
+        first = b.call(ops.cast, b.input("i", 2, 5, 7, 4, dtype=torch.int64), dtype=torch.float32)
+    elif reason == "double":
+        first = b.call(ops.cast, b.input("d", 2, 5, 7, 4, dtype=torch.float64), dtype=torch.float32)
+    elif reason == "broadcast":  # what no kernel reads
+        first = b.call(ops.mul, x, b.input("r", 1, 5, 7, 4))
+    elif reason == "permuted":
+        first = b.call(ops.mul, x, b.call(ops.permute, b.input("p", 2, 4, 5, 7), dims=(0, 2, 3, 1)))
+    elif reason == "alpha":
+        first = b.call(aten.add.Tensor, x, y, alpha=2)
+    elif reason == "zero":
+        first = b.call(aten.div.Tensor, x, 0.0)
+        b.values["x"].abs_()
+    result = first if reason == "alone" else b.call(ops.add, first, y)
+    assert b.after(fuse_pointwise, result, *outputs)["pointwise"] == 0
+
+
+def test_a_concatenation_that_others_read_is_one_call_without_what_follows(b: Build) -> None:
+    result = sinusoid(b)
+    found = b.after(fuse_pointwise, result, *result.all_input_nodes)
+    assert found == {"reshape": 1, "pointwise": 1, "cast": 1}
+
+
+@pytest.mark.parametrize("reason", ["parameter", "residual", "wide", "narrow", "nested"])
+def test_other_concatenations_stay(b: Build, reason: str) -> None:
+    column = b.input("x", 2, 1)
+    if reason in ("parameter", "residual"):
+        table = b.constant("table", 6) if reason == "parameter" else None
+        residual = b.input("r", 2, 6) if reason == "residual" else None
+        result = sinusoid(b, table=table, residual=residual)
+    else:
+        first = b.call(ops.silu, b.input("y", 2, 6) if reason == "wide" else column)
+        if reason == "nested":
+            first = ir.source(sinusoid(b))
+        joined = b.call(ops.concat, first, None, b.call(aten.sin.default, column), None)
+        result = b.call(ops.gelu, joined, approximate="none")
+    found = b.after(fuse_pointwise, result)
+    assert found["concat"] == 1 and found["pointwise"] == (reason == "nested")
+
+
+def test_a_program_reads_no_more_than_a_kernel_has_place_for(b: Build) -> None:
+    total = b.input("x0", 2, 3)
+    for k in range(1, 9):
+        total = b.call(ops.add, total, b.input(f"x{k}", 2, 3))
+    found = b.after(fuse_pointwise, b.call(ops.silu, total))
+    assert found == {"pointwise": 2}
+    assert max(len(n.args) for n in ir.calls(b.graph, ops.pointwise)) == OPERANDS
+
+
+# up-sampling
+
+
+def upsampled(b: Build, x: Node, *size: int) -> Node:
+    return b.call(ops.upsample_nearest, x, size=size)
+
+
+def test_a_convolution_reads_the_small_image(b: Build) -> None:
+    large = upsampled(b, b.input("x", 2, 3, 4, 5), 6, 7)
+    convolution = b.conv(large, "c", 8)
+    assert b.after(fold_upsample, convolution) == {"conv2d": 1}
+    assert convolution.kwargs == {**CONV, "upsample": (6, 7)}
+    assert ir.source(convolution).name == "x" and ir.shape(convolution) == (2, 6, 7, 8)
+
+
+def test_symbolic_sizes_are_folded_as_they_are() -> None:
+    graph, (batch, height, width) = Graph(), sympy.symbols("batch height width")
+    x, weight = graph.placeholder("x"), graph.placeholder("w")
+    x.meta.update(shape=(batch, height, width, 4), dtype=torch.float32)
+    weight.meta.update(shape=(8, 3, 3, 4), dtype=torch.float32)
+    size = (2 * height, 2 * width - 1)
+    large = ir.emit(graph, ops.upsample_nearest, [x], {"size": size})
+    convolution = ir.emit(graph, ops.conv2d, [large, weight, None, None, None], CONV)
+    graph.output(convolution)
+    before = ir.shape(convolution)
+    fold_upsample(graph)
+    assert ir.attribute(convolution, "upsample") == size and ir.source(convolution) is x
+    assert ir.shape(convolution) == before and not ir.calls(graph, ops.upsample_nearest)
+    values = {"x": torch.randn(1, 3, 4, 4), "w": torch.randn(8, 3, 3, 4)}
+    result = ir.interpret(graph, {"batch": 1, "height": 3, "width": 4}, values)
+    assert result.shape == (1, 6, 7, 8)
+
+
+@pytest.mark.parametrize("reason", ["reader", "twice", "residual", "other"])
+def test_other_up_sampling_stays(b: Build, reason: str) -> None:
+    x = b.input("x", 2, 3, 4, 4)
+    large = upsampled(b, x, 3, 4) if reason == "twice" else upsampled(b, x, 6, 8)
+    outputs = []
+    if reason == "twice":  # the convolution up-samples what it reads already
+        weight = b.constant("w", 4, 3, 3, 4)
+        outputs = [b.call(ops.conv2d, large, weight, None, None, None, **CONV, upsample=(6, 8))]
+    elif reason == "residual":
+        weight, y = b.constant("w", 4, 3, 3, 4), b.input("y", 2, 6, 8, 4)
+        outputs = [b.call(ops.conv2d, y, weight, None, None, large, **CONV)]
+    elif reason == "reader":
+        outputs = [b.conv(large, "c", 4), b.call(ops.silu, large)]
+    else:
+        outputs = [b.call(ops.silu, large)]
+    assert b.after(fold_upsample, *outputs)["upsample_nearest"] == 1

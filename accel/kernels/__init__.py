@@ -7,7 +7,7 @@ import logging
 from functools import cache
 
 from ..hardware import Hardware
-from . import library
+from . import cudnn, library
 from .launch import Launch
 from .registry import (
     NO_CONFIG,
@@ -30,6 +30,7 @@ __all__ = [
     "Launch",
     "TensorSpec",
     "candidates",
+    "cudnn",
     "kernel",
     "kernels",
     "library",

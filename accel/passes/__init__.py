@@ -20,6 +20,7 @@ from .norm_activation import fuse_norm_activation
 from .norm_shift import fuse_norm_shift
 from .phases import partition_phases
 from .pointwise import fuse_pointwise
+from .upsample import fold_upsample
 from .views import simplify_views
 
 Pass = Callable[[Graph], None]
@@ -34,6 +35,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_geglu,
     fuse_norm_activation,
     fuse_epilogues,  # bias, time embedding, residual
+    fold_upsample,  # into the convolution that reads the large image
     merge_linears,  # QKV; every context K and V; every time-embedding projection
     fuse_norm_shift,  # what a convolution adds to every pixel, into the norm that reads it
     fold_controlnet,  # residual adds into the concatenations that read them

@@ -20,7 +20,7 @@ from . import recipe as recipes
 from .recipe import Recipe
 from .shapes import Size, names
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 COMPUTE = "compute"
 DTYPES: dict[str, torch.dtype] = {

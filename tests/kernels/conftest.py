@@ -20,3 +20,22 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("uint16")
 
     monkeypatch.setattr(interpreter, "_convert_float", nearest)
+
+
+@pytest.fixture(autouse=True)
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bfloat16 numbers; Triton's interpreter multiplies their bits, as integers."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def wide(value: Any) -> Any:
+        if str(value.dtype.scalar) != "bf16":
+            return value
+        bits = value.data.astype("uint32") << 16
+        return interpreter.TensorHandle(bits.view("float32"), interpreter.tl.float32)
+
+    def product(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, wide(a), wide(b), *rest)
+
+    monkeypatch.setattr(builder, "create_dot", product)

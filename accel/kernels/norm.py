@@ -1,0 +1,871 @@
+"""GroupNorm of channels-last images and LayerNorm, with what surrounds them in one pass.
+
+A norm only moves bytes, so everything here is about keeping every multiprocessor loading: sixteen
+bytes a thread and access, full lines of 128 bytes, and enough blocks for the smallest image.
+
+GroupNorm comes in two schemes. `split`: a first launch leaves mean and squared deviation of blocks
+of [pixels x channels] in the workspace, a second merges them and normalises. `whole`: one block
+holds whole groups of one image in its registers, for images of which these are small. Within a
+block, squares are of distances from one of its pixels, and blocks merge by the distances of their
+means: so a mean far from zero keeps its digits.
+
+Groups of 10, 20 or 30 channels fit no power of two. So statistics are made per channel first, and
+channels are summed to groups by comparing indices; a group that lies in several blocks' channels
+has a share of its own in each.
+
+From Hopper on the launches may overlap (programmatic dependent launch, `pdl`): a launch starts
+while the one before still runs and waits where it needs the other's results. That hides the launch
+itself, and the second launch of `split` reads its part of the image while the statistics are made.
+
+Widths and strides come in units of VEC elements, so that the compiler knows that addresses are
+multiples of it without compiling each width anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import signature
+from math import gcd, prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton import cdiv, next_power_of_2
+
+from ..hardware import Hardware
+from .launch import Launch, interpreted
+from .registry import Call, Config, TensorSpec, triton_kernel
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+_VECTOR = 8
+"""Elements that are loaded together where width and strides allow: 16 bytes of half precision."""
+
+_WHOLE = 16384
+"""Elements that one block holds in registers: 32 for each of 512 threads."""
+
+_OVERLAP = "_semantic" in signature(tl.extra.cuda.gdc_wait).parameters
+"""Whether this Triton can compile the instructions of overlapping launches; 3.4 cannot."""
+
+_PARTS = 64
+"""Blocks of pixels that the statistics of an image are made of, at most."""
+
+_PARTIALS = 8192
+"""Partial statistics that one block merges at most."""
+
+
+# What the kernels share.
+
+
+@triton.jit
+def _silu(y, FAST: tl.constexpr):
+    """y * sigmoid(y) in float32; FAST: without care for subnormal intermediates (2 ulp)."""
+    if FAST:
+        e = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;",
+            "=f,f",
+            [y * -1.4426950408889634],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+        s = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;",
+            "=f,f",
+            [1.0 + e],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        s = 1.0 / (1.0 + tl.exp(-y))
+    return y * s
+
+
+@triton.jit
+def _addend(shift, offset, image, shift_stride, channel, inside, VEC: tl.constexpr):
+    """What is added to each channel [CHANNELS] of an image before its statistics, in float32."""
+    added = tl.zeros_like(channel).to(tl.float32)
+    # These and other reads ahead of a wait pass by L1, which may hold what was there before.
+    if offset is not None:
+        added += tl.load(offset + channel, inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    if shift is not None:
+        place = image * (shift_stride * VEC) + channel
+        added += tl.load(shift + place, inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    return added
+
+
+@triton.jit
+def _finish(value, centre, scale, base, target, mask, SILU: tl.constexpr, FAST: tl.constexpr):
+    """Store (value - centre) * scale + base of a tile [rows, channels], then SiLU."""
+    y = value.to(tl.float32)
+    if value.dtype == tl.float32:
+        y = (y - centre[None, :]) * scale[None, :] + base[None, :]
+    else:  # of a mean that drowns the rest these inputs have lost far more digits than this
+        y = y * scale[None, :] + (base - centre * scale)[None, :]
+    if SILU:
+        y = _silu(y, FAST)
+    tl.store(target, y.to(target.dtype.element_ty), mask)
+
+
+@triton.jit
+def _start(PDL: tl.constexpr):
+    """Wait for the launch before this one, and let the next one start."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _overlap(left, width, other, other_width):
+    """How many whole numbers two ranges have in common, each given by its start and width."""
+    return tl.minimum(left + width, other + other_width) - tl.maximum(left, other)
+
+
+# GroupNorm in two launches.
+
+
+@triton.jit(
+    do_not_specialize=[
+        "pixels",
+        "x_stride",
+        "shift_stride",
+        "width",
+        "groups",
+        "span",
+        "shares",
+        "blocks",
+    ]
+)
+def _group_statistics(
+    x,
+    shift,
+    offset,
+    partials,
+    pixels,
+    x_stride,
+    shift_stride,
+    width,
+    groups,
+    span,
+    shares,
+    blocks,
+    GROUP: tl.constexpr,
+    VEC: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Mean and sum of squared deviations of `span` pixels x CHANNELS channels, group by group.
+
+    Grid: (blocks of channels, of pixels, images). partials: float32
+    [2, images, groups, shares, blocks of pixels]; share j of a group is what the j-th block of
+    channels that it reaches into has of it.
+    """
+    _start(PDL)
+    block_c = tl.program_id(0)
+    block_p = tl.program_id(1)
+    image = tl.program_id(2)
+    channel = block_c * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < width * VEC
+    first = block_p * span
+    limit = min(span, pixels - first)
+    source = x + (image.to(tl.int64) * pixels + first) * (x_stride * VEC)
+    row = tl.arange(0, DEPTH)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+    place = source + row * (x_stride * VEC) + channel[None, None, :]
+    mask = (row < limit) & inside[None, None, :]
+    value = tl.load(place, mask, other=0.0)
+    pivot = tl.load(source + channel, inside, other=0.0).to(tl.float32)
+    added = _addend(shift, offset, image, shift_stride, channel, inside, VEC)
+
+    # Sums of distances from the block's first pixel, of DEPTH rows at a time, the next ones being
+    # loaded. Whatever that pixel is, its own square is in the sum, which so keeps its digits.
+    sums = tl.zeros([ROWS, CHANNELS], tl.float32)
+    squares = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for start in range(0, limit, DEPTH * ROWS):
+        place += DEPTH * ROWS * (x_stride * VEC)
+        mask_ahead = (start + DEPTH * ROWS + row < limit) & inside[None, None, :]
+        ahead = tl.load(place, mask_ahead, other=0.0)
+        value = tl.where(mask, value.to(tl.float32) - pivot[None, None, :], 0.0)
+        sums += tl.sum(value, axis=0)
+        squares += tl.sum(value * value, axis=0)
+        value, mask = ahead, mask_ahead
+
+    # Rows to channels. An addend that is the same for all pixels only moves the mean.
+    height = limit.to(tl.float32)
+    further = tl.sum(sums, axis=0)
+    channel_squares = tl.sum(squares, axis=0)
+    channel_squares -= further * further * (1.0 / height)
+    channel_mean = pivot + further * (1.0 / height) + added
+
+    # Channels to groups.
+    group = (block_c * CHANNELS) // GROUP + tl.arange(0, SLOTS)
+    member = (channel // GROUP)[None, :] == group[:, None]
+    members = _overlap(group * GROUP, GROUP, block_c * CHANNELS, CHANNELS)
+    members = tl.where(group < groups, members, 0)
+    group_mean = tl.sum(tl.where(member, channel_mean[None, :], 0.0), axis=1)
+    group_mean = group_mean / tl.maximum(members, 1).to(tl.float32)
+    further = channel_mean[None, :] - group_mean[:, None]
+    group_squares = channel_squares[None, :] + further * further * height
+    group_squares = tl.sum(tl.where(member, group_squares, 0.0), axis=1)
+
+    share = block_c - (group * GROUP) // CHANNELS
+    place = ((image * groups + group) * shares + share) * (blocks * 4) + block_p
+    plane = tl.num_programs(2) * groups * shares * (blocks * 4)
+    tl.store(partials + place, group_mean, members > 0)
+    tl.store(partials + plane + place, group_squares, members > 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "pixels",
+        "x_stride",
+        "shift_stride",
+        "width",
+        "groups",
+        "span",
+        "shares",
+        "blocks",
+        "tiles",
+        "eps",
+    ]
+)
+def _group_apply(
+    x,
+    shift,
+    offset,
+    weight,
+    bias,
+    partials,
+    out,
+    pixels,
+    x_stride,
+    shift_stride,
+    width,
+    groups,
+    span,
+    shares,
+    blocks,
+    tiles,
+    eps,
+    GROUP: tl.constexpr,
+    VEC: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    LOOP: tl.constexpr,
+    SILU: tl.constexpr,
+    FAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Merge the partials of the groups in CHANNELS channels, then normalise `tiles` x ROWS pixels.
+
+    Grid: (blocks of channels, of pixels, images). SHARES and BLOCKS: powers of two that hold
+    `shares` and `blocks`. LOOP: whether `tiles` is more than 1.
+    """
+    block_c = tl.program_id(0)
+    # From the image's end, which the statistics read last, so that it is in the cache.
+    block_p = tl.num_programs(1) - 1 - tl.program_id(1)
+    image = tl.program_id(2)
+    channel = block_c * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < width * VEC
+
+    # The launch before only made the statistics: all else may be read before it is done.
+    first = block_p * tiles * ROWS
+    limit = min(tiles * ROWS, pixels - first)
+    start = image.to(tl.int64) * pixels + first
+    row = tl.arange(0, ROWS)
+    source = x + start * (x_stride * VEC)
+    source += row[:, None] * (x_stride * VEC) + channel[None, :]
+    target = out + start * (width * VEC) + row[:, None] * (width * VEC) + channel[None, :]
+    mask = (row < limit)[:, None] & inside[None, :]
+    value = tl.load(source, mask, other=0.0, cache_modifier=".cg")
+    added = _addend(shift, offset, image, shift_stride, channel, inside, VEC)
+    scale = tl.load(weight + channel, inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    base = tl.load(bias + channel, inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+
+    # How many elements each partial [SLOTS, SHARES, BLOCKS] stands for.
+    group = (block_c * CHANNELS) // GROUP + tl.arange(0, SLOTS)[:, None, None]
+    left = group * GROUP
+    share = tl.arange(0, SHARES)[None, :, None]
+    block = tl.arange(0, BLOCKS)[None, None, :]
+    channels = _overlap(left, GROUP, (left // CHANNELS + share) * CHANNELS, CHANNELS)
+    here = (group < groups) & (left < (block_c + 1) * CHANNELS) & (share < shares)
+    channels = tl.where(here, tl.maximum(channels, 0), 0)
+    height = tl.maximum(tl.minimum(span, pixels - block * span), 0)
+    count = channels.to(tl.float32) * height.to(tl.float32)
+    place = ((image * groups + group) * shares + share) * (blocks * 4) + block
+    plane = tl.num_programs(2) * groups * shares * (blocks * 4)
+    stored = (channels > 0) & (block < blocks * 4)
+
+    _start(PDL)
+    part_mean = tl.load(partials + place, stored, other=0.0)
+    part_squares = tl.load(partials + plane + place, stored, other=0.0)
+    part_mean = tl.where(count > 0, part_mean, 0.0)
+    part_squares = tl.where(count > 0, part_squares, 0.0)
+    total = pixels.to(tl.float32) * GROUP
+    mean = tl.sum(tl.sum(part_mean * count, axis=2), axis=1) / total
+    further = part_mean - mean[:, None, None]
+    squares = tl.sum(tl.sum(part_squares + further * further * count, axis=2), axis=1)
+    rstd = tl.rsqrt(squares / total + eps)
+
+    # Groups to channels.
+    slot = channel // GROUP - (block_c * CHANNELS) // GROUP
+    slot = tl.minimum(slot, SLOTS - 1)
+    centre = tl.gather(mean, slot, axis=0) - added
+    scale = tl.gather(rstd, slot, axis=0) * scale
+
+    if LOOP:
+        for tile in range(tiles):
+            ahead = (row + (tile + 1) * ROWS < limit)[:, None] & inside[None, :]
+            source += ROWS * (x_stride * VEC)
+            value_ahead = tl.load(source, ahead, other=0.0, cache_modifier=".cg")
+            _finish(value, centre, scale, base, target, mask, SILU, FAST)
+            target += ROWS * (width * VEC)
+            value, mask = value_ahead, ahead
+    else:
+        _finish(value, centre, scale, base, target, mask, SILU, FAST)
+
+
+# GroupNorm in one launch.
+
+
+@triton.jit
+def _of_group(channels, index, inside, GROUP: tl.constexpr, SLOTS: tl.constexpr):
+    """For each channel the sum over all channels of its group; SLOTS: groups there are, or more."""
+    if SLOTS == 1:
+        return tl.zeros_like(channels) + tl.sum(tl.where(inside, channels, 0.0), axis=0)
+    else:
+        group = index // GROUP
+        member = (group[None, :] == tl.arange(0, SLOTS)[:, None]) & inside[None, :]
+        sums = tl.sum(tl.where(member, channels[None, :], 0.0), axis=1)
+        return tl.gather(sums, tl.minimum(group, SLOTS - 1), axis=0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "pixels",
+        "x_stride",
+        "shift_stride",
+        "width",
+        "part_width",
+        "eps",
+    ]
+)
+def _group_whole(
+    x,
+    shift,
+    offset,
+    weight,
+    bias,
+    out,
+    pixels,
+    x_stride,
+    shift_stride,
+    width,
+    part_width,
+    eps,
+    GROUP: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SILU: tl.constexpr,
+    FAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Whole groups of an image, all pixels at once: `part_width` channels, SLOTS groups or fewer.
+
+    Grid: (parts of the channels, images).
+    """
+    _start(PDL)
+    image = tl.program_id(1)
+    start = tl.program_id(0) * (part_width * VEC)
+    index = tl.arange(0, CHANNELS)
+    inside = index < part_width * VEC
+    channel = start + index
+    row = tl.arange(0, ROWS)
+    mask = (row < pixels)[:, None] & inside[None, :]
+    source = x + image.to(tl.int64) * pixels * (x_stride * VEC) + channel
+    value = tl.load(source[None, :] + row[:, None] * (x_stride * VEC), mask, other=0.0)
+    pivot = tl.load(source, inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + channel, inside, other=0.0).to(tl.float32)
+    base = tl.load(bias + channel, inside, other=0.0).to(tl.float32)
+    added = _addend(shift, offset, image, shift_stride, channel, inside, VEC)
+
+    height = pixels.to(tl.float32)
+    value = tl.where(mask, value.to(tl.float32) - pivot[None, :], 0.0)
+    sums = tl.sum(value, axis=0)
+    squares = tl.sum(value * value, axis=0) - sums * sums * (1.0 / height)
+    mean = pivot + sums * (1.0 / height) + added
+    centre = _of_group(mean, index, inside, GROUP, SLOTS) * (1.0 / GROUP)
+    further = mean - centre
+    squares += further * further * height
+    variance = _of_group(squares, index, inside, GROUP, SLOTS) * (1.0 / (height * GROUP))
+    scale *= tl.rsqrt(variance + eps)
+
+    y = value * scale[None, :] + (base - (centre - added - pivot) * scale)[None, :]
+    if SILU:
+        y = _silu(y, FAST)
+    target = out + image.to(tl.int64) * pixels * (width * VEC)
+    target += row[:, None] * (width * VEC) + channel[None, :]
+    tl.store(target, y.to(out.dtype.element_ty), mask)
+
+
+class _Image:
+    """The sizes of a GroupNorm call, and what follows from them for a configuration."""
+
+    def __init__(self, x: TensorSpec, shift: TensorSpec | None, groups: int) -> None:
+        self.batch, self.width = x.shape[0], x.shape[-1]
+        self.pixels = prod(x.shape[1:-1])
+        self.stride = x.row_stride() or 0
+        self.shift_stride = 0 if shift is None or self.batch == 1 else shift.stride[0]
+        self.groups, self.group_width = groups, self.width // groups
+
+    @staticmethod
+    def of(call: Call) -> _Image:
+        """The sizes of a call that is supported."""
+        x, shift = call.tensors[0], (*call.tensors, None)[3]
+        assert x is not None
+        return _Image(x, shift, call.attrs["groups"])
+
+    def vector(self, part: int) -> int:
+        """Elements that every address is a multiple of, in parts of that many channels."""
+        return gcd(_VECTOR, self.width, self.stride, self.shift_stride, part)
+
+    def strips(self, config: Config) -> int:
+        """Blocks of pixels in one block of channels that make up the configuration's grid."""
+        columns = self.batch * self.columns(int(config["channels"]))
+        return max(1, min(int(config["grid"]) // columns, self.tiles(config)))
+
+    def tiles(self, config: Config) -> int:
+        """How many tiles of the configuration's rows the pixels make."""
+        return cdiv(self.pixels, int(config["rows"]))
+
+    def span(self, config: Config) -> int:
+        """Pixels of a block that makes statistics: whole tiles, few enough blocks to merge."""
+        parts = min(self.strips(config), _PARTS)
+        return cdiv(self.tiles(config), parts) * int(config["rows"])
+
+    def blocks(self, config: Config) -> int:
+        """Blocks of pixels that statistics are made of."""
+        return cdiv(self.pixels, self.span(config))
+
+    def columns(self, channels: int) -> int:
+        """Blocks of that many channels."""
+        return cdiv(self.width, channels)
+
+    def shares(self, channels: int) -> int:
+        """In how many blocks of channels a group lies at most."""
+        ends = range(0, self.width, self.group_width)
+        return max((end + self.group_width - 1) // channels - end // channels + 1 for end in ends)
+
+    def slots(self, channels: int) -> int:
+        """Places for the groups that reach into a block of channels: a power of two."""
+        width, starts = self.group_width, range(0, self.width, channels)
+        ends = [min(start + channels, self.width) - 1 for start in starts]
+        most = max(
+            end // width - start // width + 1 for start, end in zip(starts, ends, strict=True)
+        )
+        return max(2, next_power_of_2(most))
+
+    def merged(self, config: Config) -> int:
+        """Partials that a block of the second launch holds at a time."""
+        channels = int(config["channels"])
+        sizes = (self.shares(channels), self.blocks(config))
+        return self.slots(channels) * prod(map(next_power_of_2, sizes))
+
+
+def _affine(spec: TensorSpec | None, width: int) -> bool:
+    """Whether it is a vector of the channels."""
+    return spec is not None and spec.shape == (width,) and spec.contiguous and spec.dtype in _FLOATS
+
+
+def _rows_supported(call: Call, hardware: Hardware) -> bool:
+    """Whether the input has rows at one distance and the output is dense, both aligned."""
+    x, out = call.tensors[0], call.out
+    if x is not None and x.dtype == torch.bfloat16 and (hardware.capability or (0, 0)) < (8, 0):
+        return False
+    return (
+        x is not None
+        and x.dtype in _FLOATS
+        and out.dtype == x.dtype
+        and out.shape == x.shape
+        and min(x.shape) > 0
+        and x.stride[-1] == 1
+        and (x.row_stride() or 0) >= x.shape[-1]
+        and out.contiguous
+        and x.aligned
+        and out.aligned
+    )
+
+
+def _group_norm_supported(call: Call, hardware: Hardware) -> bool:
+    x, weight, bias, shift, offset = (*call.tensors, None, None)[:5]
+    if not _rows_supported(call, hardware) or x is None or len(x.shape) < 3:
+        return False
+    batch, width = x.shape[0], x.shape[-1]
+    shifted = shift is None or (
+        shift.shape == (batch, width) and shift.stride[-1] == 1 and shift.dtype in _FLOATS
+    )
+    return (
+        width % call.attrs["groups"] == 0
+        and call.attrs.get("activation", "none") in ("none", "silu")
+        and _affine(weight, width)
+        and _affine(bias, width)
+        and shifted
+        and (offset is None or _affine(offset, width))
+        and batch < 1 << 16
+        # Offsets within an image are of 32 bits, also those of a tile beyond its end.
+        and (prod(x.shape[1:-1]) + 4096) * (x.row_stride() or 0) < 1 << 31
+        and bool(_group_norm_configs(call, hardware))
+    )
+
+
+def _split_configs(image: _Image, multiprocessors: int) -> list[dict[str, Any]]:
+    """Tiles of [rows x channels] for two launches, the likeliest first.
+
+    Channels are full lines of 128 bytes where the width has them. grid: about how many blocks a
+    launch shall have; an image with more tiles than that gives each several.
+    """
+    whole = image.width & -image.width  # the largest power of two that divides the width
+    line = min(whole, 64) if whole >= 16 else min(next_power_of_2(image.width), 64)
+    wide = 128 if whole >= 128 else line
+    shapes = [  # channels, rows, warps, blocks for each multiprocessor
+        (line, 64, 4, 5),
+        (line, 128, 8, 3),
+        (wide, 64, 8, 3),
+        (line, 64, 4, 3),
+        (line, 32, 4, 8),
+        (line, 128, 8, 2),
+    ]
+    names = ("channels", "rows", "warps", "grid")
+    return [
+        {"scheme": "split"} | dict(zip(names, (*shape, each * multiprocessors), strict=True))
+        for *shape, each in dict.fromkeys(shapes)
+    ]
+
+
+def _whole_configs(image: _Image) -> list[dict[str, Any]]:
+    """Whole groups in a block: the fewest that can be loaded by sixteen bytes, or else by eight.
+
+    None if the image is too large.
+    """
+    counts = [n for n in range(1, image.groups + 1) if image.groups % n == 0]
+    best = max(image.vector(n * image.group_width) for n in counts)
+    chosen = [
+        next(n for n in counts if image.vector(n * image.group_width) >= min(vector, best))
+        for vector in (8, 4)
+    ]
+    rows = max(16, next_power_of_2(image.pixels))
+    found: list[dict[str, Any]] = []
+    for each in (32, 16, 64):  # elements of a thread
+        for count in dict.fromkeys(chosen):
+            size = rows * next_power_of_2(count * image.group_width)
+            warps = min(16, next_power_of_2(cdiv(size, 32 * each)))
+            config = {"scheme": "whole", "groups": count, "warps": warps}
+            if size <= _WHOLE and config not in found:
+                found.append(config)
+    return found
+
+
+def _group_norm_configs(call: Call, hardware: Hardware) -> list[Config]:
+    image = _Image.of(call)
+    split = _split_configs(image, hardware.multiprocessors)
+    split = [config for config in split if image.merged(config) <= _PARTIALS]
+    whole = _whole_configs(image)
+    if image.pixels <= 256:
+        return _overlapped([*whole[:4], *split[4:5], *split[:1], *whole[4:]], hardware)
+    return _overlapped([*split[:5], *whole[:1], *split[5:]], hardware)
+
+
+def _overlapped(configs: Sequence[dict[str, Any]], hardware: Hardware) -> list[Config]:
+    """The first eight; where launches can overlap, six that do and two of them that do not."""
+    if not _OVERLAP or hardware.capability is None or hardware.capability < (9, 0):
+        return [*(config | {"pdl": False} for config in configs[:8])]
+    return [
+        *(config | {"pdl": True} for config in configs[:6]),
+        *(config | {"pdl": False} for config in configs[:2]),
+    ]
+
+
+def _group_norm_workspace(call: Call, config: Config) -> int:
+    if config["scheme"] == "whole":
+        return 0
+    image = _Image.of(call)
+    shares, blocks = image.shares(int(config["channels"])), image.blocks(config)
+    return int(8 * image.batch * image.groups * shares * 4 * cdiv(blocks, 4))
+
+
+@triton_kernel(
+    "group_norm",
+    name="triton.group_norm",
+    priority=0,
+    supports=_group_norm_supported,
+    configs=_group_norm_configs,
+    workspace=_group_norm_workspace,
+)
+def group_norm(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
+    *,
+    groups: int,
+    eps: float,
+    activation: str = "none",
+    config: Config,
+    workspace: torch.Tensor | None,
+) -> list[Launch]:
+    """Statistics in float32 of `x + shift + offset`, unrounded; one rounding at the end.
+
+    x [B, ..., C] with rows at one distance; shift [B, C] with any distance between its rows.
+    """
+    moved = None if shift is None else TensorSpec.of(shift)
+    image = _Image(TensorSpec.of(x), moved, groups)
+    pdl = bool(config["pdl"]) and not interpreted(_group_apply)
+    options = {"num_warps": config["warps"], "num_stages": 1, "enable_fp_fusion": True}
+    if pdl:
+        options["launch_pdl"] = True
+    common = {
+        "x": x,
+        "shift": shift,
+        "offset": offset,
+        "pixels": image.pixels,
+        "GROUP": image.group_width,
+        "PDL": pdl,
+    }
+    finish = {
+        "weight": weight,
+        "bias": bias,
+        "out": out,
+        "eps": eps,
+        "SILU": activation == "silu",
+        "FAST": not interpreted(_group_apply),
+    }
+    if config["scheme"] == "whole":
+        part = int(config["groups"]) * image.group_width
+        vector = image.vector(part)
+        args = {
+            "x_stride": image.stride // vector,
+            "shift_stride": image.shift_stride // vector,
+            "width": image.width // vector,
+            "part_width": part // vector,
+            "VEC": vector,
+            "ROWS": max(16, next_power_of_2(image.pixels)),
+            "CHANNELS": next_power_of_2(part),
+            "SLOTS": next_power_of_2(int(config["groups"])),
+        }
+        grid = (image.width // part, image.batch)
+        return [Launch(_group_whole, grid, common | finish | args, options)]
+
+    assert workspace is not None
+    channels, rows = int(config["channels"]), int(config["rows"])
+    vector = image.vector(channels)
+    shares, blocks = image.shares(channels), image.blocks(config)
+    # A strip of many tiles is cut, so that what few blocks are left at the end are short ones.
+    tiles = min(cdiv(image.tiles(config), image.strips(config)), 8)
+    common |= {
+        "partials": workspace.view(torch.float32),
+        "x_stride": image.stride // vector,
+        "shift_stride": image.shift_stride // vector,
+        "width": image.width // vector,
+        "groups": groups,
+        "span": image.span(config),
+        "shares": shares,
+        "blocks": cdiv(blocks, 4),
+        "VEC": vector,
+        "CHANNELS": channels,
+        "SLOTS": image.slots(channels),
+    }
+    at_once = min(rows, max(1, 32 * int(config["warps"]) * _VECTOR // channels))
+    statistics = common | {"ROWS": at_once, "DEPTH": rows // at_once}
+    apply = common | finish
+    apply |= {"tiles": tiles, "ROWS": rows, "LOOP": tiles > 1}
+    apply |= {"SHARES": next_power_of_2(shares), "BLOCKS": max(4, next_power_of_2(blocks))}
+    columns = image.columns(channels)
+    strips = cdiv(image.tiles(config), tiles)
+    return [
+        Launch(_group_statistics, (columns, blocks, image.batch), statistics, options),
+        Launch(_group_apply, (columns, strips, image.batch), apply, options),
+    ]
+
+
+# LayerNorm.
+
+
+@triton.jit(do_not_specialize=["rows", "x_stride", "eps"])
+def _layer_norm(
+    x,
+    weight,
+    bias,
+    out,
+    rows,
+    x_stride,
+    eps,
+    VEC: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """ROWS rows at once, in registers between the statistics and the result.
+
+    A row is HEAD columns and, unless TAIL is 0, up to TAIL more, both powers of two: 320 is
+    256 + 64, where a single power of two would leave three eighths of the threads idle.
+    """
+    _start(PDL)
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)[:, None]
+    valid = start + row < rows
+    source = x + start * (x_stride * VEC)
+    target = out + start * WIDTH
+
+    # All loads come first, so that they are in flight together.
+    head = tl.arange(0, HEAD)
+    mask = _row_mask(valid, head, HEAD - 1, WIDTH)
+    value = tl.load(source + row * (x_stride * VEC) + head[None, :], mask, other=0.0)
+    if TAIL > 0:
+        tail = HEAD + tl.arange(0, TAIL)
+        tail_mask = _row_mask(valid, tail, HEAD + TAIL - 1, WIDTH)
+        rest = tl.load(source + row * (x_stride * VEC) + tail[None, :], tail_mask, other=0.0)
+        rest_scale = _parameter(weight, tail, 1.0, WIDTH)
+        rest_base = _parameter(bias, tail, 0.0, WIDTH)
+    scale = _parameter(weight, head, 1.0, WIDTH)
+    base = _parameter(bias, head, 0.0, WIDTH)
+
+    value = value.to(tl.float32)
+    sums = tl.sum(value, axis=1)
+    if TAIL > 0:
+        rest = rest.to(tl.float32)
+        sums += tl.sum(rest, axis=1)
+    mean = (sums / WIDTH)[:, None]
+    value = _centred(value, mean, head, HEAD - 1, WIDTH)
+    squares = tl.sum(value * value, axis=1)
+    if TAIL > 0:
+        rest = _centred(rest, mean, tail, HEAD + TAIL - 1, WIDTH)
+        squares += tl.sum(rest * rest, axis=1)
+    rstd = tl.rsqrt(squares / WIDTH + eps)[:, None]
+
+    y = value * rstd * scale.to(tl.float32)[None, :] + base.to(tl.float32)[None, :]
+    tl.store(target + row * WIDTH + head[None, :], y.to(out.dtype.element_ty), mask)
+    if TAIL > 0:
+        y = rest * rstd * rest_scale.to(tl.float32)[None, :] + rest_base.to(tl.float32)[None, :]
+        tl.store(target + row * WIDTH + tail[None, :], y.to(out.dtype.element_ty), tail_mask)
+
+
+@triton.jit
+def _parameter(pointer, column, missing: tl.constexpr, WIDTH: tl.constexpr):
+    """Values of a vector at `column`, or `missing` if there is no vector."""
+    if pointer is None:
+        return tl.full(column.shape, missing, tl.float32)
+    else:
+        return tl.load(pointer + column, column < WIDTH, other=0.0)
+
+
+@triton.jit
+def _row_mask(valid, column, LAST: tl.constexpr, WIDTH: tl.constexpr):
+    """Of valid rows [rows, 1] the columns of the row; LAST: the last of `column`."""
+    if LAST < WIDTH:
+        return valid
+    else:
+        return valid & (column < WIDTH)[None, :]
+
+
+@triton.jit
+def _centred(value, mean, column, LAST: tl.constexpr, WIDTH: tl.constexpr):
+    """value - mean [rows, 1], and 0 beyond the row's end."""
+    if LAST < WIDTH:
+        return value - mean
+    else:
+        return tl.where((column < WIDTH)[None, :], value - mean, 0.0)
+
+
+def _layer_norm_supported(call: Call, hardware: Hardware) -> bool:
+    x, weight, bias = call.tensors
+    if not _rows_supported(call, hardware) or x is None:
+        return False
+    width = x.shape[-1]
+    return (
+        width <= 8192
+        and (weight is None or _affine(weight, width))
+        and (bias is None or _affine(bias, width))
+        and x.rows < 1 << 31
+    )
+
+
+def _layer_norm_configs(call: Call, hardware: Hardware) -> list[Config]:
+    """Rows and warps of a block, such that a thread has a few vectors of sixteen bytes in flight.
+
+    Fewer warps to a row mean less waiting for each other, more that a short input fills the chip.
+    """
+    x = call.tensors[0]
+    assert x is not None
+    width = x.shape[-1]
+    full = next_power_of_2(width)
+    bases = [(full, False)]
+    if width > full // 2 >= 64 and full // 2 + next_power_of_2(width - full // 2) < full:
+        bases = [(full // 2, True), (full, False)]
+    busy = x.rows * width >= 32 * 256 * hardware.multiprocessors
+    found: list[dict[str, Any]] = []
+    for each in (32, 16, 64) if busy else (16, 8, 32):  # elements of a thread
+        for base, halves in bases:
+            least = max(1, base // (32 * each))
+            for warps in dict.fromkeys((least, max(least, 4))):
+                rows = max(1, 32 * warps * each // base)
+                if warps <= 16 and rows <= min(16, next_power_of_2(x.rows)):
+                    found.append({"rows": rows, "warps": warps, "halves": halves})
+    return _overlapped(found or [{"rows": 1, "warps": 4, "halves": False}], hardware)
+
+
+@triton_kernel(
+    "layer_norm",
+    name="triton.layer_norm",
+    priority=0,
+    supports=_layer_norm_supported,
+    configs=_layer_norm_configs,
+)
+def layer_norm(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    eps: float,
+    config: Config,
+    workspace: torch.Tensor | None,
+) -> list[Launch]:
+    """Two passes over a row in registers, in float32; x [..., C] with rows at one distance."""
+    spec = TensorSpec.of(x)
+    width, stride, rows = x.shape[-1], spec.row_stride() or 0, int(config["rows"])
+    vector = gcd(_VECTOR, width, stride)
+    full = next_power_of_2(width)
+    head = full // 2 if config["halves"] else full
+    pdl = bool(config["pdl"]) and not interpreted(_layer_norm)
+    options = {"num_warps": config["warps"], "num_stages": 1, "enable_fp_fusion": True}
+    if pdl:
+        options["launch_pdl"] = True
+    args = {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "out": out,
+        "rows": spec.rows,
+        "x_stride": stride // vector,
+        "eps": eps,
+        "VEC": vector,
+        "WIDTH": width,
+        "HEAD": head,
+        "TAIL": next_power_of_2(width - head) if width > head else 0,
+        "ROWS": rows,
+        "PDL": pdl,
+    }
+    return [Launch(_layer_norm, (cdiv(spec.rows, rows),), args, options)]

@@ -1,0 +1,367 @@
+"""GroupNorm and LayerNorm: results, digits, layouts, configurations, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from harness import DEVICE, call_of, check, chip, error, exact, find, run
+
+from accel.kernels import TensorSpec, load_triton
+
+assert load_triton()
+
+GROUP, LAYER = "triton.group_norm", "triton.layer_norm"
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+DTYPES = [F16, BF16, F32]
+SPLIT = {"scheme": "split", "channels": 64, "rows": 16, "warps": 4, "grid": 20, "pdl": False}
+"""Several blocks of statistics even for a few pixels."""
+
+
+def random(*shape: int, dtype: torch.dtype = F16, seed: int = 0, mean: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) + mean).to(DEVICE, dtype)
+
+
+def operands(
+    *shape: int,
+    dtype: torch.dtype = F16,
+    shift: bool = False,
+    offset: bool = False,
+    mean: float = 0.0,
+) -> list[torch.Tensor | None]:
+    batch, width = shape[0], shape[-1]
+    return [
+        random(*shape, dtype=dtype, mean=mean),
+        random(width, dtype=dtype, seed=1, mean=1.0),
+        random(width, dtype=dtype, seed=2),
+        random(batch, width, dtype=dtype, seed=3) if shift else None,
+        random(width, dtype=dtype, seed=4) if offset else None,
+    ]
+
+
+def attributes(groups: int, activation: str = "silu", eps: float = 1e-5) -> dict[str, Any]:
+    return {"groups": groups, "eps": eps, "activation": activation}
+
+
+def variants(
+    name: str, tensors: Sequence[torch.Tensor | None], attrs: Mapping[str, Any], **hardware: Any
+) -> list[Any]:
+    kernel = find(name)
+    call, _ = call_of(kernel.op, tensors, attrs)
+    assert kernel.configs is not None
+    return list(kernel.configs(call, chip(**hardware)))
+
+
+def supported(
+    name: str,
+    tensors: Sequence[torch.Tensor | None],
+    attrs: Mapping[str, Any],
+    capability: tuple[int, int] = (9, 0),
+    **changes: Any,
+) -> bool:
+    """changes: other specs in the place of the first tensors', `x`, `weight`, …, or of `out`."""
+    kernel = find(name)
+    call, _ = call_of(kernel.op, tensors, attrs)
+    specs = list(call.tensors)
+    for index, which in enumerate(("x", "weight", "bias", "shift", "offset")):
+        if which in changes:
+            specs[index] = changes[which]
+    call = replace(call, tensors=tuple(specs), out=changes.get("out", call.out))
+    return kernel.supports(call, chip(capability))
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the nearest bfloat16, as on every GPU; Triton's interpreter cuts off."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    convert = interpreter._convert_float
+
+    def nearest(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if str(source) != "fp32" or str(target) != "bf16":
+            return convert(data, source, target, mode)
+        bits = data.view("uint32").astype("uint64")
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", nearest)
+
+
+# GroupNorm.
+
+SCHEMES = [SPLIT, {"scheme": "whole", "groups": 4, "warps": 4, "pdl": False}]
+
+
+@pytest.mark.parametrize("config", SCHEMES, ids=lambda config: config["scheme"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_group_norm(config: Any, dtype: torch.dtype, activation: str) -> None:
+    check(GROUP, operands(2, 3, 11, 80, dtype=dtype), attributes(8, activation), config)
+
+
+@pytest.mark.parametrize("config", SCHEMES, ids=lambda config: config["scheme"])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("offset", [False, True])
+def test_what_is_added_before_the_statistics(config: Any, shift: bool, offset: bool) -> None:
+    tensors = operands(2, 33, 80, shift=shift, offset=offset)
+    check(GROUP, tensors, attributes(8), config)
+
+
+@pytest.mark.parametrize("config", SCHEMES, ids=lambda config: config["scheme"])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_a_mean_far_from_zero_keeps_its_digits(config: Any, dtype: torch.dtype) -> None:
+    """Of the input, and of what is added to it: float32 squares of 100 would have lost them."""
+    tensors = operands(1, 50, 80, dtype=dtype, mean=100.0)
+    result = check(GROUP, tensors, attributes(8, "none"), config)
+    # float32 inside: what is left is the rounding of the result.
+    truth = exact("group_norm", tensors, attributes(8, "none"))
+    assert error(result, truth) <= 1.01 * error(truth.to(dtype), truth)
+
+    tensors = operands(1, 50, 80, dtype=dtype, offset=True)
+    assert tensors[4] is not None
+    tensors[4] += 100
+    truth = exact("group_norm", tensors, attributes(8, "none"))
+    result = run(GROUP, tensors, attributes(8, "none"), config)
+    assert error(result, truth) <= 1.01 * error(truth.to(dtype), truth)
+
+
+@pytest.mark.parametrize("config", SCHEMES, ids=lambda config: config["scheme"])
+def test_a_first_pixel_unlike_all_others(config: Any) -> None:
+    """Distances are taken from one pixel of a block: also where that is an outlier."""
+    tensors = operands(1, 50, 80, dtype=F32)
+    assert tensors[0] is not None
+    tensors[0][:, ::16] *= 1000
+    truth = exact("group_norm", tensors, attributes(8, "none"))
+    assert error(run(GROUP, tensors, attributes(8, "none"), config), truth) < 1e-5
+
+
+@pytest.mark.parametrize("config", SCHEMES, ids=lambda config: config["scheme"])
+def test_an_image_of_one_colour(config: Any) -> None:
+    tensors = operands(2, 37, 80)
+    assert tensors[0] is not None and tensors[2] is not None
+    tensors[0].fill_(7.0)
+    result = run(GROUP, tensors, attributes(8, "none"), config)
+    assert torch.allclose(result, tensors[2].expand(result.shape), atol=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("width", "groups"),
+    [
+        (32, 32),
+        (64, 32),
+        (320, 32),
+        (640, 32),
+        (320, 4),
+        (240, 4),
+        (96, 2),
+        (40, 4),
+        (24, 1),
+        (9, 3),
+    ],
+    ids=str,
+)
+def test_widths_of_groups(width: int, groups: int) -> None:
+    """Groups that fill blocks of channels, that lie across two or more, and odd ones."""
+    tensors = operands(1, 3, 7, width, shift=True)
+    check(GROUP, tensors, attributes(groups), SPLIT)
+    whole = [c for c in variants(GROUP, tensors, attributes(groups)) if c["scheme"] == "whole"]
+    check(GROUP, tensors, attributes(groups), whole[0])
+
+
+def test_strips_of_several_tiles() -> None:
+    """Each block of both launches loops, over a last tile that is cut and strips that are short."""
+    for grid in (2, 4, 6):
+        tensors = operands(1, 9, 17, 80, shift=True, offset=True)
+        check(GROUP, tensors, attributes(8), {**SPLIT, "grid": grid})
+
+
+@pytest.mark.parametrize("pixels", [153, 290])
+def test_every_configuration_of_group_norm(pixels: int) -> None:
+    tensors = operands(1, pixels, 40, shift=True)
+    attrs = attributes(4)
+    found = variants(GROUP, tensors, attrs)
+    assert {config["scheme"] for config in found} == {"split", "whole"}
+    assert 2 < len(found) <= 8
+    for config in {str({**c, "pdl": False}): c for c in found}.values():
+        check(GROUP, tensors, attrs, config)
+
+
+@pytest.mark.parametrize("config", SCHEMES, ids=lambda config: config["scheme"])
+def test_rows_apart(config: Any) -> None:
+    """A slice of the channels of a wider image, and shifts that are rows of a wider result."""
+    tensors = operands(2, 3, 11, 80, shift=True, offset=True)
+    wide = random(2, 3, 11, 208, seed=5)
+    tensors[0] = wide[..., 64:144]
+    tensors[3] = random(2, 300, seed=6)[:, 100:180]
+    check(GROUP, tensors, attributes(8), config)
+
+
+@pytest.mark.parametrize("config", SCHEMES, ids=lambda config: config["scheme"])
+def test_parameters_of_another_dtype(config: Any) -> None:
+    tensors = operands(2, 20, 80, shift=True)
+    plain = run(GROUP, tensors, attributes(8), config)
+    wide = [t if t is None or i == 0 else t.float() for i, t in enumerate(tensors)]
+    assert torch.equal(run(GROUP, wide, attributes(8), config), plain)
+
+
+def test_what_group_norm_refuses() -> None:
+    tensors, attrs = operands(2, 4, 4, 64, shift=True, offset=True), attributes(32)
+    assert supported(GROUP, tensors, attrs)
+    assert supported(GROUP, tensors[:3], attrs)
+    assert not supported(GROUP, tensors, {**attrs, "activation": "gelu"})
+    assert not supported(GROUP, tensors, attributes(24))
+    specs = [TensorSpec.of(t) for t in tensors if t is not None]
+    for index, which in enumerate(("x", "weight", "bias", "shift", "offset")):
+        half = replace(specs[index], shape=(*specs[index].shape[:-1], 32))
+        double = replace(specs[index], dtype=torch.float64)
+        apart = replace(specs[index], stride=tuple(2 * s for s in specs[index].stride))
+        for changed in (half, double, apart):
+            assert not supported(GROUP, tensors, attrs, **{which: changed}), (which, changed)
+    x = specs[0]
+    for changed in (
+        replace(x, aligned=False),
+        replace(x, stride=(1024, 64, 256, 1)),  # columns before rows
+        replace(x, shape=(2, 64), stride=(64, 1)),
+        replace(x, shape=(2, 1 << 13, 1 << 12, 64), stride=(1 << 31, 1 << 18, 64, 1)),
+    ):
+        assert not supported(GROUP, tensors, attrs, x=changed, out=replace(changed, aligned=True))
+    assert not supported(GROUP, tensors, attrs, out=replace(x, aligned=False))
+    assert not supported(GROUP, tensors, attrs, out=replace(x, dtype=F32))
+    assert not supported(GROUP, tensors, attrs, out=replace(x, stride=(1024, 64, 256, 1)))
+    halves = operands(2, 4, 4, 64, dtype=BF16)
+    assert supported(GROUP, halves, attrs, (8, 0)) and not supported(GROUP, halves, attrs, (7, 5))
+
+
+def test_configurations_suit_the_image_and_the_chip() -> None:
+    meta = torch.device("meta")
+
+    def found(pixels: int, width: int, batch: int = 2, **hardware: Any) -> list[Any]:
+        x, w = (torch.empty(s, dtype=F16, device=meta) for s in ((batch, pixels, width), (width,)))
+        return variants(GROUP, [x, w, w, None, None], attributes(32), **hardware)
+
+    for pixels in (64, 256, 1024, 4096, 16384, 65536):
+        for width in (320, 640, 960, 1280, 1920, 2560):
+            configs = found(pixels, width)
+            assert 4 <= len(configs) <= 8
+            assert len({str(config) for config in configs}) == len(configs)
+            small = pixels <= 256 and pixels * width // 32 <= 16384
+            assert configs[0]["scheme"] == ("whole" if small else "split")
+            assert configs[0]["pdl"]
+            assert not any(c["pdl"] for c in found(pixels, width, capability=(8, 9)))
+    # An image of another size takes the same ones, as long as it is no small one.
+    assert found(4096, 320)[:5] == found(3000, 320)[:5] == found(4096, 320, batch=1)[:5]
+
+
+def test_the_launches_fill_the_chip_and_cover_the_image() -> None:
+    """Blocks of channels x pixels x images: enough for the SMs, no more than can be merged."""
+    kernel, meta = find(GROUP), torch.device("meta")
+    assert kernel.launches is not None
+    for pixels, width in ((256, 1280), (1024, 1280), (4096, 320), (16384, 320), (65536, 640)):
+        x, w = (torch.empty(s, dtype=F16, device=meta) for s in ((2, pixels, width), (width,)))
+        tensors: list[Any] = [x, w, w, None, None]
+        call, out = call_of("group_norm", tensors, attributes(32))
+        for config in variants(GROUP, tensors, attributes(32)):
+            if config["scheme"] == "whole":
+                continue
+            scratch = torch.empty(kernel.workspace(call, config), dtype=torch.uint8, device=meta)
+            first, second = kernel.launches(
+                out, *tensors, config=config, workspace=scratch, **call.attrs
+            )
+            columns, blocks, images = first.grid
+            assert images == 2 and blocks <= 64 and columns * config["channels"] == width
+            assert blocks * first.args["span"] >= pixels > (blocks - 1) * first.args["span"]
+            strip = second.args["tiles"] * config["rows"]
+            assert second.grid[1] * strip >= pixels > (second.grid[1] - 1) * strip
+            assert min(columns * blocks * images, columns * second.grid[1] * images) >= 100
+
+
+# LayerNorm.
+
+
+def rows_of(
+    *shape: int, dtype: torch.dtype = F16, weight: bool = True, bias: bool = True, mean: float = 0.0
+) -> list[torch.Tensor | None]:
+    return [
+        random(*shape, dtype=dtype, mean=mean),
+        random(shape[-1], dtype=dtype, seed=1, mean=1.0) if weight else None,
+        random(shape[-1], dtype=dtype, seed=2) if bias else None,
+    ]
+
+
+EPS = {"eps": 1e-5}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_norm(dtype: torch.dtype, weight: bool, bias: bool) -> None:
+    check(LAYER, rows_of(3, 7, 80, dtype=dtype, weight=weight, bias=bias), EPS)
+
+
+@pytest.mark.parametrize(
+    "width", [1, 7, 32, 40, 64, 72, 320, 640, 768, 960, 1280, 1920, 2048, 3072, 8192]
+)
+def test_every_configuration_of_layer_norm(width: int) -> None:
+    tensors = rows_of(5, width)
+    found = variants(LAYER, tensors, EPS)
+    assert 1 <= len(found) <= 8
+    for config in {str({**c, "pdl": False}): c for c in found}.values():
+        check(LAYER, tensors, EPS, config)
+
+
+def test_one_row() -> None:
+    check(LAYER, rows_of(320), EPS)
+    check(LAYER, rows_of(1, 1, 320), EPS)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("halves", [False, True])
+def test_rows_far_from_zero(dtype: torch.dtype, halves: bool) -> None:
+    tensors = rows_of(6, 320, dtype=dtype, mean=100.0)
+    result = check(LAYER, tensors, EPS, {"rows": 4, "warps": 1, "halves": halves, "pdl": False})
+    truth = exact("layer_norm", tensors, EPS)
+    assert error(result, truth) <= 1.01 * error(truth.to(dtype), truth)
+
+
+def test_layer_norm_of_rows_apart() -> None:
+    tensors = rows_of(3, 5, 80)
+    tensors[0] = random(3, 5, 203, seed=5)[..., 8:88]
+    for config in variants(LAYER, tensors, EPS):
+        check(LAYER, tensors, EPS, config)
+
+
+def test_what_layer_norm_refuses() -> None:
+    tensors = rows_of(6, 4, 64)
+    assert supported(LAYER, tensors, EPS)
+    assert not supported(LAYER, rows_of(2, 8200), EPS)
+    specs = [TensorSpec.of(t) for t in tensors if t is not None]
+    for index, which in enumerate(("x", "weight", "bias")):
+        half = replace(specs[index], shape=(*specs[index].shape[:-1], 32))
+        double = replace(specs[index], dtype=torch.float64)
+        apart = replace(specs[index], stride=tuple(2 * s for s in specs[index].stride))
+        for changed in (half, double, apart):
+            assert not supported(LAYER, tensors, EPS, **{which: changed}), (which, changed)
+    x = specs[0]
+    assert not supported(LAYER, tensors, EPS, x=replace(x, aligned=False))
+    assert not supported(LAYER, tensors, EPS, x=replace(x, stride=(64, 384, 1)))
+    assert not supported(LAYER, tensors, EPS, x=replace(x, stride=(0, 0, 1)))
+    assert not supported(LAYER, tensors, EPS, out=replace(x, aligned=False))
+    assert not supported(LAYER, tensors, EPS, out=replace(x, dtype=F32))
+    halves = rows_of(6, 64, dtype=BF16)
+    assert supported(LAYER, halves, EPS, (8, 0)) and not supported(LAYER, halves, EPS, (7, 5))
+
+
+def test_rows_and_warps_suit_the_width() -> None:
+    """No thread of any configuration holds more than fits its registers."""
+    meta = torch.device("meta")
+    for rows, width in ((8192, 320), (2048, 1280), (128, 1280), (4096, 3072), (65536, 640)):
+        x = torch.empty(rows, width, dtype=F16, device=meta)
+        w = torch.empty(width, dtype=F16, device=meta)
+        configs = variants(LAYER, [x, w, w], EPS)
+        assert 4 <= len(configs) <= 8 and configs[0]["pdl"]
+        assert len({str(config) for config in configs}) == len(configs)
+        for config in configs:
+            assert config["rows"] * width / (32 * config["warps"]) <= 96
+        assert not any(c["pdl"] for c in variants(LAYER, [x, w, w], EPS, capability=(8, 6)))
