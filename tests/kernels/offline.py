@@ -5,7 +5,8 @@
 Runs in a process of its own, since the other tests of kernels run Triton's interpreter. The calls
 are those of the shipped plans, so that nothing is compiled that no network needs. Without --all,
 each kernel is compiled once for every kind of call (which optional tensors are there, which
-activation) with its first configuration; with it, every configuration of every call.
+activation) with its first configuration, for chips that differ little from another one only once;
+with it, every configuration of every call.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from accel.tuning.measure import launches_of  # noqa: E402
 NETWORKS = (("sd15", 64, 64, 1), ("sd15-controlnet", 64, 64, 1), ("sdxl", 128, 128, 1))
 """Family, height and width of the latent, and in how many packs of 77 tokens the prompt comes."""
 
+ALIKE = ((8, 6), (8, 9), (10, 0))
+"""Chips whose code is made as for sm_80 or sm_90, but for limits."""
+
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 POINTERS = {
@@ -52,10 +56,17 @@ POINTERS = {
 def kind_of(call: Call) -> str:
     """What makes one call of an operator another piece of code than the next."""
     present = "".join("-" if spec is None else "x" for spec in call.tensors)
-    named = ("activation", "stride", "heads")
+    named = ("activation", "stride")
     attrs = [str(call.attrs[name]) for name in named if name in call.attrs]
     upsampled = "up" if call.attrs.get("upsample") else ""
-    return " ".join([call.op, present, *attrs, upsampled])
+    shapes = [spec.shape for spec in call.tensors if spec is not None]
+    narrow = [str(size <= 16) for size in (shapes[0][-1], call.out.shape[-1], call.out.rows)]
+    other: list[str] = []
+    if call.op == "group_norm":  # small images have a scheme of their own
+        other = [str(shapes[0][-2] <= 16)]
+    elif call.op == "attention":  # a head's width, and whether the keys are the prompt's
+        other = [str(call.out.shape[-1] // call.attrs["heads"]), str(shapes[0] == shapes[1])]
+    return " ".join([call.op, present, *attrs, upsampled, *narrow, *other])
 
 
 def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> Iterator[Any]:
@@ -67,8 +78,10 @@ def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> 
                 found[call.key if every else kind_of(call)] = call
     seen = set()
     for capability in chips:
+        taken: set[str] = set()
         for call in found.values():
-            taken: set[str] = set()
+            if capability not in ALIKE:
+                taken = set()
             for kernel, config in kernels.candidates(call, chip(capability)):
                 if kernel.launches is None or (names and kernel.name not in names):
                     continue
