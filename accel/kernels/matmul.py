@@ -568,11 +568,11 @@ class _Chip:
 
 _CHIPS = {
     (8, 0): _Chip(1024, 40),
-    (8, 6): _Chip(256, 18),  # half that rate where they accumulate in fp32, as we do
     (9, 0): _Chip(2048, 44),
     (10, 0): _Chip(4096, 44),
+    (10, 3): _Chip(4096, 44),
 }
-_CONSUMER = _CHIPS[8, 6]
+_CONSUMER = _Chip(256, 18)  # where products are accumulated in fp32; twice that in fp16
 
 # Clocks.
 _LATENCY = 800  # from asking for a stage of operands until it is there
@@ -620,9 +620,7 @@ class _Variant:
         """Clocks until the last block is done; DRAM, which all variants read alike, left out."""
         assert hardware.capability is not None
         tile, widths = self.tile, self.widths(problem.geglu)
-        chip = _CHIPS.get((hardware.capability[0], 0), _CONSUMER)
-        if hardware.capability in ((8, 6), (8, 7), (8, 9)):
-            chip = _CONSUMER
+        chip = _CHIPS.get(hardware.capability, _CONSUMER)
         across = ceil(problem.columns / (tile.columns + tile.tail))
         blocks = ceil(problem.rows / tile.rows) * across * self.split
         most = ceil(blocks / hardware.multiprocessors)  # blocks that some SM has to do
@@ -727,11 +725,12 @@ def _resident(
     assert hardware.capability is not None and hardware.shared_bytes is not None
     width = tile.columns * (2 if geglu else 1) + tile.tail
     stage = (tile.rows + width) * tile.step * 2
-    if not tma and (persistent or stages == 2):
+    if persistent and not tma:
         return 0
-    if stages == 2 and stage < 48 << 10:  # too few bytes under way
+    if stages == 2 and (persistent or not tma or stage < 48 << 10):  # too few bytes under way
         return 0
-    if persistent and geglu and tile.rows < 128:  # Blackwell's tensor memory leaves by a long way
+    # Of Blackwell's tensor memory Triton makes too much use (rows), or none (columns).
+    if persistent and ((geglu and tile.rows < 128) or width > 256) and hardware.capability > (9, 0):
         return 0
     wide = tma or 9 <= hardware.capability[0] < 12  # else a stage goes to registers at once
     shared = (stages if wide else stages - 1) * stage + 256
@@ -922,7 +921,14 @@ def _launches(
         operands = (source, TensorDescriptor(weight, shape, strides, box))
 
     pdl = bool(config["pdl"]) and not interpreted(_matmul)
-    early = programs == 0 and partial is None and (bias is not None or residual is not None)
+    early = (
+        programs == 0
+        and partial is None
+        and (bias is not None or residual is not None)
+        and _early(tile, geglu, tma)
+    )
+    # ptxas would rather spill two registers of the consumers' Blackwell than take a few more.
+    small = not (tma or early) and tile.rows * width * (2 if geglu else 1) <= 64 * 80
     first = Launch(
         _matmul,
         (min(blocks, programs) if programs else blocks, split),
@@ -948,7 +954,7 @@ def _launches(
             "SPLIT": split,
             "TMA": tma,
             "PERSISTENT": programs > 0,
-            "EARLY": early and _early(tile, geglu, tma),
+            "EARLY": early,
             "QUARTERS": _quartered(tile, geglu),
             "EVEN_N": columns % width == 0,
             "EVEN_K": depth % tile.step == 0,
@@ -958,6 +964,7 @@ def _launches(
             "num_warps": tile.warps,
             "num_stages": int(config["stages"]),
             "enable_fp_fusion": True,
+            **({"maxnreg": 128} if small else {}),
             **options(pdl),
         },
     )

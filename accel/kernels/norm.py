@@ -126,6 +126,41 @@ def _overlap(left, width, other, other_width):
 # GroupNorm in two launches.
 
 
+@triton.jit
+def _load_rows(
+    source, start, limit, stride, channel, inside, ROWS: tl.constexpr, DEPTH: tl.constexpr
+):
+    """DEPTH tiles of ROWS pixels each from `start` on, up to `limit`, all in flight together."""
+    values = ()
+    for index in tl.static_range(DEPTH):
+        row = start + index * ROWS + tl.arange(0, ROWS)[:, None]
+        place = source + row * stride + channel[None, :]
+        values = values + (tl.load(place, (row < limit) & inside[None, :], other=0.0),)
+    return values
+
+
+@triton.jit
+def _add_rows(
+    sums,
+    squares,
+    values,
+    pivot,
+    start,
+    limit,
+    inside,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Add the tiles' distances from `pivot` and their squares to sums and squares."""
+    for index in tl.static_range(DEPTH):
+        row = start + index * ROWS + tl.arange(0, ROWS)[:, None]
+        value = values[index].to(tl.float32) - pivot[None, :]
+        value = tl.where((row < limit) & inside[None, :], value, 0.0)
+        sums += value
+        squares += value * value
+    return sums, squares
+
+
 @triton.jit(
     do_not_specialize=[
         "pixels",
@@ -174,25 +209,19 @@ def _group_statistics(
     first = block_p * span
     limit = min(span, pixels - first)
     source = x + (image.to(tl.int64) * pixels + first) * (x_stride * VEC)
-    row = tl.arange(0, DEPTH)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
-    place = source + row * (x_stride * VEC) + channel[None, None, :]
-    mask = (row < limit) & inside[None, None, :]
-    value = tl.load(place, mask, other=0.0)
+    stride = x_stride * VEC
+    values = _load_rows(source, 0, limit, stride, channel, inside, ROWS, DEPTH)
     pivot = tl.load(source + channel, inside, other=0.0).to(tl.float32)
     added = _addend(shift, offset, image, shift_stride, channel, inside, VEC)
 
-    # Sums of distances from the block's first pixel, of DEPTH rows at a time, the next ones being
-    # loaded. Whatever that pixel is, its own square is in the sum, which so keeps its digits.
+    # Sums of distances from the block's first pixel. Whatever that pixel is, its own square is in
+    # the sum, which so keeps its digits.
     sums = tl.zeros([ROWS, CHANNELS], tl.float32)
     squares = tl.zeros([ROWS, CHANNELS], tl.float32)
-    for start in range(0, limit, DEPTH * ROWS):
-        place += DEPTH * ROWS * (x_stride * VEC)
-        mask_ahead = (start + DEPTH * ROWS + row < limit) & inside[None, None, :]
-        ahead = tl.load(place, mask_ahead, other=0.0)
-        value = tl.where(mask, value.to(tl.float32) - pivot[None, None, :], 0.0)
-        sums += tl.sum(value, axis=0)
-        squares += tl.sum(value * value, axis=0)
-        value, mask = ahead, mask_ahead
+    sums, squares = _add_rows(sums, squares, values, pivot, 0, limit, inside, ROWS, DEPTH)
+    for start in range(DEPTH * ROWS, limit, DEPTH * ROWS):
+        values = _load_rows(source, start, limit, stride, channel, inside, ROWS, DEPTH)
+        sums, squares = _add_rows(sums, squares, values, pivot, start, limit, inside, ROWS, DEPTH)
 
     # Rows to channels. An addend that is the same for all pixels only moves the mean.
     height = limit.to(tl.float32)
@@ -322,12 +351,13 @@ def _group_apply(
 
     if LOOP:
         for tile in range(tiles):
-            ahead = (row + (tile + 1) * ROWS < limit)[:, None] & inside[None, :]
+            mask = (row + (tile + 1) * ROWS < limit)[:, None] & inside[None, :]
             source += ROWS * (x_stride * VEC)
-            value_ahead = tl.load(source, ahead, other=0.0, cache_modifier=".cg")
+            ahead = tl.load(source, mask, other=0.0, cache_modifier=".cg")
+            mask = (row + tile * ROWS < limit)[:, None] & inside[None, :]
             _finish(value, centre, scale, base, target, mask, SILU, FAST)
             target += ROWS * (width * VEC)
-            value, mask = value_ahead, ahead
+            value = ahead
     else:
         _finish(value, centre, scale, base, target, mask, SILU, FAST)
 

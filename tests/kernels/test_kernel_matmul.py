@@ -22,24 +22,6 @@ DTYPES = pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 FORMS = ("triton.matmul_tma", "triton.matmul")
 
 
-@pytest.fixture(autouse=True)
-def products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of bfloat16 numbers; Triton's interpreter multiplies their bits, as integers."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    builder = interpreter.InterpreterBuilder
-    dot = builder.create_dot
-
-    def wide(value: Any) -> Any:
-        if str(value.dtype.scalar) != "bf16":
-            return value
-        bits = value.data.astype("uint32") << 16
-        return interpreter.TensorHandle(bits.view("float32"), interpreter.tl.float32)
-
-    monkeypatch.setattr(
-        builder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
-    )
-
-
 def operands(
     rows: int | tuple[int, ...],
     columns: int,
