@@ -278,11 +278,22 @@ def test_a_choice_stays_for_the_life_of_the_process(
     assert chooser.select([add_call()])[0] is before
 
 
-def test_without_measuring_the_default_runs_and_says_so(made: Any) -> None:
+def test_without_measuring_a_library_runs_and_says_so(made: Any) -> None:
+    made("ours", priority=0, launches=lambda *arguments: [])
     made("second", priority=5)
-    made("default", priority=0)
+    made("library", priority=1)
     choice = selector(measuring=False).select([add_call()])[0]
-    assert choice.kernel.name == "default" and "measuring is off" in choice.reason
+    assert choice.kernel.name == "library" and "measuring is off" in choice.reason
+
+
+def test_a_kernel_alone_is_not_taken_on_trust(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made("ours", launches=lambda *arguments: [])
+    assert selector(measuring=False).select([add_call()])[0].kernel.name == "reference.add"
+    asked = times(monkeypatch, {})
+    assert selector().select([add_call()])[0].kernel.name == "reference.add"
+    assert asked
+    times(monkeypatch, {"ours": 1.0})
+    assert selector().select([add_call()])[0].kernel.name == "ours"
 
 
 def test_a_profile_that_names_what_is_not_offered_is_not_believed(

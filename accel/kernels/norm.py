@@ -135,7 +135,8 @@ def _load_rows(
     for index in tl.static_range(DEPTH):
         row = start + index * ROWS + tl.arange(0, ROWS)[:, None]
         place = source + row * stride + channel[None, :]
-        values = values + (tl.load(place, (row < limit) & inside[None, :], other=0.0),)
+        value = tl.load(place, (row < limit) & inside[None, :], other=0.0)
+        values = values + (value,)  # type: ignore[assignment]
     return values
 
 
@@ -477,6 +478,13 @@ class _Image:
         """How many tiles of the configuration's rows the pixels make."""
         return cdiv(self.pixels, int(config["rows"]))
 
+    def tiles_each(self, config: Config) -> int:
+        """Tiles that a block of the second launch normalises.
+
+        Eight at most: of a large image, the blocks that are left over at the end shall be short.
+        """
+        return min(cdiv(self.tiles(config), self.strips(config)), 8)
+
     def span(self, config: Config) -> int:
         """Pixels of a block that makes statistics: whole tiles, few enough blocks to merge."""
         parts = min(self.strips(config), _PARTS)
@@ -572,13 +580,15 @@ def _split_configs(image: _Image, multiprocessors: int) -> list[dict[str, Any]]:
         (wide, 64, 8, 3),
         (line, 64, 4, 3),
         (line, 32, 4, 8),
-        (line, 128, 8, 2),
+        (line, 128, 8, 6),
+        (wide, 32, 4, 5),
     ]
-    names = ("channels", "rows", "warps", "grid")
-    return [
-        {"scheme": "split"} | dict(zip(names, (*shape, each * multiprocessors), strict=True))
+    names = ("scheme", "channels", "rows", "warps", "grid")
+    found = [
+        dict(zip(names, ("split", *shape, each * multiprocessors), strict=True))
         for *shape, each in dict.fromkeys(shapes)
     ]
+    return [config for config in found if image.merged(config) <= _PARTIALS]
 
 
 def _whole_configs(image: _Image) -> list[dict[str, Any]]:
@@ -607,11 +617,11 @@ def _whole_configs(image: _Image) -> list[dict[str, Any]]:
 def _group_norm_configs(call: Call, hardware: Hardware) -> list[Config]:
     image = _Image.of(call)
     split = _split_configs(image, hardware.multiprocessors)
-    split = [config for config in split if image.merged(config) <= _PARTIALS]
     whole = _whole_configs(image)
-    if image.pixels <= 256:
-        return _overlapped([*whole[:4], *split[4:5], *split[:1], *whole[4:]], hardware)
-    return _overlapped([*split[:5], *whole[:1], *split[5:]], hardware)
+    if image.pixels > 256:
+        return _overlapped([*split[:5], *whole[:1], *split[5:]], hardware)
+    split.sort(key=lambda config: config["rows"] * config["channels"])  # small tiles: more blocks
+    return _overlapped([*whole[:3], *split[:3], *whole[3:], *split[3:]], hardware)
 
 
 def _overlapped(configs: Sequence[dict[str, Any]], hardware: Hardware) -> list[Config]:
@@ -700,8 +710,7 @@ def group_norm(
     channels, rows = int(config["channels"]), int(config["rows"])
     vector = image.vector(channels)
     shares, blocks = image.shares(channels), image.blocks(config)
-    # A strip of many tiles is cut, so that what few blocks are left at the end are short ones.
-    tiles = min(cdiv(image.tiles(config), image.strips(config)), 8)
+    tiles = image.tiles_each(config)
     common |= {
         "partials": workspace.view(torch.float32),
         "x_stride": image.stride // vector,

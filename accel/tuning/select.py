@@ -78,13 +78,13 @@ class Selector:
         found = None if near is None else _offered(near[1], candidates)
         if near is not None and found is not None:
             return Choice(*found, f"measured at a size near this, {near[0]}")
-        kernel, config = candidates[0]
+        kernel, config = _library(candidates)
         if len(candidates) == 1:
             return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")
-        if len(candidates) == 2:  # the other is the reference
+        if len(candidates) == 2 and kernel is candidates[0][0]:
             return Choice(kernel, config, "the only kernel for this call")
         if not self._measuring:
-            return Choice(kernel, config, "the default: measuring is off")
+            return Choice(kernel, config, "the library's: nothing is measured and measuring is off")
         return None
 
     def _measure(self, calls: Sequence[Call]) -> None:
@@ -94,9 +94,9 @@ class Selector:
         for call, results in measure(calls, self.hardware, self.device):
             best = min((r for r in results if r.us is not None), key=_us, default=None)
             if best is None:
-                kernel, config = kernels.candidates(call, self.hardware)[0]
+                kernel, config = _library(kernels.candidates(call, self.hardware))
                 why = next((r.problem for r in results if r.problem), "no memory")
-                choice = Choice(kernel, config, f"the default: nothing could be measured ({why})")
+                choice = Choice(kernel, config, f"the library's: nothing was measured ({why})")
             else:
                 us = _us(best)
                 reason = f"measured, {us:.1f} us, the fastest of {len(results)}"
@@ -106,6 +106,11 @@ class Selector:
         self.profile.add(found)
         seconds = time.perf_counter() - started
         logger.info("measured %d operators in %.1f s", len(found), seconds)
+
+
+def _library(candidates: Candidates) -> tuple[Kernel, Config]:
+    """The first that is a library's, or the reference: nothing unproven is taken on trust."""
+    return next((kernel, config) for kernel, config in candidates if kernel.launches is None)
 
 
 def _offered(entry: Entry, candidates: Candidates) -> tuple[Kernel, Config] | None:

@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from accel import kernels  # noqa: E402
-from accel.kernels import Call, Launch  # noqa: E402
+from accel.kernels import Call, Launch, TensorSpec  # noqa: E402
 from accel.tuning.measure import launches_of  # noqa: E402
 
 NETWORKS = (("sd15", 64, 64, 1), ("sd15-controlnet", 64, 64, 1), ("sdxl", 128, 128, 1))
@@ -69,9 +69,20 @@ def kind_of(call: Call) -> str:
     return " ".join([call.op, present, *attrs, upsampled, *narrow, *other])
 
 
+def other_calls() -> Iterator[Call]:
+    """Calls of operators that networks beside the shipped ones may make."""
+    image = TensorSpec.of(torch.empty(2, 64, 64, 320, dtype=torch.float16, device="meta"))
+    large = TensorSpec.of(torch.empty(2, 128, 128, 320, dtype=torch.float16, device="meta"))
+    for op in ("add", "mul"):
+        yield Call(op, image, (image, image))
+    yield Call("gelu", image, (image,), {"approximate": "none"})
+    yield Call("cast", image, (image,), {"dtype": torch.float16})
+    yield Call("upsample_nearest", large, (image,), {"size": (128, 128)})
+
+
 def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> Iterator[Any]:
     """(chip, kernel, configuration, launch) of all that is to be compiled, each code once."""
-    found = {}
+    found = {call.key: call for call in other_calls()}
     for family, height, width, packs in NETWORKS:
         for optional in (False, True):
             for call in calls_of(family, height, width, packs, optional=optional):
@@ -89,7 +100,7 @@ def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> 
                     continue
                 taken.add(kernel.name)
                 for launch in launches_of(kernel, config, call):
-                    code = (capability, source_key(launch))
+                    code = (capability, kernel.name, source_key(launch))
                     if code not in seen:
                         seen.add(code)
                         yield capability, kernel.name, dict(config), call.key, launch

@@ -45,15 +45,16 @@ def test_every_variant_compiles(variants: list[dict[str, Any]]) -> None:
     assert not failed, "\n".join(["", *named(failed)])
 
 
-def test_every_kernel_was_compiled_and_the_newest_chips_have_them_all(
-    variants: list[dict[str, Any]],
-) -> None:
+def test_every_kernel_was_compiled(variants: list[dict[str, Any]]) -> None:
     assert load_triton()
     registered = {kernel.name for kernel in kernels() if kernel.launches is not None}
-    for chip in ("90", "100", "120"):
-        compiled = {row["kernel"] for row in variants if row["chip"] == chip}
-        assert compiled == registered, chip
-    assert {row["chip"] for row in variants} == {f"{a}{b}" for a, b in CHIPS}
+    compiled = {f"{a}{b}": set[str]() for a, b in CHIPS}
+    for row in variants:
+        compiled[row["chip"]].add(row["kernel"])
+    assert compiled["90"] == registered
+    for chip in ("80", "86", "89", "100", "120"):
+        assert compiled[chip] >= {name for name in registered if "tma" not in name}, chip
+    assert compiled["75"] >= {"triton.group_norm", "triton.layer_norm", "triton.gemv"}
 
 
 def test_every_variant_fits_its_chip(variants: list[dict[str, Any]]) -> None:
