@@ -1029,7 +1029,7 @@ def _supports_combined(call: Call, hardware: Hardware) -> bool:
     supports=_supports_combined,
     configs=lambda call, hardware: (NO_CONFIG,),
     workspace=product_bytes,
-    priority=0,
+    priority=2,
 )
 def geglu(
     out: torch.Tensor,
