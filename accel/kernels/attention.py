@@ -653,7 +653,7 @@ def _blackwell(head: int) -> list[Config]:
 def _ampere(head: int) -> list[Config]:
     """Variants for mma: 16 queries to a warp, and what registers and shared memory allow."""
     if head > 128:
-        found = [(128, 32, 8, 2), (64, 32, 4, 2), (32, 32, 2, 2), (16, 32, 1, 2)]
+        found = [(128, 32, 8, 2), (64, 32, 4, 2), (32, 32, 2, 2)]
     else:
         found = [
             (128, 64, 8, 3),
@@ -687,7 +687,7 @@ def _shared(config: Config, shape: _Shape) -> int:
 _SPEED = {128: 1.0, 64: 0.9, 32: 0.55, 16: 0.35}
 """What a multiprocessor full of such tiles of queries computes, roughly, against the largest."""
 
-_HOPELESS = 0.4
+_HOPELESS = 0.5
 """Variants that promise less than this share of the best one's speed are not tried."""
 
 
@@ -715,6 +715,8 @@ def _held(config: Config, shape: _Shape) -> bool:
     arriving = keys * columns // (32 * int(config["warps"]))
     if shape.generation in (9, 10) and int(config["rows"]) >= 64:
         return arriving <= 140 and 3 * keys + 2 * columns <= (840 if config["repeat"] == 1 else 720)
+    if columns > 128 and shape.generation not in (9, 10):
+        return False
     # The queries are there as well.
     return arriving <= 140 and (3 * keys + 3 * columns <= 640 or (keys <= 80 and columns <= 160))
 
@@ -733,6 +735,8 @@ def _configs(call: Call, hardware: Hardware) -> Sequence[Config]:
             _shortened(128, 8, 4),
             _shortened(16, 4, 1),
         ]
+        if _programs(_shortened(32, 4, 1), shape) >= shape.multiprocessors:
+            short.pop()
         if shape.generation == 10:  # where loops over products of this size spill
             short = [config for config in short if config["repeat"] == 1]
         found = _ranked([config for config in short if _held(config, shape)], shape)

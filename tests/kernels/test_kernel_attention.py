@@ -21,21 +21,6 @@ F16, BF16 = torch.float16, torch.bfloat16
 NAME = "triton.attention"
 
 
-@pytest.fixture(autouse=True)
-def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the nearest bfloat16, as on every GPU; Triton's interpreter cuts off."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    convert = interpreter._convert_float
-
-    def nearest(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if str(source) != "fp32" or str(target) != "bf16":
-            return convert(data, source, target, mode)
-        bits = data.view("uint32").astype("uint64")
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("uint16")
-
-    monkeypatch.setattr(interpreter, "_convert_float", nearest)
-
-
 def random(*shape: int, dtype: torch.dtype = F16, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(DEVICE, dtype)
