@@ -29,6 +29,8 @@ STAMP = VENV / "switchyard.json"
 MINIMUM_PYTHON = (3, 10)
 # Each level installs the optional dependencies of those before it too.
 LEVELS = ("demo", "test")
+# What tests of kernels want, in the .venv alone; a CUDA build of torch says which version.
+TRITON = {"linux": ["triton"], "win32": ["triton-windows"]}
 CHECKS = (
     ("ruff check", ["ruff", "check", "."]),
     ("ruff format", ["ruff", "format", "--check", "."]),
@@ -202,6 +204,8 @@ def make_venv(level: str) -> None:
     packages = ["torch", *required()]
     for name in LEVELS[: LEVELS.index(level) + 1]:
         packages += optional(name)
+    if level == "test":
+        packages += TRITON.get(sys.platform, [])
     say(f"[2/2] installing torch and {len(packages) - 1} packages: minutes, gigabytes with CUDA")
     pip = [str(venv_python()), "-m", "pip", "install", "-c", str(ROOT / "constraints.txt")]
     run_step([*pip, *packages], "pip install")

@@ -145,7 +145,7 @@ def test_a_fresh_machine_gets_everything_once(machine: Machine) -> None:
     pip = machine.steps[1]
     assert pip[pip.index("-c") + 1] == str(machine.constraints)
     assert {"torch", *PROJECT["dependencies"]} < set(pip)
-    assert not {"pytest", "ruff", "mypy"} & set(pip)
+    assert not {"pytest", "ruff", "mypy", "triton"} & set(pip)
     assert machine.make("demo") == []
 
 
@@ -153,6 +153,7 @@ def test_test_adds_to_demo_and_demo_takes_nothing_away(machine: Machine) -> None
     machine.make("demo")
     assert machine.make("test") == ["pip"]
     assert {*install.optional("demo"), *install.optional("test")} < set(machine.steps[0])
+    assert set(install.TRITON.get(sys.platform, [])) <= set(machine.steps[0])
     assert machine.make("demo") == []
     machine.constraints.write_text("torch==2.14.0\n")
     assert machine.make("demo") == ["pip"]

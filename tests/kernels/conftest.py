@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+class _WithoutTriton(pytest.Module):
+    """A test file that cannot be imported where there is no Triton."""
+
+    def collect(self) -> Any:
+        pytest.skip("needs triton (triton-windows on Windows)", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> pytest.Module | None:
+    """Leave the files of this folder unread without Triton."""
+    return _WithoutTriton.from_parent(parent, path=module_path) if _MISSING else None
+
+
+_MISSING = find_spec("triton") is None
 
 
 @pytest.fixture(autouse=True)
