@@ -110,7 +110,8 @@ def say(line: str) -> None:
 
 def fingerprint() -> str:
     """Hash of all that is to be installed, for any level."""
-    parts = ["\n".join(names) for names in (required(), *map(optional, LEVELS))]
+    wanted = (required(), *map(optional, LEVELS), TRITON.get(sys.platform, []))
+    parts = ["\n".join(names) for names in wanted]
     parts.append((ROOT / "constraints.txt").read_text("utf-8"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

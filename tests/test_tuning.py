@@ -16,7 +16,7 @@ import torch
 from accel import tuning
 from accel.cache import DiskCache
 from accel.hardware import describe
-from accel.kernels import NO_CONFIG, Call, Kernel, TensorSpec, kernels, registry
+from accel.kernels import NO_CONFIG, Call, Kernel, TensorSpec, kernels, load_triton, registry
 from accel.tuning import measure as measuring
 from accel.tuning import profile as profiles
 from accel.tuning import select as selection
@@ -42,6 +42,7 @@ def add_call(rows: int = 4) -> Call:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Kernel]]:
     """Registers kernels for `add` that exist only in this test, beside which there are none."""
+    load_triton()  # not into this test's list
     monkeypatch.setattr(registry, "_KERNELS", [])
 
     def make(name: str, run: Any = None, configs: Any = None, **traits: Any) -> Kernel:
@@ -230,6 +231,10 @@ def test_families_differ_in_image_size_alone() -> None:
     assert family(linear(64, 32)) == family(linear(65, 32)) != family(linear(64, 48))
     assert profiles.family_of(linear(65, 32))[1] == 65
     assert family(upsample(8)) == family(upsample(12))
+    norm = {"groups": 4, "eps": 1e-5, "activation": "none"}
+    images = [spec(2, *sides, 16) for sides in ((8, 8), (6, 11))]
+    square, wide = (Call("group_norm", s, (s, None, None), norm).key for s in images)
+    assert family(square) == family(wide)
 
 
 def test_a_measurement_speaks_for_sizes_near_by(
@@ -318,6 +323,47 @@ def test_where_nothing_can_be_measured_the_default_runs(
     assert Profile(GPU, cache).get(add_call().key) is None
 
 
+def test_what_is_measured_is_kept_though_the_rest_fails(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("library")
+    made("other")
+
+    def breaks(calls: Any, hardware: Any, device: Any) -> Iterator[Any]:
+        found = tuning_candidates(calls[0])[:-1]
+        yield calls[0], [measuring.Measurement(*one, 2.0) for one in found]
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(selection, "measure", breaks)
+    with pytest.raises(RuntimeError):
+        selector(cache).select([add_call(4), add_call(400)])
+    assert Profile(GPU, cache).get(add_call(4).key) is not None
+
+
+def test_that_triton_fails_here_is_not_remembered(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("library")
+    made("ours", launches=lambda *arguments: [])
+    times(monkeypatch, {"library": 2.0})
+    assert selector(cache).select([add_call()])[0].kernel.name == "library"
+    assert Profile(GPU, cache).get(add_call().key) is None
+
+
+def test_a_remembered_plan_that_cannot_be_had_is_measured_anew(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(call: Call, config: Any) -> int:
+        raise RuntimeError("there are only 2 plans")
+
+    made("library")
+    made("planned", configs=lambda call, hardware: [{"plan": 5}], workspace=gone)
+    asked = times(monkeypatch, {"library": 1.0})
+    Profile(GPU, cache).add({add_call().key: Entry("planned", {"plan": 5}, 0.5)})
+    assert selector(cache).select([add_call()])[0].kernel.name == "library"
+    assert asked
+
+
 def test_one_kernel_needs_no_measuring(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made("only")
     asked = times(monkeypatch, {})
@@ -336,8 +382,7 @@ def test_on_the_cpu_the_reference_runs() -> None:
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, call: Call) -> dict[Any, measuring.Measurement]:
-    monkeypatch.setattr(measuring, "_time", lambda run, device: float(run(1).numel()))
-    results = measuring._measure(call, GPU, CPU)
+    results = measuring._measure(call, GPU, CPU, lambda run: float(run(1).numel()))
     return {_named(result.kernel, result.config): result for result in results}
 
 
@@ -366,6 +411,17 @@ def test_a_candidate_that_is_wrong_or_fails_is_never_used(
     assert sum("is not used" in r.getMessage() for r in caplog.records) == 2
 
 
+def test_what_a_candidate_leaves_unwritten_is_not_what_another_wrote(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def idle(out: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
+        return out
+
+    made("right")
+    made("idle", idle)
+    assert measured(monkeypatch, add_call())["idle"].problem == "wrong result"
+
+
 def test_configurations_and_scratch_memory_reach_the_kernel(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,10 +445,10 @@ def test_each_launch_reads_other_weights_but_the_same_activations(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = Call("add", spec(4, 8), (spec(4, 8), spec(4, 8, constant=True)), {})
-    operands = measuring._Operands(call, GPU, CPU)
+    operands = measuring.Operands(call, GPU, CPU)
     pointers = [[tensor.data_ptr() for tensor in tensors] for tensors in operands._sets]
     assert len({a for a, _ in pointers}) == 1
-    assert len({b for _, b in pointers}) == len(pointers) == measuring.MAX_COPIES
+    assert len({b for _, b in pointers}) == len(pointers) == measuring.LAUNCHES
 
 
 def test_no_memory_is_no_error(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import torch
 from ..hardware import Hardware, describe
 from ..kernels import Call
 from ..tuning import Choice
-from ..tuning.measure import _Operands, _time
+from ..tuning.measure import Clock, Operands
 from .engines import Entry
 from .timing import seconds
 
@@ -170,9 +170,9 @@ def isolated_us(
     """Microseconds of one run of a choice by itself, as the tuner times its candidates."""
     try:
         with torch.inference_mode(False), torch.no_grad():
-            run = _Operands(call, hardware, device).bind(choice.kernel, choice.config)
+            run = Operands(call, hardware, device).bind(choice.kernel, choice.config)
             if device.type == "cuda":
-                return _time(run, device)
+                return Clock(device, hardware)(run)
             run(0)
             return 1e6 * statistics.median(
                 seconds(lambda: run(0), device) for _ in range(CPU_SAMPLES)

@@ -32,8 +32,13 @@ class Launch:
 
     def warm(self) -> None:
         """Compile for the current GPU, or fetch from Triton's cache, without launching."""
-        if not interpreted(self.kernel):
-            self.kernel.warmup(**self.args, grid=self.grid, **self.options)
+        if interpreted(self.kernel):
+            return
+        compiled = self.kernel.warmup(**self.args, grid=self.grid, **self.options)
+        # Its launcher is compiled, and the code brought to the GPU, at the first use; this is one.
+        prepare = getattr(compiled, "_init_handles", None)
+        if prepare is not None:
+            prepare()
 
 
 def interpreted(kernel: Any) -> bool:

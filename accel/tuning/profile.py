@@ -105,8 +105,8 @@ _SIZES = re.compile(r"(size|upsample)=\((\d+),(\d+)\)")
 def family_of(call: str) -> tuple[str, int]:
     """A call's key with letters for the sizes that an image decides, and the rows of its result.
 
-    Equal sizes get equal letters, so that self- and cross-attention stay apart; the last dimension
-    and the weights are the structure's own.
+    Images are alike whatever their sides. Of tokens equal numbers get equal letters, so that self-
+    and cross-attention stay apart. The last dimension and the weights are the structure's own.
     """
     letters: dict[str, str] = {}
     rows = [1]
@@ -119,10 +119,11 @@ def family_of(call: str) -> tuple[str, int]:
         if match[2].endswith("c"):
             return match[0]
         rows[0] = math.prod(map(int, leading))
-        return "x".join([*map(letter, leading), width]) + match[2]
+        names = ["#"] * 3 if len(leading) == 3 else [letter(size) for size in leading]
+        return "x".join([*names, width]) + match[2]
 
     def sizes(match: re.Match[str]) -> str:
-        return f"{match[1]}=({letter(match[2])},{letter(match[3])})"
+        return f"{match[1]}=(#,#)"
 
     family = _SIZES.sub(sizes, _TENSOR.sub(tensor, call))
     return family, rows[0]

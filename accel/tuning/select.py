@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from .measure import Measurement, measure
 from .profile import PROFILE_VERSION, Entry, Profile
 
 logger = logging.getLogger(__name__)
+
+SAVED_AT_ONCE = 16
+"""Measurements that are written to disk together; a process that is killed loses no more."""
 
 Candidates = Sequence[tuple[Kernel, Config]]
 
@@ -71,11 +75,11 @@ class Selector:
         """The choice that needs no measurement: a profile's, or the only candidate there is."""
         candidates = kernels.candidates(call, self.hardware)
         entry = self.profile.get(key)
-        found = None if entry is None else _offered(entry, candidates)
+        found = None if entry is None else _offered(entry, call, candidates)
         if entry is not None and found is not None:
             return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
         near = self.profile.near(key)
-        found = None if near is None else _offered(near[1], candidates)
+        found = None if near is None else _offered(near[1], call, candidates)
         if near is not None and found is not None:
             return Choice(*found, f"measured at a size near this, {near[0]}")
         kernel, config = _library(candidates)
@@ -91,21 +95,38 @@ class Selector:
         started = time.perf_counter()
         logger.info("measuring %d operators on %s, once", len(calls), self.hardware.name)
         found: dict[str, Entry] = {}
-        for call, results in measure(calls, self.hardware, self.device):
-            best = min((r for r in results if r.us is not None), key=_us, default=None)
-            if best is None:
-                kernel, config = _library(kernels.candidates(call, self.hardware))
-                why = next((r.problem for r in results if r.problem), "no memory")
-                choice = Choice(kernel, config, f"the library's: nothing was measured ({why})")
-            else:
-                us = _us(best)
-                reason = f"measured, {us:.1f} us, the fastest of {len(results)}"
-                choice = Choice(best.kernel, best.config, reason, us)
-                found[call.key] = Entry(best.kernel.name, best.config, us)
-            self._choices[call.key] = choice
-        self.profile.add(found)
+        problems: Counter[tuple[str, str]] = Counter()
+        measured = 0
+        try:
+            for call, results in measure(calls, self.hardware, self.device):
+                self._choices[call.key], entry = self._best(call, results)
+                if entry is not None:
+                    found[call.key] = entry
+                    measured += 1
+                problems.update((r.kernel.name, r.problem) for r in results if r.problem)
+                if len(found) >= SAVED_AT_ONCE:
+                    self.profile.add(found)
+                    found = {}
+        finally:
+            self.profile.add(found)
+        for (name, problem), count in problems.most_common(8):
+            logger.info("%s could not be timed for %d calls: %s", name, count, problem)
         seconds = time.perf_counter() - started
-        logger.info("measured %d operators in %.1f s", len(found), seconds)
+        logger.info("measured %d operators in %.1f s", measured, seconds)
+
+    def _best(self, call: Call, results: Sequence[Measurement]) -> tuple[Choice, Entry | None]:
+        """The fastest and what to remember of it; of nothing measured a library's, for now."""
+        best = min((r for r in results if r.us is not None), key=_us, default=None)
+        if best is None:
+            why = next((r.problem for r in results if r.problem), "no memory")
+            reason = f"the library's: nothing was measured ({why})"
+            return Choice(*_library(kernels.candidates(call, self.hardware)), reason), None
+        us = _us(best)
+        choice = Choice(best.kernel, best.config, f"measured, the fastest of {len(results)}", us)
+        ours = [r for r in results if r.kernel.launches is not None]
+        if ours and all(r.us is None for r in ours):  # Triton does not work here; it may tomorrow
+            return choice, None
+        return choice, Entry(best.kernel.name, best.config, us)
 
 
 def _library(candidates: Candidates) -> tuple[Kernel, Config]:
@@ -113,10 +134,15 @@ def _library(candidates: Candidates) -> tuple[Kernel, Config]:
     return next((kernel, config) for kernel, config in candidates if kernel.launches is None)
 
 
-def _offered(entry: Entry, candidates: Candidates) -> tuple[Kernel, Config] | None:
-    """The candidate that a profile's entry names; None if this version does not offer it."""
+def _offered(entry: Entry, call: Call, candidates: Candidates) -> tuple[Kernel, Config] | None:
+    """The candidate that a profile's entry names; None if it cannot be had here."""
     for kernel, config in candidates:
         if kernel.name == entry.kernel and dict(config) == dict(entry.config):
+            try:
+                kernel.workspace(call, config)  # a library's plan of that number may not exist
+            except Exception as error:
+                logger.debug("%s %s is not to be had: %s", kernel.name, dict(config), error)
+                return None
             return kernel, config
     return None
 

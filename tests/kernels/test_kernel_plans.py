@@ -10,8 +10,9 @@ from harness import calls_of, error
 
 from accel import kernels, ops
 from accel.hardware import Hardware, describe
-from accel.kernels import Call
-from accel.tuning.measure import _Operands, compile_ahead
+from accel.kernels import Call, norm
+from accel.kernels.launch import interpreted
+from accel.tuning.measure import Operands, compile_ahead
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +31,7 @@ CASES = [
 def test_every_candidate_of_every_call(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert not interpreted(norm._layer_norm), "the interpreter would be tested, not the GPU"
     family, height, width, packs, batch = case
     hardware = describe("cuda")
     calls = {
@@ -50,7 +52,7 @@ def test_every_candidate_of_every_call(case: Any, monkeypatch: pytest.MonkeyPatc
 
 def check(call: Call, hardware: Hardware) -> list[str | None]:
     """What is wrong with each candidate of a call; None where nothing is."""
-    operands = _Operands(call, hardware, torch.device("cuda"))
+    operands = Operands(call, hardware, torch.device("cuda"))
     tensors = operands._sets[0]
     op = ops.get(call.op)
     wide = [t.float() if t is not None and t.is_floating_point() else t for t in tensors]
