@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..hardware import Hardware
-from .library import add_to_pixels, upsampled, upsampled_bytes
+from . import library as pytorch  # `library` is cuDNN in here
 from .registry import Call, Config, TensorSpec, kernel
 
 PLANS = 6
@@ -220,7 +220,7 @@ def _workspace(call: Call, config: Config) -> int:
     with _lock:
         index = found.plan(int(config["plan"]))
     own = int(found.graph.get_workspace_size_plan_at_index(index))
-    return _aligned(upsampled_bytes(call)) + own
+    return _aligned(pytorch.upsampled_bytes(call)) + own
 
 
 @kernel(
@@ -256,7 +256,7 @@ def conv2d(
     size = attrs.get("upsample")
     if size is not None:
         assert workspace is not None
-        tensors[0] = large = upsampled(x, size, workspace)
+        tensors[0] = large = pytorch.upsampled(x, size, workspace)
         place += _aligned(large.nbytes)
     pointers = {
         number: t.data_ptr()
@@ -266,4 +266,4 @@ def conv2d(
     pointers[_OUT] = out.data_ptr()
     handle = _handle(library, device)
     found.graph.execute_plan_at_index(pointers, place, index, handle=handle)
-    return out if config["fused"] else add_to_pixels(out, None, embedding, residual)
+    return out if config["fused"] else pytorch.add_to_pixels(out, None, embedding, residual)

@@ -34,8 +34,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..hardware import Hardware
+from . import library
 from .launch import Launch, interpreted
-from .library import product_bytes, product_into
 from .registry import NO_CONFIG, Call, Config, TensorSpec, kernel, triton_kernel
 
 CONFIGS = 8
@@ -1028,7 +1028,7 @@ def _supports_combined(call: Call, hardware: Hardware) -> bool:
     name="cublas.geglu",
     supports=_supports_combined,
     configs=lambda call, hardware: (NO_CONFIG,),
-    workspace=product_bytes,
+    workspace=library.product_bytes,
     priority=2,
 )
 def geglu(
@@ -1044,6 +1044,6 @@ def geglu(
 ) -> torch.Tensor:
     """cuBLAS's product, and one pass over it."""
     product = workspace.view(out.dtype).view(-1, weight.shape[0])
-    product_into(product, x, weight, bias)
+    library.product_into(product, x, weight, bias)
     combination(out, product, None, residual, 1, True, False).run()
     return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -109,7 +110,7 @@ class Call:
     tensors: tuple[TensorSpec | None, ...]
     attrs: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The call as a line of text: equal calls have equal keys, in every process."""
         rowwise = ops.get(self.op).rowwise
