@@ -402,8 +402,11 @@ def _tma_supports(call: Call, hardware: Hardware) -> bool:
         return False
     if not (x.aligned and weight.aligned) or (x.row_stride() or 0) % 8:
         return False
-    if shape.double:  # a row that is cut off would be read where there should be a zero
-        return shape.stride == 1 and shape.wide == (2 * shape.in_height, 2 * shape.in_width)
+    if shape.double:
+        # Boxes cover twice the image, in and out: a row that is cut off would be read where there
+        # should be a zero, and one more than the result has would be written outside of it.
+        twice = (2 * shape.in_height, 2 * shape.in_width)
+        return shape.stride == 1 and shape.wide == twice == (shape.height, shape.width)
     # Pairs of rows: the last of an odd number would read the next image's first.
     return shape.stride == 1 or (shape.in_height % 2 == 0 and shape.in_width % 2 == 0)
 

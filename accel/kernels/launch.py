@@ -6,8 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 _GPU_ONLY = ("launch_cooperative_grid", "launch_pdl")
 """Options of a launch that the interpreter, which runs block after block, does not know."""
+
+
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 @dataclass(frozen=True)
@@ -30,15 +42,49 @@ class Launch:
             options = {name: value for name, value in options.items() if name not in _GPU_ONLY}
         self.kernel[self.grid](**self.args, **options)
 
+    def compile(self) -> Any:
+        """Triton's compiled kernel for the current GPU, from its cache if it is there."""
+        return self.kernel.warmup(**self.args, grid=self.grid, **self.options)
+
     def warm(self) -> None:
-        """Compile for the current GPU, or fetch from Triton's cache, without launching."""
+        """Compile, and bring the code to the GPU, which is else done at the first launch."""
         if interpreted(self.kernel):
             return
-        compiled = self.kernel.warmup(**self.args, grid=self.grid, **self.options)
-        # Its launcher is compiled, and the code brought to the GPU, at the first use; this is one.
-        prepare = getattr(compiled, "_init_handles", None)
+        prepare = getattr(self.compile(), "_init_handles", None)
         if prepare is not None:
             prepare()
+
+    def specialise(self) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+        """Signature, constexprs and attributes, as Triton finds them from aligned arguments."""
+        signature, constants, attributes = {}, {}, {}
+        for index, param in enumerate(self.kernel.params):
+            if param.name not in self.args:  # left to its default
+                signature[param.name], constants[(index,)] = "constexpr", param.default
+                continue
+            value = self.args[param.name]
+            fixed = param.do_not_specialize
+            one = type(value) is int and value == 1 and not fixed
+            if param.is_constexpr or value is None or one:
+                signature[param.name], constants[(index,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[param.name] = _POINTERS[value.dtype]
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            elif hasattr(value, "block_shape"):
+                name = _POINTERS[value.base.dtype].removeprefix("*")
+                signature[param.name] = f"tensordesc<{name}{list(value.block_shape)}>"
+            elif isinstance(value, bool):
+                signature[param.name] = "u1"
+            elif isinstance(value, int):
+                signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
+                if value % 16 == 0 and not fixed:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+            else:
+                signature[param.name] = "fp32"
+        return signature, constants, attributes
+
+    def key(self) -> str:
+        """What makes it another piece of code than a second launch's."""
+        return repr((self.kernel.__name__, *self.specialise(), sorted(self.options.items())))
 
 
 def interpreted(kernel: Any) -> bool:

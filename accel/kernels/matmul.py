@@ -53,7 +53,8 @@ def gelu_erf(x):
     erfc is Abramowitz and Stegun's 7.1.26, `P(t) * exp(-z^2)` with `t = 1 / (1 + p z)`: half the
     instructions of the library's erf. The reciprocal is a square root's, which is one instruction.
     """
-    size = tl.abs(x)
+    # Beyond 30 the second term is 0; infinity times that 0 would be no number.
+    size = tl.minimum(tl.abs(x), 30.0, propagate_nan=tl.PropagateNan.ALL)
     u = size * 0.23164189 + 1.0
     t = tl.rsqrt(u * u)
     p = 0.5307027145
@@ -61,7 +62,7 @@ def gelu_erf(x):
     p = p * t + 0.7107068705
     p = p * t - 0.142248368
     p = p * t + 0.127414796
-    return tl.maximum(x, 0.0) - size * (p * t * tl.exp2(x * x * -0.7213475204444817))
+    return tl.maximum(x, 0.0) - size * (p * t * tl.exp2(size * size * -0.7213475204444817))
 
 
 @triton.jit

@@ -54,6 +54,9 @@ _PARTS = 64
 _PARTIALS = 8192
 """Partial statistics that one block merges at most."""
 
+_GRID_Y = 65535
+"""Blocks that CUDA launches at most in a grid's second dimension."""
+
 
 # What the kernels share.
 
@@ -512,6 +515,10 @@ class _Image:
         )
         return max(2, next_power_of_2(most))
 
+    def launched(self, config: Config) -> int:
+        """Blocks that the second launch has for one block of channels of an image."""
+        return cdiv(self.tiles(config), self.tiles_each(config))
+
     def merged(self, config: Config) -> int:
         """Partials that a block of the second launch holds at a time."""
         channels = int(config["channels"])
@@ -588,7 +595,11 @@ def _split_configs(image: _Image, multiprocessors: int) -> list[dict[str, Any]]:
         dict(zip(names, ("split", *shape, each * multiprocessors), strict=True))
         for *shape, each in dict.fromkeys(shapes)
     ]
-    return [config for config in found if image.merged(config) <= _PARTIALS]
+    return [
+        config
+        for config in found
+        if image.merged(config) <= _PARTIALS and image.launched(config) <= _GRID_Y
+    ]
 
 
 def _whole_configs(image: _Image) -> list[dict[str, Any]]:
@@ -730,10 +741,9 @@ def group_norm(
     apply |= {"tiles": tiles, "ROWS": rows, "LOOP": tiles > 1}
     apply |= {"SHARES": next_power_of_2(shares), "BLOCKS": max(4, next_power_of_2(blocks))}
     columns = image.columns(channels)
-    strips = cdiv(image.tiles(config), tiles)
     return [
         Launch(_group_statistics, (columns, blocks, image.batch), statistics, options),
-        Launch(_group_apply, (columns, strips, image.batch), apply, options),
+        Launch(_group_apply, (columns, image.launched(config), image.batch), apply, options),
     ]
 
 

@@ -23,7 +23,7 @@ from ..kernels import Call, TensorSpec
 from ..plan.memory import Interval
 from ..plan.schema import Input, Plan, Step, resolve
 from ..plan.shapes import evaluate, evaluate_shape, names
-from ..tuning import Choice, Selector, selector_for
+from ..tuning import Choice, Selector, compile_ahead, selector_for, side_stream
 from .arena import Arena
 
 _PROMPT = ("static", "prompt")
@@ -395,7 +395,12 @@ class Executable:
 
     def _capture(self) -> None:
         """Run once to let libraries choose their algorithms, then record both parts."""
-        stream = torch.cuda.Stream(self.device)
+        chosen = {
+            call.key: (choice.kernel, choice.config, call) for _, call, choice in self.calls()
+        }
+        with torch.cuda.device(self.device):
+            compile_ahead(chosen.values(), self._selector.hardware)
+        stream = side_stream(self.device.index or 0)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
             with torch.cuda.stream(stream):

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -23,8 +20,8 @@ import torch
 
 from .. import kernels
 from ..hardware import Hardware
-from ..kernels.launch import Launch
 from ..kernels.registry import Call, Config, Kernel, TensorSpec, reference
+from .compiling import compile_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +53,10 @@ def measure(
 ) -> Iterator[tuple[Call, list[Measurement]]]:
     """Each call with the times of its candidates, in the order of preference."""
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-        compile_ahead(calls, hardware)
+        compile_ahead(
+            ((kernel, config, call) for call in calls for kernel, config in _timed(call, hardware)),
+            hardware,
+        )
         torch.cuda.synchronize(device)
         clock = Clock(device, hardware)
         for call in calls:
@@ -66,49 +66,14 @@ def measure(
         torch.cuda.empty_cache()
 
 
-def compile_ahead(calls: Sequence[Call], hardware: Hardware) -> None:
-    """Compile every Triton variant of the calls, several at a time; what fails shows when it runs.
-
-    Compiling needs no tensors, only their dtypes and alignment, so that `meta` ones do.
-    """
-    launches: list[Launch] = []
-    for call in calls:
-        for kernel, config in kernels.candidates(call, hardware):
-            if kernel.launches is None:
-                continue
-            with suppress(Exception):
-                launches += launches_of(kernel, config, call)
-    device = torch.cuda.current_device()
-
-    def warm(launch: Launch) -> None:
-        torch.cuda.set_device(device)
-        with suppress(Exception):
-            launch.warm()
-
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        list(threads.map(warm, launches))
-
-
-def launches_of(kernel: Kernel, config: Config, call: Call) -> Sequence[Launch]:
-    """The launches of a Triton kernel for a call, on `meta` tensors: to compile, not to run."""
-    assert kernel.launches is not None
-    tensors = [None if spec is None else _meta(spec) for spec in call.tensors]
-    extra: dict[str, Any] = {}
-    if kernel.configs is not None:
-        size = kernel.workspace(call, config)
-        scratch = torch.empty(size, dtype=torch.uint8, device="meta") if size else None
-        extra = {"config": config, "workspace": scratch}
-    return kernel.launches(_meta(call.out), *tensors, **extra, **call.attrs)
-
-
-def _meta(spec: TensorSpec) -> torch.Tensor:
-    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
+def _timed(call: Call, hardware: Hardware) -> Sequence[tuple[Kernel, Config]]:
+    return kernels.candidates(call, hardware)[:-1]  # without the reference
 
 
 def _measure(
     call: Call, hardware: Hardware, device: torch.device, clock: Callable[[Any], float]
 ) -> list[Measurement]:
-    found = kernels.candidates(call, hardware)[:-1]  # without the reference
+    found = _timed(call, hardware)
     try:
         operands = Operands(call, hardware, device)
         expected = operands.expected()
@@ -212,7 +177,7 @@ def _distance(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @cache
-def _side_stream(index: int) -> torch.cuda.Stream:
+def side_stream(index: int) -> torch.cuda.Stream:
     """One for all: the libraries keep memory for every stream that they have ever seen."""
     return torch.cuda.Stream(index)
 
@@ -222,7 +187,7 @@ class Clock:
 
     def __init__(self, device: torch.device, hardware: Hardware) -> None:
         self._device = device
-        self._stream = _side_stream(device.index or 0)
+        self._stream = side_stream(device.index or 0)
         # Read before each replay: the cache then holds no weights, and while the GPU is busy with
         # it the graph is queued, so that no gap of the host's is timed.
         self._other = torch.ones(max(2 * (hardware.l2_bytes or 0), 64 << 20) // 4, device=device)

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ..cache import DiskCache
 from ..hardware import Hardware, describe
 from ..kernels.registry import Call, Config, Kernel
 from ..settings import settings
+from .compiling import compile_ahead, launches_of
 from .measure import Measurement, measure
 from .profile import PROFILE_VERSION, Entry, Profile
 
@@ -60,9 +61,12 @@ class Selector:
         """A choice for each call; calls with equal keys get the same."""
         with self._lock:
             unknown = {call.key: call for call in calls if call.key not in self._choices}
+            self._choices |= self._near(
+                {k: c for k, c in unknown.items() if not self.profile.get(k)}
+            )
             unmeasured = []
             for key, call in unknown.items():
-                choice = self._known(key, call)
+                choice = self._choices.get(key) or self._known(key, call)
                 if choice is None:
                     unmeasured.append(call)
                 else:
@@ -71,6 +75,24 @@ class Selector:
                 self._measure(unmeasured)
             return [self._choices[call.key] for call in calls]
 
+    def _near(self, calls: Mapping[str, Call]) -> dict[str, Choice]:
+        """Choices that were measured at sizes near by, as far as their kernels can run these."""
+        found: dict[str, tuple[Call, Choice]] = {}
+        for key, call in calls.items():
+            near = self.profile.near(key)
+            candidates = kernels.candidates(call, self.hardware)
+            offered = None if near is None else _offered(near[1], call, candidates)
+            if near is not None and offered is not None:
+                choice = Choice(*offered, f"measured at a size near this, {near[0]}")
+                found[key] = call, choice
+        if found and self.device.type == "cuda" and torch.cuda.is_available():
+            with torch.cuda.device(self.device):
+                compile_ahead(
+                    ((c.kernel, c.config, call) for call, c in found.values()), self.hardware
+                )
+                return {key: c for key, (call, c) in found.items() if _launchable(call, c)}
+        return {key: choice for key, (_, choice) in found.items()}
+
     def _known(self, key: str, call: Call) -> Choice | None:
         """The choice that needs no measurement: a profile's, or the only candidate there is."""
         candidates = kernels.candidates(call, self.hardware)
@@ -78,10 +100,6 @@ class Selector:
         found = None if entry is None else _offered(entry, call, candidates)
         if entry is not None and found is not None:
             return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
-        near = self.profile.near(key)
-        found = None if near is None else _offered(near[1], call, candidates)
-        if near is not None and found is not None:
-            return Choice(*found, f"measured at a size near this, {near[0]}")
         kernel, config = _library(candidates)
         if len(candidates) == 1:
             return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")
@@ -145,6 +163,19 @@ def _offered(entry: Entry, call: Call, candidates: Candidates) -> tuple[Kernel, 
                 return None
             return kernel, config
     return None
+
+
+def _launchable(call: Call, choice: Choice) -> bool:
+    """Whether the choice's Triton kernels, if it has any, fit on the GPU at this size."""
+    if choice.kernel.launches is None:
+        return True
+    try:
+        for launch in launches_of(choice.kernel, choice.config, call):
+            launch.warm()
+    except Exception as error:
+        logger.info("%s cannot run %s: %s", choice.kernel.name, call.key, error)
+        return False
+    return True
 
 
 def _us(result: Measurement) -> float:

@@ -33,7 +33,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from accel import kernels  # noqa: E402
 from accel.kernels import Call, Launch, TensorSpec  # noqa: E402
-from accel.tuning.measure import launches_of  # noqa: E402
+from accel.tuning.compiling import launches_of  # noqa: E402
 
 NETWORKS = (("sd15", 64, 64, 1), ("sd15-controlnet", 64, 64, 1), ("sdxl", 128, 128, 1))
 """Family, height and width of the latent, and in how many packs of 77 tokens the prompt comes."""
@@ -42,15 +42,6 @@ ALIKE = ((8, 6), (8, 9), (10, 0))
 """Chips whose code is made as for sm_80 or sm_90, but for limits."""
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 
 
 def kind_of(call: Call) -> str:
@@ -100,48 +91,15 @@ def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> 
                     continue
                 taken.add(kernel.name)
                 for launch in launches_of(kernel, config, call):
-                    code = (capability, kernel.name, source_key(launch))
+                    code = (capability, kernel.name, launch.key())
                     if code not in seen:
                         seen.add(code)
                         yield capability, kernel.name, dict(config), call.key, launch
 
 
-def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """Signature, constexprs and attributes, as the launcher would find them from the arguments."""
-    signature, constants, attributes = {}, {}, {}
-    for index, param in enumerate(launch.kernel.params):
-        if param.name not in launch.args:  # left to its default
-            signature[param.name], constants[(index,)] = "constexpr", param.default
-            continue
-        value = launch.args[param.name]
-        fixed = param.do_not_specialize
-        one = type(value) is int and value == 1 and not fixed
-        if param.is_constexpr or value is None or one:
-            signature[param.name], constants[(index,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name] = POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif hasattr(value, "block_shape"):
-            name = POINTERS[value.base.dtype].removeprefix("*")
-            signature[param.name] = f"tensordesc<{name}{list(value.block_shape)}>"
-        elif isinstance(value, bool):
-            signature[param.name] = "u1"
-        elif isinstance(value, int):
-            signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0 and not fixed:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[param.name] = "fp32"
-    return signature, constants, attributes
-
-
-def source_key(launch: Launch) -> str:
-    return repr((launch.kernel.__name__, *specialise(launch), sorted(launch.options.items())))
-
-
 def compile_one(capability: tuple[int, int], launch: Launch) -> dict[str, Any]:
     """Shared memory, registers, spilled bytes and tensor-core instructions of one variant."""
-    signature, constants, attributes = specialise(launch)
+    signature, constants, attributes = launch.specialise()
     source = ASTSource(launch.kernel, signature, constants, attributes)
     number = capability[0] * 10 + capability[1]
     target = GPUTarget("cuda", number, 32)

@@ -12,7 +12,8 @@ from accel import kernels, ops
 from accel.hardware import Hardware, describe
 from accel.kernels import Call, norm
 from accel.kernels.launch import interpreted
-from accel.tuning.measure import Operands, compile_ahead
+from accel.tuning.compiling import compile_ahead
+from accel.tuning.measure import Operands
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +40,14 @@ def test_every_candidate_of_every_call(case: Any, monkeypatch: pytest.MonkeyPatc
         for optional in (False, True)
         for call in calls_of(family, height, width, packs, batch, optional)
     }
-    compile_ahead(list(calls.values()), hardware)
+    compile_ahead(
+        (
+            (kernel, config, call)
+            for call in calls.values()
+            for kernel, config in kernels.candidates(call, hardware)
+        ),
+        hardware,
+    )
     problems = []
     tried = 0
     for call in calls.values():
