@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,6 +46,14 @@ class Launch:
     def compile(self) -> Any:
         """Triton's compiled kernel for the current GPU, from its cache if it is there."""
         return self.kernel.warmup(**self.args, grid=self.grid, **self.options)
+
+    def store(self) -> None:
+        """Compile into Triton's cache on disk, for another process."""
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        compiled = self.compile()
+        # C code to some versions of Triton, which they keep on disk too.
+        CudaLauncher(compiled.src, compiled.metadata)
 
     def warm(self) -> None:
         """Compile, and bring the code to the GPU, which is else done at the first launch."""
@@ -90,3 +99,17 @@ class Launch:
 def interpreted(kernel: Any) -> bool:
     """Whether Triton's interpreter runs the kernel (TRITON_INTERPRET=1)."""
     return type(kernel).__name__ == "InterpretedFunction"
+
+
+def pretend(capability: tuple[int, int]) -> None:
+    """Let Triton compile, in this process, for a GPU of that capability, which need not be here."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    stand_in: Any = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    driver.set_active(stand_in)

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -25,7 +24,7 @@ import torch
 
 from .. import kernels
 from ..hardware import Hardware
-from ..kernels.launch import Launch
+from ..kernels.launch import Launch, pretend
 from ..kernels.registry import Call, Config, Kernel, TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -134,24 +133,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def serve() -> None:
     """Compile the variants that the standard input names, without a GPU."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.driver import CudaLauncher
-    from triton.runtime import driver
-
     paths, capability, share = pickle.load(sys.stdin.buffer)
     sys.path += [path for path in paths if path not in sys.path]
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    stand_in: Any = SimpleNamespace(
-        get_current_target=lambda: target,
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-    )
-    driver.set_active(stand_in)
+    pretend(capability)
     kernels.load_triton()
     registered = {kernel.name: kernel for kernel in kernels.kernels()}
     for name, config, call in share:
         for launch in launches_of(registered[name], config, call):
             with contextlib.suppress(Exception):
-                compiled = launch.compile()
-                # C code to some versions, which they keep on disk too.
-                CudaLauncher(compiled.src, compiled.metadata)
+                launch.store()
