@@ -43,6 +43,9 @@ WIDEST = 160
 SHORT = 192
 """Keys that `_short` can hold at once."""
 
+MOST_CONFIGS = 13
+"""Variants that a call is tried with."""
+
 _LOG2_E = 1.4426950408889634
 _OFFSETS = 1 << 31
 """Offsets within one image of the batch have 32 bits."""
@@ -220,115 +223,85 @@ def _scores(query0, query1, key0, key1, PARTS: tl.constexpr, PORTABLE: tl.conste
 
 
 @triton.jit
-def _fold(
-    peak,
-    total,
-    result0,
-    result1,
-    scores,
-    value0,
-    value1,
-    scale,
-    KEYS: tl.constexpr,
-    PARTS: tl.constexpr,
-    SUM: tl.constexpr,
-    POLY: tl.constexpr,
-    PORTABLE: tl.constexpr,
-):
-    """A block of keys into the running softmax.
+def _softmax(peak, scores, scale, KEYS: tl.constexpr, POLY: tl.constexpr, PORTABLE: tl.constexpr):
+    """The largest logit with a block's `scores`, their weights, and what earlier weights become.
 
-    peak: the largest logit so far, in powers of two. total: the sum of weights, [ROWS], or as each
-    of 16 columns where `SUM` is "mma".
+    peak: the largest logit so far, in powers of two.
     """
     highest = tl.maximum(peak, tl.max(scores, 1) * scale - _headroom)
     weights = _exp2(scores * scale - highest[:, None], KEYS, POLY, PORTABLE)
-    fading = tl.exp2(peak - highest)
-    rounded = weights.to(value0.dtype)
-    if SUM == "mma":
-        ones = tl.full([KEYS, 16], 1.0, value0.dtype)
-        total = _dot(rounded, ones, total * fading[:, None], PORTABLE)
-    else:
-        total = total * fading + tl.sum(weights, 1)
-    result0 = _dot(rounded, value0, result0 * fading[:, None], PORTABLE)
-    if PARTS == 2:
-        result1 = _dot(rounded, value1, result1 * fading[:, None], PORTABLE)
-    return highest, total, result0, result1
+    return highest, weights, tl.exp2(peak - highest)
 
 
 @triton.jit
-def _walk(
-    peak,
-    total,
+def _gather(
     result0,
     result1,
-    query0,
-    query1,
-    key,
-    value,
-    key0_blocks,
-    key1_blocks,
-    value0_blocks,
-    value1_blocks,
+    total,
+    rounded,
+    value0,
+    value1,
+    fading,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SUM: tl.constexpr,
+    PORTABLE: tl.constexpr,
+):
+    """A block's values by their weights into the result, which fades first.
+
+    total: where `SUM` is "mma", the sum of weights as each of 16 columns; else it is left alone.
+    """
+    if SUM == "mma":
+        ones = tl.full([KEYS, 16], 1.0, value0.dtype)
+        total = _dot(rounded, ones, total * fading[:, None], PORTABLE)
+    result0 = _dot(rounded, value0, result0 * fading[:, None], PORTABLE)
+    if PARTS == 2:
+        result1 = _dot(rounded, value1, result1 * fading[:, None], PORTABLE)
+    return result0, result1, total
+
+
+@triton.jit
+def _block(
+    source,
+    blocks0,
+    blocks1,
     image,
     column,
-    begin,
-    end,
-    keys,
-    key_row,
-    value_row,
-    scale,
+    start,
+    count,
+    stride,
     HEAD: tl.constexpr,
     PART0: tl.constexpr,
     PART1: tl.constexpr,
     KEYS: tl.constexpr,
     RAGGED: tl.constexpr,
-    STAGES: tl.constexpr,
     TMA: tl.constexpr,
-    SUM: tl.constexpr,
-    POLY: tl.constexpr,
-    PORTABLE: tl.constexpr,
 ):
-    """`_fold` with the keys from `begin` to `end`. RAGGED: some of their last block are no keys."""
-    PARTS: tl.constexpr = 2 if PART1 else 1
+    """Both parts of a block of keys, or of values; the first twice where there is one."""
     LIVE0: tl.constexpr = HEAD if HEAD < PART0 else PART0
     LIVE1: tl.constexpr = HEAD - PART0 if PART1 else HEAD
-    for start in tl.range(begin, end, KEYS, num_stages=STAGES):
+    if TMA:
+        part0 = tl.reshape(blocks0.load([image, start, column]), [KEYS, PART0])
+    else:
+        part0 = _rows(source, start, count, stride, KEYS, PART0, LIVE0, RAGGED)
+    part1 = part0
+    if PART1:
         if TMA:
-            key0 = tl.reshape(key0_blocks.load([image, start, column]), [KEYS, PART0])
-            value0 = tl.reshape(value0_blocks.load([image, start, column]), [KEYS, PART0])
+            part1 = tl.reshape(blocks1.load([image, start, column + PART0]), [KEYS, PART1])
         else:
-            key0 = _rows(key, start, keys, key_row, KEYS, PART0, LIVE0, RAGGED)
-            value0 = _rows(value, start, keys, value_row, KEYS, PART0, LIVE0, RAGGED)
-        key1 = key0
-        value1 = value0
-        if PARTS == 2:
-            if TMA:
-                second = column + PART0
-                key1 = tl.reshape(key1_blocks.load([image, start, second]), [KEYS, PART1])
-                value1 = tl.reshape(value1_blocks.load([image, start, second]), [KEYS, PART1])
-            else:
-                key1 = _rows(key + PART0, start, keys, key_row, KEYS, PART1, LIVE1, RAGGED)
-                value1 = _rows(value + PART0, start, keys, value_row, KEYS, PART1, LIVE1, RAGGED)
-        scores = _scores(query0, query1, key0, key1, PARTS, PORTABLE)
-        if RAGGED:
-            alive = (start + tl.arange(0, KEYS) < keys)[None, :]
-            scores = tl.where(alive, scores, float("-inf"))
-        peak, total, result0, result1 = _fold(
-            peak,
-            total,
-            result0,
-            result1,
-            scores,
-            value0,
-            value1,
-            scale,
-            KEYS,
-            PARTS,
-            SUM,
-            POLY,
-            PORTABLE,
+            part1 = _rows(source + PART0, start, count, stride, KEYS, PART1, LIVE1, RAGGED)
+    return part0, part1
+
+
+@triton.jit
+def _in_registers(x, PORTABLE: tl.constexpr):
+    """`x` as it is; to Triton a result, which it leaves in registers, not a loop's argument."""
+    result = x
+    if not PORTABLE:
+        result = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2
         )
-    return peak, total, result0, result1
+    return result
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
@@ -360,12 +333,15 @@ def _stream(
     TMA: tl.constexpr,
     SUM: tl.constexpr,
     POLY: tl.constexpr,
+    LAG: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
     """One program: `ROWS` queries of one head of one image, all keys in blocks of `KEYS`.
 
+    LAG: the weights of a block meet its values one block later; there must be a full block.
     key0_blocks, …: descriptors of both parts' blocks where `TMA`. scale: with log2(e) in it.
     """
+    PARTS: tl.constexpr = 2 if PART1 else 1
     image = tl.program_id(1) // HEADS
     column = tl.program_id(1) % HEADS * HEAD
     first = tl.program_id(0) * ROWS
@@ -388,39 +364,69 @@ def _stream(
         total = tl.zeros([ROWS], tl.float32)
 
     full = keys // KEYS * KEYS
-    for RAGGED in tl.static_range(2):
-        peak, total, result0, result1 = _walk(
-            peak,
-            total,
-            result0,
-            result1,
-            query0,
-            query1,
-            key,
-            value,
-            key0_blocks,
-            key1_blocks,
-            value0_blocks,
-            value1_blocks,
-            image,
-            column,
+    if LAG:
+        # The values' product of a block runs while the next block's weights are computed.
+        key0, key1 = _block(
+            *(key, key0_blocks, key1_blocks, image, column, 0, keys, key_row),
+            *(HEAD, PART0, PART1, KEYS, False, TMA),
+        )
+        scores = _scores(query0, query1, key0, key1, PARTS, PORTABLE)
+        peak, weights, fading = _softmax(peak, scores, scale, KEYS, POLY, PORTABLE)
+        if SUM != "mma":
+            total = tl.sum(weights, 1)
+        rounded = weights.to(out.dtype.element_ty)
+        for start in tl.range(KEYS, full, KEYS, num_stages=STAGES):
+            key0, key1 = _block(
+                *(key, key0_blocks, key1_blocks, image, column, start, keys, key_row),
+                *(HEAD, PART0, PART1, KEYS, False, TMA),
+            )
+            value0, value1 = _block(
+                *(value, value0_blocks, value1_blocks, image, column, start - KEYS, keys),
+                *(value_row, HEAD, PART0, PART1, KEYS, False, TMA),
+            )
+            scores = _scores(query0, query1, key0, key1, PARTS, PORTABLE)
+            result0, result1, total = _gather(
+                *(result0, result1, total, _in_registers(rounded, PORTABLE), value0, value1),
+                *(fading, KEYS, PARTS, SUM, PORTABLE),
+            )
+            peak, weights, fading = _softmax(peak, scores, scale, KEYS, POLY, PORTABLE)
+            if SUM != "mma":
+                total = total * fading + tl.sum(weights, 1)
+            rounded = weights.to(out.dtype.element_ty)
+        value0, value1 = _block(
+            *(value, value0_blocks, value1_blocks, image, column, full - KEYS, keys, value_row),
+            *(HEAD, PART0, PART1, KEYS, False, TMA),
+        )
+        result0, result1, total = _gather(
+            *(result0, result1, total, rounded, value0, value1, fading),
+            *(KEYS, PARTS, SUM, PORTABLE),
+        )
+    for RAGGED in tl.static_range(1 if LAG else 0, 2):
+        for start in tl.range(
             full if RAGGED else 0,
             keys if RAGGED else full,
-            keys,
-            key_row,
-            value_row,
-            scale,
-            HEAD,
-            PART0,
-            PART1,
             KEYS,
-            RAGGED,
-            2 if RAGGED else STAGES,
-            TMA,
-            SUM,
-            POLY,
-            PORTABLE,
-        )
+            num_stages=2 if RAGGED else STAGES,
+        ):
+            key0, key1 = _block(
+                *(key, key0_blocks, key1_blocks, image, column, start, keys, key_row),
+                *(HEAD, PART0, PART1, KEYS, RAGGED, TMA),
+            )
+            value0, value1 = _block(
+                *(value, value0_blocks, value1_blocks, image, column, start, keys, value_row),
+                *(HEAD, PART0, PART1, KEYS, RAGGED, TMA),
+            )
+            scores = _scores(query0, query1, key0, key1, PARTS, PORTABLE)
+            if RAGGED:
+                alive = (start + tl.arange(0, KEYS) < keys)[None, :]
+                scores = tl.where(alive, scores, float("-inf"))
+            peak, weights, fading = _softmax(peak, scores, scale, KEYS, POLY, PORTABLE)
+            if SUM != "mma":
+                total = total * fading + tl.sum(weights, 1)
+            result0, result1, total = _gather(
+                *(result0, result1, total, weights.to(out.dtype.element_ty), value0, value1),
+                *(fading, KEYS, PARTS, SUM, PORTABLE),
+            )
 
     if SUM == "mma":
         share = 1.0 / tl.max(total, 1)  # all columns are the same
@@ -580,11 +586,12 @@ def _streamed(rows: int, keys: int, warps: int, stages: int, **others: Any) -> C
 
     cut: whether a head may be in two parts. sum: "mma" where the tensor cores add up the weights.
     poly: one in so many exponentials is a polynomial (0: none). registers: at most so many a thread
-    (0: as many as it likes). tma: whether blocks of keys come through descriptors.
+    (0: as many as it likes). tma: whether blocks of keys come through descriptors. lag: whether
+    the values' product of a block waits for the next block.
     """
     config: dict[str, int | str | bool] = {"kind": "stream", "rows": rows, "keys": keys}
     config |= {"warps": warps, "stages": stages}
-    config |= {"cut": True, "sum": "alu", "poly": 0, "registers": 0, "tma": True}
+    config |= {"cut": True, "sum": "alu", "poly": 0, "registers": 0, "tma": True, "lag": False}
     return config | others
 
 
@@ -602,41 +609,39 @@ def _hopper(head: int) -> list[Config]:
     if head > 128:
         return [
             _streamed(64, 64, 4, 3),
+            _streamed(64, 64, 4, 3, lag=True),
+            _streamed(128, 64, 8, 3, lag=True),
             _streamed(128, 64, 8, 3),
             _streamed(64, 32, 4, 3),
-            _streamed(64, 64, 4, 2),
-            _streamed(64, 64, 4, 3, poly=8),
             _streamed(32, 32, 2, 3, tma=False),
         ]
+    small = [_streamed(32, 64, 2, 2, tma=False), _streamed(16, 64, 1, 2, tma=False)]
     if head > 64:
         return [
+            _streamed(64, 64, 4, 3, lag=True),
+            _streamed(64, 128, 4, 3, lag=True),
+            _streamed(64, 64, 4, 3),
             _streamed(128, 64, 4, 3),
+            _streamed(128, 64, 8, 3, lag=True),
             _streamed(128, 128, 8, 3, sum="mma"),
             _streamed(64, 128, 4, 3),
-            _streamed(64, 64, 4, 3),
-            _streamed(128, 64, 8, 3),
-            _streamed(64, 128, 4, 3, sum="mma", poly=8),
-            _streamed(32, 64, 2, 2, tma=False),
-            _streamed(16, 64, 1, 2, tma=False),
+            *small,
         ]
-    found = [
-        _streamed(128, 64, 4, 3, sum="mma"),
-        _streamed(128, 128, 8, 3, sum="mma", poly=8),
+    return [
+        _streamed(64, 64, 4, 3, lag=True),
+        _streamed(64, 128, 4, 3, lag=True),
+        _streamed(128, 64, 4, 3, cut=False, lag=True),
+        _streamed(128, 64, 4, 3, sum="mma", lag=True),
+        _streamed(128, 128, 8, 3, cut=False, lag=True),
+        _streamed(128, 128, 8, 3, cut=False, lag=True, poly=8),
+        _streamed(128, 64, 8, 3, lag=True),
+        _streamed(128, 64, 8, 3, cut=False, lag=True),
+        _streamed(128, 64, 4, 3, cut=False, sum="mma"),
         _streamed(128, 128, 8, 3, cut=False, registers=128),
-        _streamed(128, 64, 4, 3, sum="mma", poly=8),
-        _streamed(64, 128, 4, 3, sum="mma", poly=8),
         _streamed(64, 128, 4, 3),
         _streamed(64, 64, 4, 3),
-        _streamed(128, 64, 8, 3, sum="mma"),
-        _streamed(32, 64, 2, 2, tma=False),
-        _streamed(16, 64, 1, 2, tma=False),
+        *small,
     ]
-    if parts(head, True)[1]:
-        found[3:3] = [
-            _streamed(128, 64, 4, 3, cut=False, sum="mma"),
-            _streamed(128, 128, 8, 3, cut=False, sum="mma", poly=8),
-        ]
-    return found
 
 
 def _blackwell(head: int) -> list[Config]:
@@ -743,7 +748,12 @@ def _configs(call: Call, hardware: Hardware) -> Sequence[Config]:
     if shape.keys > SHORT // 2 or not found:
         variants = {9: _hopper, 10: _blackwell}.get(shape.generation, _ampere)(shape.head)
         found = found[:5] + _ranked(variants, shape)
-    return [config for config in found if _shared(config, shape) <= shape.shared][:8]
+    return [
+        config
+        for config in found
+        if _shared(config, shape) <= shape.shared
+        and not (config.get("lag") and shape.keys < 2 * int(config["keys"]))
+    ][:MOST_CONFIGS]
 
 
 def _readable(spec: TensorSpec, width: int) -> bool:
@@ -841,6 +851,7 @@ def attention(
         "TMA": config["tma"],
         "SUM": config["sum"],
         "POLY": config["poly"],
+        "LAG": config["lag"],
     }
     if config["registers"]:
         options["maxnreg"] = config["registers"]

@@ -13,7 +13,7 @@ from harness import CHIPS, DEVICE, call_of, check, chip, find, run
 
 from accel.kernels import Call, Config, TensorSpec, load_triton
 from accel.kernels import attention as family
-from accel.tuning.measure import launches_of
+from accel.tuning.compiling import launches_of
 
 assert load_triton()
 
@@ -124,6 +124,8 @@ VARIANTS = [
     family._streamed(16, 32, 1, 2),
     family._streamed(16, 32, 1, 2, sum="mma"),
     family._streamed(16, 32, 1, 2, poly=8),
+    family._streamed(16, 32, 1, 2, lag=True),
+    family._streamed(16, 32, 1, 2, lag=True, sum="mma", cut=False),
     family._streamed(16, 32, 1, 2, sum="mma", poly=4),
     family._shortened(16, 1, 1),
 ]
@@ -252,7 +254,7 @@ def test_every_chip_has_a_few_variants_that_fit(size: Call, capability: Any) -> 
     kernel = find(NAME)
     assert kernel.supports(size, hardware) and kernel.configs is not None
     chosen = kernel.configs(size, hardware)
-    assert 1 <= len(chosen) <= 8
+    assert 1 <= len(chosen) <= family.MOST_CONFIGS
     assert len({str(config) for config in chosen}) == len(chosen)
     shape = family._Shape.of(size, hardware)
     for config in chosen:
@@ -277,8 +279,10 @@ def test_the_right_tiles_come_first() -> None:
     assert first(call(queries=256, head=160))["rows"] in (32, 64)  # 128 would be 32 blocks
     prompt = call(queries=1024, keys=77, heads=20, head=64)
     assert family._programs(first(prompt), family._Shape.of(prompt, hopper)) >= 132
-    kinds = {(c["cut"], c["poly"] > 0) for c in family._configs(call(head=40), hopper)}
-    assert {(True, False), (True, True), (False, False)} <= kinds
+    kinds = {(c["cut"], c["lag"]) for c in family._configs(call(head=40), hopper)}
+    assert {(True, False), (True, True), (False, False), (False, True)} <= kinds
+    short = family._configs(call(queries=200, keys=100, head=40), hopper)  # no second full block
+    assert not any(config.get("lag") and config["keys"] > 50 for config in short)
 
 
 def test_heads_and_prompts_are_padded_little() -> None:
