@@ -43,7 +43,7 @@ from .registry import Call, Config, TensorSpec, triton_kernel
 HALVES = (torch.float16, torch.bfloat16)
 EARLY_SINCE = (3, 6)
 """The version of Triton that can launch a kernel before its predecessor has ended."""
-MOST_CONFIGS = 8
+MOST_CONFIGS = 10
 PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)
 """Into how many parts a sum may be split. Few, so that image sizes near by offer the same."""
 
@@ -178,12 +178,21 @@ _SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  #
 
 @dataclass(frozen=True)
 class _Tile:
-    """Pixels x channels of a tile, its depth a step, and the threads that make it."""
+    """Pixels x channels of a tile, its depth a step, and the threads that make it.
+
+    tail: further channels, since 192 = 128 + 64 suits 320, 640 and 1280 and is no power of two.
+    """
 
     pixels: int
     channels: int
     depth: int
     warps: int
+    tail: int = 0
+
+    @property
+    def width(self) -> int:
+        """All of its channels."""
+        return self.channels + self.tail
 
 
 def _shared_bytes(hardware: Hardware) -> int:
@@ -201,19 +210,19 @@ def _ranked(
     rates = _RATES.get(hardware.capability or (0, 0), _OTHER_RATES)
     cores, room = hardware.multiprocessors, _shared_bytes(hardware)
     for tile, down in tiles:
-        across = -(-shape.channels // tile.channels)
+        across = -(-shape.channels // tile.width)
         steps = shape.taps * -(-shape.channels_in // tile.depth)
-        stage = (tile.pixels + tile.channels) * tile.depth * 2
+        stage = (tile.pixels + tile.width) * tile.depth * 2
         deep, half = (room - 2048) // stage, (room // 2 - 2048) // stage
         if deep < 3:
             continue
         weights = shape.channels * shape.taps * shape.channels_in * 2
         step = max(
-            tile.pixels * tile.channels * tile.depth / rates.products,
-            (tile.pixels + tile.channels) * tile.depth * 2 / rates.l2,
+            tile.pixels * tile.width * tile.depth / rates.products,
+            (tile.pixels + tile.width) * tile.depth * 2 / rates.l2,
         )
         # Smaller products fill the tensor cores less.
-        step *= 1 + 0.12 * max(0, 14 - (tile.pixels * tile.channels).bit_length() + 1)
+        step *= 1 + 0.12 * max(0, 14 - (tile.pixels * tile.width).bit_length() + 1)
         for parts in PARTS:
             if parts > 1 and (steps // parts < 4 or down * across * (parts - 1) >= 2.1 * cores):
                 break
@@ -224,7 +233,7 @@ def _ranked(
             stages = min(half, 4) if together == 2 else min(deep, 6)
             alone = max(step, _LATENCY / (stages - 1)) if together == 1 else step
             cycles = rounds * (-(-steps // parts)) * alone
-            cycles += -(-rounds // together) * (2 * _LATENCY + tile.pixels * tile.channels / 16)
+            cycles += -(-rounds // together) * (2 * _LATENCY + tile.pixels * tile.width / 16)
             cycles = max(cycles, weights / (rates.dram * cores) + 2 * _LATENCY)
             if parts > 1:
                 moved = parts * shape.pixels * shape.channels * 8
@@ -243,7 +252,7 @@ def _best(
         same = [
             (other.depth == tile.depth and 2 * parts < 3 * n and 2 * n < 3 * parts)
             for other, n, _ in chosen
-            if (other.pixels, other.channels) == (tile.pixels, tile.channels)
+            if (other.pixels, other.width) == (tile.pixels, tile.width)
         ]
         if len(chosen) < most and len(same) < 2 and not any(same):
             chosen.append((tile, parts, stages))
@@ -288,6 +297,7 @@ def _depths(channels: int, least: int) -> list[int]:
 
 
 def _pointer_configs(call: Call, hardware: Hardware) -> list[Config]:
+    """Only one beside `conv2d_tma` on the chips whose tensor cores read what it brings."""
     shape = _shape(call)
     assert shape is not None and hardware.capability is not None
     hopper = hardware.capability[0] in (9, 10)
@@ -313,9 +323,11 @@ def _pointer_configs(call: Call, hardware: Hardware) -> list[Config]:
     aligned = all(t is None or t.aligned for t in call.tensors)
     tma = hardware.capability >= (9, 0) and whole and aligned and shape.channels >= 64
     configs: list[Config] = []
-    most = 3 if _tma_supports(call, hardware) else MOST_CONFIGS - (2 if early else 0)
+    most = MOST_CONFIGS - (2 if early else 0)
     for tile, parts, stages in _best(_ranked(shape, hardware, tiles), most):
         configs.append({**_config(tile, parts, stages, early), "weight_tma": tma})
+    if hopper and _tma_supports(call, hardware):  # pointers never won on an H100
+        return configs[:1]
     # The same with the other way to read weights, and without the early start.
     if tma and configs:
         configs.append({**configs[0], "weight_tma": False})
@@ -445,9 +457,12 @@ def _tma_configs(call: Call, hardware: Hardware) -> list[Config]:
         count, _ = _box(shape, pixels)
         for depth in depths[: 2 if small else 1]:
             tiles.append((_Tile(pixels, channels, depth, warps), count))
+            if (pixels, channels) == (128, 128) and shape.channels > 128 and hopper:
+                tiles.append((_Tile(pixels, channels, depth, 8, 64), count))
     configs: list[Config] = []
     for tile, parts, stages in _best(_ranked(shape, hardware, tiles), MOST_CONFIGS - 1):
-        configs.append(_config(tile, parts, stages, _can_start_early(hardware)))
+        early = _can_start_early(hardware)
+        configs.append({**_config(tile, parts, stages, early), "tail_n": tile.tail})
     split = next((config for config in configs if config["early"]), None)
     if split is not None:
         configs.append({**split, "early": False})
@@ -477,6 +492,7 @@ def conv2d_tma(
     """An implicit product that reads boxes of x [B, H, W, C] by TMA."""
     shape = _known(x, weight, out, attrs)
     block_m, block_n, block_k = (int(config[f"block_{name}"]) for name in "mnk")
+    tail_n = int(config["tail_n"])
     parts, (_, box) = int(config["parts"]), _box(shape, block_m)
     pitch, (height, width) = _pitch(x), shape.grid
     row, image = shape.in_width * pitch, shape.in_height * shape.in_width * pitch
@@ -503,10 +519,11 @@ def conv2d_tma(
     return _with_parts(
         Launch(
             implicit_product_tma,
-            (tiles * -(-shape.channels // block_n), parts, 1),
+            (tiles * -(-shape.channels // (block_n + tail_n)), parts, 1),
             {
                 "x": pixels,
                 "weight": _matrix(weight, (block_n, block_k)),
+                "tail": _matrix(weight, (tail_n, block_k)) if tail_n else None,
                 **_epilogue(bias, embedding, residual, out),
                 "images": shape.images,
                 "height": shape.height,
@@ -524,6 +541,7 @@ def conv2d_tma(
                 "BOX_H": box[1],
                 "BOX_W": box[2],
                 "BLOCK_N": block_n,
+                "TAIL_N": tail_n,
                 "BLOCK_K": block_k,
                 "PARTS": parts,
                 "GROUP": GROUP,
@@ -700,6 +718,7 @@ def _few_in_configs(call: Call, hardware: Hardware) -> list[Config]:
 @triton_kernel(
     "conv2d",
     name="triton.conv2d_few_in",
+    unmeasured=True,
     priority=2,
     supports=_few_in_supports,
     configs=_few_in_configs,
@@ -776,6 +795,7 @@ def _few_out_configs(call: Call, hardware: Hardware) -> list[Config]:
 @triton_kernel(
     "conv2d",
     name="triton.conv2d_few_out",
+    unmeasured=True,
     priority=2,
     supports=_few_out_supports,
     configs=_few_out_configs,

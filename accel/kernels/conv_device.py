@@ -249,6 +249,7 @@ def implicit_product(
 def implicit_product_tma(
     x,
     weight,
+    tail,
     bias,
     embedding,
     residual,
@@ -276,6 +277,7 @@ def implicit_product_tma(
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -283,7 +285,8 @@ def implicit_product_tma(
 ):
     """One tile of BOX_B x BOX_H x BOX_W pixels x channels, over one part of the sum.
 
-    x and weight are tensor descriptors; weight is [CHANNELS, TAPS * IN]. A tap moves the box of
+    x, weight and tail are tensor descriptors; weight and tail are both [CHANNELS, TAPS * IN], in
+    blocks of BLOCK_N and TAIL_N rows, which a tile has one after the other. A tap moves the box of
     pixels that is read; pixels outside of the image come as zeros. Tiles lie on a grid of
     grid_height x grid_width pixels an image, which is
 
@@ -298,8 +301,8 @@ def implicit_product_tma(
     """
     BLOCK_M: tl.constexpr = BOX_B * BOX_H * BOX_W
     STEPS: tl.constexpr = IN // BLOCK_K
-    tile_m, tile_n = _tile(tl.program_id(0), tiles, tl.cdiv(CHANNELS, BLOCK_N), GROUP)
-    channel = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_m, tile_n = _tile(tl.program_id(0), tiles, tl.cdiv(CHANNELS, BLOCK_N + TAIL_N), GROUP)
+    first = tile_n * (BLOCK_N + TAIL_N)
     place_y = 0
     place_x = 0
     tile = tile_m
@@ -315,6 +318,8 @@ def implicit_product_tma(
     begin = TAPS * STEPS * part // PARTS
     end = TAPS * STEPS * (part + 1) // PARTS
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if TAIL_N:
+        second = tl.zeros((TAIL_N, BLOCK_M), tl.float32)
     for step in range(begin, end):
         tap = step // STEPS
         c = (step - tap * STEPS) * BLOCK_K
@@ -330,8 +335,11 @@ def implicit_product_tma(
         else:
             b = x.load([first_b, first_y + y, first_x + z, c])
         b = b.reshape(BLOCK_M, BLOCK_K)
-        a = weight.load([tile_n * BLOCK_N, tap * IN + c])
+        a = weight.load([first, tap * IN + c])
         total = tl.dot(a, b.T, total)
+        if TAIL_N:
+            a = tail.load([first + BLOCK_N, tap * IN + c])
+            second = tl.dot(a, b.T, second)
 
     m = tl.arange(0, BLOCK_M)
     image = first_b + m // (BOX_W * BOX_H)
@@ -342,27 +350,27 @@ def implicit_product_tma(
         row = row * 2 + place_y
         column = column * 2 + place_x
     pixel = (image * height + row) * width + column
+    last_b = tl.minimum(first_b + BOX_B, images) - 1
+    channel = first + tl.arange(0, BLOCK_N)
+    if TAIL_N:
+        rest = first + BLOCK_N + tl.arange(0, TAIL_N)
     if PARTS > 1:
         if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
-        _store_part(total.T, part, images * height * width, pixel, channel, valid, out, CHANNELS)
+        pixels = images * height * width
+        _store_part(total.T, part, pixels, pixel, channel, valid, out, CHANNELS)
+        if TAIL_N:
+            _store_part(second.T, part, pixels, pixel, rest, valid, out, CHANNELS)
     else:
         _finish(
-            total.T,
-            pixel,
-            channel,
-            image,
-            first_b,
-            tl.minimum(first_b + BOX_B, images) - 1,
-            valid,
-            bias,
-            embedding,
-            residual,
-            out,
-            embedding_pitch,
-            CHANNELS,
-            RESIDUAL_PITCH,
+            *(total.T, pixel, channel, image, first_b, last_b, valid, bias, embedding, residual),
+            *(out, embedding_pitch, CHANNELS, RESIDUAL_PITCH),
         )
+        if TAIL_N:
+            _finish(
+                *(second.T, pixel, rest, image, first_b, last_b, valid, bias, embedding, residual),
+                *(out, embedding_pitch, CHANNELS, RESIDUAL_PITCH),
+            )
 
 
 @triton.jit(do_not_specialize=["pixels", "height", "width", "in_height", "in_width"])

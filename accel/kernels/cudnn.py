@@ -23,7 +23,7 @@ from ..hardware import Hardware
 from . import library as pytorch  # `library` is cuDNN in here
 from .registry import Call, Config, TensorSpec, kernel
 
-PLANS = 6
+PLANS = 4
 """Plans of cuDNN's that are tried for a convolution without time embedding and residual."""
 
 TRIES = 24

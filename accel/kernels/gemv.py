@@ -147,7 +147,9 @@ def _configs(call: Call, hardware: Hardware) -> list[Config]:
     return [*configs, {"block_n": ranked[0], "pdl": False}] if pdl else configs
 
 
-@triton_kernel("linear", name="triton.gemv", supports=_supports, configs=_configs, priority=0)
+@triton_kernel(
+    "linear", name="triton.gemv", unmeasured=True, supports=_supports, configs=_configs, priority=0
+)
 def gemv(
     out: torch.Tensor,
     x: torch.Tensor,

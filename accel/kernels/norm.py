@@ -582,12 +582,12 @@ def _split_configs(image: _Image, multiprocessors: int) -> list[dict[str, Any]]:
     line = min(whole, 64) if whole >= 16 else min(next_power_of_2(image.width), 64)
     wide = 128 if whole >= 128 else line
     shapes = [  # channels, rows, warps, blocks for each multiprocessor
-        (line, 64, 4, 5),
-        (line, 128, 8, 3),
-        (wide, 64, 8, 3),
         (line, 64, 4, 3),
         (line, 32, 4, 8),
+        (line, 64, 4, 5),
         (line, 128, 8, 6),
+        (wide, 64, 8, 3),
+        (line, 128, 8, 3),
         (wide, 32, 4, 5),
     ]
     names = ("scheme", "channels", "rows", "warps", "grid")
@@ -656,6 +656,7 @@ def _group_norm_workspace(call: Call, config: Config) -> int:
 @triton_kernel(
     "group_norm",
     name="triton.group_norm",
+    unmeasured=True,
     priority=0,
     supports=_group_norm_supported,
     configs=_group_norm_configs,
@@ -878,6 +879,7 @@ def _layer_norm_configs(call: Call, hardware: Hardware) -> list[Config]:
 @triton_kernel(
     "layer_norm",
     name="triton.layer_norm",
+    unmeasured=True,
     priority=0,
     supports=_layer_norm_supported,
     configs=_layer_norm_configs,

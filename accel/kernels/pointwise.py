@@ -317,7 +317,12 @@ def _launch(
 
 
 @triton_kernel(
-    "pointwise", name="triton.pointwise", supports=_supports, configs=_configs, priority=0
+    "pointwise",
+    name="triton.pointwise",
+    unmeasured=True,
+    supports=_supports,
+    configs=_configs,
+    priority=0,
 )
 def pointwise(
     out: torch.Tensor,
@@ -343,9 +348,9 @@ def _single(op: str, program_of: Callable[..., tuple[int | float, ...]]) -> None
     ) -> list[Launch]:
         return _launch(out, tensors, program_of(**attrs), config)
 
-    triton_kernel(op, name=f"triton.{op}", supports=_supports, configs=_configs, priority=2)(
-        launches
-    )
+    triton_kernel(
+        op, name=f"triton.{op}", unmeasured=True, supports=_supports, configs=_configs, priority=2
+    )(launches)
 
 
 _single("silu", lambda: (SILU, 0, 0, 0))
@@ -437,7 +442,12 @@ def _supports_concat(call: Call, hardware: Hardware) -> bool:
 
 
 @triton_kernel(
-    "concat", name="triton.concat", supports=_supports_concat, configs=_configs, priority=0
+    "concat",
+    name="triton.concat",
+    unmeasured=True,
+    supports=_supports_concat,
+    configs=_configs,
+    priority=0,
 )
 def concat(
     out: torch.Tensor,
@@ -511,6 +521,7 @@ def _supports_upsample(call: Call, hardware: Hardware) -> bool:
 @triton_kernel(
     "upsample_nearest",
     name="triton.upsample_nearest",
+    unmeasured=True,
     supports=_supports_upsample,
     configs=_configs,
     priority=0,

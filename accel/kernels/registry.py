@@ -141,7 +141,8 @@ def _plain(value: Any) -> str:
 class Kernel:
     """One implementation of one operator.
 
-    devices: device types it runs on. `priority`: where nothing is measured, the lowest wins.
+    devices: device types it runs on. `priority`: where nothing is measured, the lowest wins, of
+    those that may: a library's, and those of `unmeasured`, which win by far wherever they run.
     `supports(call, hardware)`: whether it gives the right result for this call there.
     `configs(call, hardware)`: its variants for the call, the likeliest first; a handful.
     `workspace(call, config)`: bytes of scratch memory that a run needs.
@@ -154,6 +155,7 @@ class Kernel:
     devices: tuple[str, ...]
     allocates: bool = False
     priority: int = 1
+    unmeasured: bool = False
     supports: Callable[[Call, Hardware], bool] = lambda call, hardware: True
     configs: Callable[[Call, Hardware], Sequence[Config]] | None = None
     workspace: Callable[[Call, Config], int] = lambda call, config: 0

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,37 +61,18 @@ class Selector:
         """A choice for each call; calls with equal keys get the same."""
         with self._lock:
             unknown = {call.key: call for call in calls if call.key not in self._choices}
-            self._choices |= self._near(
-                {k: c for k, c in unknown.items() if not self.profile.get(k)}
-            )
-            unmeasured = []
-            for key, call in unknown.items():
-                choice = self._choices.get(key) or self._known(key, call)
-                if choice is None:
-                    unmeasured.append(call)
-                else:
-                    self._choices[key] = choice
+            found = {key: self._known(key, call) for key, call in unknown.items()}
+            unproven = {
+                key: (unknown[key], choice)
+                for key, choice in found.items()
+                if choice is not None and choice.us is None
+            }
+            found |= self._proven(unproven)
+            self._choices |= {key: choice for key, choice in found.items() if choice is not None}
+            unmeasured = [call for key, call in unknown.items() if found[key] is None]
             if unmeasured:
                 self._measure(unmeasured)
             return [self._choices[call.key] for call in calls]
-
-    def _near(self, calls: Mapping[str, Call]) -> dict[str, Choice]:
-        """Choices that were measured at sizes near by, as far as their kernels can run these."""
-        found: dict[str, tuple[Call, Choice]] = {}
-        for key, call in calls.items():
-            near = self.profile.near(key)
-            candidates = kernels.candidates(call, self.hardware)
-            offered = None if near is None else _offered(near[1], call, candidates)
-            if near is not None and offered is not None:
-                choice = Choice(*offered, f"measured at a size near this, {near[0]}")
-                found[key] = call, choice
-        if found and self.device.type == "cuda" and torch.cuda.is_available():
-            with torch.cuda.device(self.device):
-                compile_ahead(
-                    ((c.kernel, c.config, call) for call, c in found.values()), self.hardware
-                )
-                return {key: c for key, (call, c) in found.items() if _launchable(call, c)}
-        return {key: choice for key, (_, choice) in found.items()}
 
     def _known(self, key: str, call: Call) -> Choice | None:
         """The choice that needs no measurement: a profile's, or the only candidate there is."""
@@ -100,14 +81,35 @@ class Selector:
         found = None if entry is None else _offered(entry, call, candidates)
         if entry is not None and found is not None:
             return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
-        kernel, config = _library(candidates)
+        near = self.profile.near(key)
+        found = None if near is None else _offered(near[1], call, candidates)
+        if near is not None and found is not None:
+            return Choice(*found, f"measured at a size near this, {near[0]}")
+        kernel, config = candidates[0]
         if len(candidates) == 1:
             return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")
-        if len(candidates) == 2 and kernel is candidates[0][0]:
+        if len(candidates) == 2 and (kernel.launches is None or kernel.unmeasured):
             return Choice(kernel, config, "the only kernel for this call")
-        if not self._measuring:
-            return Choice(kernel, config, "the library's: nothing is measured and measuring is off")
-        return None
+        return None if self._measuring else _default(candidates)
+
+    def _proven(self, choices: Mapping[str, tuple[Call, Choice]]) -> dict[str, Choice]:
+        """The choices, of which each never ran, or a library's where its kernel does not fit."""
+        if self.device.type != "cuda" or not torch.cuda.is_available():
+            return {key: choice for key, (_, choice) in choices.items()}
+        with torch.cuda.device(self.device):
+            compile_ahead(
+                ((c.kernel, c.config, call) for call, c in choices.values()), self.hardware
+            )
+            return {
+                key: choice if _launchable(call, choice) else self._library(call)
+                for key, (call, choice) in choices.items()
+            }
+
+    def _library(self, call: Call) -> Choice:
+        """A library's kernel, or the reference, for a call that ours cannot run."""
+        candidates = kernels.candidates(call, self.hardware)
+        kernel, config = next(found for found in candidates if found[0].launches is None)
+        return Choice(kernel, config, "the library's: our kernel does not run here")
 
     def _measure(self, calls: Sequence[Call]) -> None:
         started = time.perf_counter()
@@ -137,8 +139,7 @@ class Selector:
         best = min((r for r in results if r.us is not None), key=_us, default=None)
         if best is None:
             why = next((r.problem for r in results if r.problem), "no memory")
-            reason = f"the library's: nothing was measured ({why})"
-            return Choice(*_library(kernels.candidates(call, self.hardware)), reason), None
+            return replace(self._library(call), reason=f"the library's: none ran ({why})"), None
         us = _us(best)
         choice = Choice(best.kernel, best.config, f"measured, the fastest of {len(results)}", us)
         ours = [r for r in results if r.kernel.launches is not None]
@@ -147,9 +148,18 @@ class Selector:
         return choice, Entry(best.kernel.name, best.config, us)
 
 
-def _library(candidates: Candidates) -> tuple[Kernel, Config]:
-    """The first that is a library's, or the reference: nothing unproven is taken on trust."""
-    return next((kernel, config) for kernel, config in candidates if kernel.launches is None)
+def _default(candidates: Candidates) -> Choice:
+    """What runs where nothing is measured: a library's, but for ours that win wherever they run."""
+    kernel, config = next(
+        (kernel, config)
+        for kernel, config in candidates
+        if kernel.launches is None or kernel.unmeasured
+    )
+    if kernel.launches is None:
+        reason = "the library's: nothing is measured and measuring is off"
+    else:
+        reason = "not measured, and measuring is off"
+    return Choice(kernel, config, reason)
 
 
 def _offered(entry: Entry, call: Call, candidates: Candidates) -> tuple[Kernel, Config] | None:
