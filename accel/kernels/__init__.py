@@ -7,7 +7,7 @@ import logging
 from functools import cache
 
 from ..hardware import Hardware
-from . import cudnn, library
+from . import cublaslt, cudnn, library
 from .launch import Launch
 from .registry import (
     NO_CONFIG,
@@ -30,6 +30,7 @@ __all__ = [
     "Launch",
     "TensorSpec",
     "candidates",
+    "cublaslt",
     "cudnn",
     "kernel",
     "kernels",

@@ -34,11 +34,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..hardware import Hardware
-from . import library
+from . import cublaslt, library
 from .launch import Launch, interpreted
 from .registry import NO_CONFIG, Call, Config, TensorSpec, kernel, triton_kernel
 
-CONFIGS = 8
+CONFIGS, CONFIGS_TMA = 8, 6
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -820,14 +820,14 @@ def _configs_tma(call: Call, hardware: Hardware) -> list[Config]:
     """Where launches may overlap, the best one also without."""
     ranked = _ranked(call, hardware, True)
     if not has_pdl(hardware):
-        return [variant.config(hardware, False) for variant in ranked[:CONFIGS]]
-    found = [variant.config(hardware, True) for variant in ranked[: CONFIGS - 1]]
+        return [variant.config(hardware, False) for variant in ranked[:CONFIGS_TMA]]
+    found = [variant.config(hardware, True) for variant in ranked[: CONFIGS_TMA - 1]]
     return [*found, ranked[0].config(hardware, False)]
 
 
 def _configs_pointer(call: Call, hardware: Hardware) -> list[Config]:
-    """Where there is a copy engine, only in case it should be slow or out of order."""
-    count = 2 if _has_tma(hardware) else CONFIGS
+    """Only one where there is a copy engine: beside it, pointers never won on an H100."""
+    count = 1 if _has_tma(hardware) else CONFIGS
     return [variant.config(hardware, False) for variant in _ranked(call, hardware, False)[:count]]
 
 
@@ -1046,5 +1046,51 @@ def geglu(
     """cuBLAS's product, and one pass over it."""
     product = workspace.view(out.dtype).view(-1, weight.shape[0])
     library.product_into(product, x, weight, bias)
+    combination(out, product, None, residual, 1, True, False).run()
+    return out
+
+
+def _supports_algorithms(call: Call, hardware: Hardware) -> bool:
+    return _supports_combined(call, hardware) and cublaslt.multiplies(call, hardware)
+
+
+def _algorithm_bytes(call: Call, config: Config) -> int:
+    """The product, and behind it what cublasLt's algorithm for it needs."""
+    x, weight, bias, _ = call.tensors
+    assert x is not None and weight is not None
+    shape = (x.rows, weight.shape[0])
+    product = TensorSpec(shape, (shape[1], 1), x.dtype)
+    own = cublaslt.product_workspace(product, x, weight, bias, None, config)
+    return _aligned(library.product_bytes(call, config)) + own
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 256) * 256
+
+
+@kernel(
+    "linear",
+    name="cublaslt.geglu",
+    supports=_supports_algorithms,
+    configs=cublaslt.configs,
+    workspace=_algorithm_bytes,
+    priority=4,
+)
+def geglu_by_algorithm(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    *,
+    activation: str,
+    config: Config,
+    workspace: torch.Tensor,
+) -> torch.Tensor:
+    """The product by one of cublasLt's algorithms, and one pass over it."""
+    shape = (prod(x.shape[:-1]), weight.shape[0])
+    size = prod(shape) * out.element_size()
+    product = workspace[:size].view(out.dtype).view(shape)
+    cublaslt.product_into(product, x, weight, bias, None, config, workspace[_aligned(size) :])
     combination(out, product, None, residual, 1, True, False).run()
     return out

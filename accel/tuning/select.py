@@ -136,16 +136,25 @@ class Selector:
 
     def _best(self, call: Call, results: Sequence[Measurement]) -> tuple[Choice, Entry | None]:
         """The fastest and what to remember of it; of nothing measured a library's, for now."""
-        best = min((r for r in results if r.us is not None), key=_us, default=None)
-        if best is None:
+        entry = fastest(results)
+        if entry is None:
             why = next((r.problem for r in results if r.problem), "no memory")
             return replace(self._library(call), reason=f"the library's: none ran ({why})"), None
-        us = _us(best)
-        choice = Choice(best.kernel, best.config, f"measured, the fastest of {len(results)}", us)
+        kernel = next(r.kernel for r in results if r.kernel.name == entry.kernel)
+        reason = f"measured, the fastest of {len(results)}"
         ours = [r for r in results if r.kernel.launches is not None]
-        if ours and all(r.us is None for r in ours):  # Triton does not work here; it may tomorrow
-            return choice, None
-        return choice, Entry(best.kernel.name, best.config, us)
+        # Where Triton does not work today it may tomorrow.
+        keep = not ours or any(r.us is not None for r in ours)
+        return Choice(kernel, entry.config, reason, entry.us), entry if keep else None
+
+
+def fastest(results: Sequence[Measurement]) -> Entry | None:
+    """The fastest of a call's candidates, or None if none could be measured."""
+    measured = [(r.us, r) for r in results if r.us is not None]
+    if not measured:
+        return None
+    us, best = min(measured, key=lambda pair: pair[0])
+    return Entry(best.kernel.name, best.config, us)
 
 
 def _default(candidates: Candidates) -> Choice:
@@ -186,11 +195,6 @@ def _launchable(call: Call, choice: Choice) -> bool:
         logger.info("%s cannot run %s: %s", choice.kernel.name, call.key, error)
         return False
     return True
-
-
-def _us(result: Measurement) -> float:
-    assert result.us is not None
-    return result.us
 
 
 _selectors: dict[tuple[str, Path, bool], Selector] = {}

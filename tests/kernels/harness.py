@@ -14,11 +14,9 @@ import torch
 from accel import ops
 from accel.compiler import SHIPPED
 from accel.hardware import Hardware
-from accel.kernels import Call, Config, Kernel, TensorSpec, kernels, load_triton, reference
+from accel.kernels import Call, Config, Kernel, TensorSpec, kernels, load_triton
 from accel.plan.schema import Plan
-from accel.runtime.arena import Arena
-from accel.runtime.executable import Executable
-from accel.tuning import Choice
+from accel.runtime.calls import calls_of as plan_calls
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -126,17 +124,6 @@ def check(
     return result
 
 
-class _Collect:
-    """Stands where a selector does, keeps the calls and chooses the references."""
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-
-    def select(self, calls: Sequence[Call]) -> list[Choice]:
-        self.calls += calls
-        return [Choice(reference(call.op), {}, "not run") for call in calls]
-
-
 def calls_of(
     family: str, height: int, width: int, packs: int = 1, batch: int = 2, optional: bool = False
 ) -> list[Call]:
@@ -150,11 +137,4 @@ def calls_of(
         plan = plan.without(entry.name for entry in plan.inputs if entry.optional)
     sizes = {"batch": batch, "height": height, "width": width, "tokens": 77 * packs}
     dims = {name: sizes[name] for name in plan.dims}
-    meta = torch.device("meta")
-    constants = {
-        c.name: torch.empty(c.recipe.shape, device=meta, dtype=torch.float16)
-        for c in plan.constants
-    }
-    collect: Any = _Collect()
-    Executable(plan, dims, constants, torch.float16, Arena(meta), {}, None, collect)
-    return list({call.key: call for call in collect.calls}.values())
+    return plan_calls(plan, dims, torch.float16)

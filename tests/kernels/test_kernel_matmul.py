@@ -305,7 +305,8 @@ def test_configurations_fit_and_differ(chip_: tuple[int, int]) -> None:
             if not find(name).supports(wanted, chip(chip_)):
                 continue
             found = configs(name, wanted, chip_)
-            assert 2 <= len(found) <= 8
+            beside_tma = name == "triton.matmul" and (9, 0) <= chip_ < (12, 0)
+            assert len(found) == 1 if beside_tma else 2 <= len(found) <= 8
             assert len({str(sorted(config.items())) for config in found}) == len(found)
             for config in found:
                 halves = 2 if activation == "geglu" else 1

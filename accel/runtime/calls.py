@@ -1,0 +1,41 @@
+"""The calls of a plan at one size, without weights or a device: what there is to tune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..kernels import Call, reference
+from ..plan.schema import Plan
+from ..tuning import Choice
+from .arena import Arena
+from .executable import Executable
+
+
+class _Collector:
+    """Stands where a selector does, keeps the calls and chooses the references."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    def select(self, calls: Sequence[Call]) -> list[Choice]:
+        self.calls += calls
+        return [Choice(reference(call.op), {}, "not run") for call in calls]
+
+
+def calls_of(plan: Plan, dims: Mapping[str, int], dtype: torch.dtype) -> list[Call]:
+    """Every distinct call of a plan, in order.
+
+    plan: specialised to the optional inputs that will come, as an executable's. dims: a size for
+    each of the plan's.
+    """
+    meta = torch.device("meta")
+    constants = {
+        constant.name: torch.empty(constant.recipe.shape, device=meta, dtype=dtype)
+        for constant in plan.constants
+    }
+    collector: Any = _Collector()
+    Executable(plan, dims, constants, dtype, Arena(meta), {}, None, collector)
+    return list({call.key: call for call in collector.calls}.values())
