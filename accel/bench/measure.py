@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from .timing import (
     synchronize,
     timed,
 )
-from .variants import eager, prepare
+from .variants import cache_counts, eager, keep_compiled_in, prepare
 
 ROW: tuple[str, ...] = (
     *("model", "width", "height", "batch", "controlnets", "loras", "precision", "variant"),
@@ -54,7 +55,8 @@ NEW_SIZE_STEP = 64
 class Job:
     """What a process is told. `scratch`: a folder that the variants of one case share.
 
-    ceilings: of this machine, for the table of operators, which is made if `ops`.
+    ceilings: of this machine, for the table of operators, which is made if `ops`. compile_cache:
+    where torch.compile keeps what it makes from run to run; None for a fresh folder.
     """
 
     case: Case
@@ -67,6 +69,14 @@ class Job:
     ops: bool = False
     ceilings: dict[str, float] | None = None
     cache_dir: Path | None = None
+    compile_cache: Path | None = None
+
+    def compiled(self, what: str) -> Path:
+        """The folder for what torch.compile makes of "networks" or "operators".
+
+        They have one each, so that neither warms the other's.
+        """
+        return (self.compile_cache or self.scratch / "compiled") / what
 
 
 def describe_machine(device: str, commit: str, command: str) -> dict[str, Any]:
@@ -109,17 +119,38 @@ def measure(job: Job) -> dict[str, Any]:
     return row
 
 
+def precompile(job: Job) -> dict[str, Any]:
+    """Fill the job's compile cache for its networks: the seconds it took, and what was there."""
+    device = enter(job.device)
+    networks = make_networks(job.case, device)
+    with exact_float32():  # as `measure` has it: what is compiled depends on it
+        call = prepare("compile", networks, job.compiled("networks"))
+        inputs = make_inputs(job.case, 0, device)
+        # Twice, since the second call, which records graphs, may compile something too.
+        took = sum(seconds(lambda: call(inputs), device) for _ in range(2))
+    return {"seconds": took, **cache_counts()}
+
+
 def _baseline(job: Job, networks: Networks, device: torch.device) -> dict[str, Any]:
     if job.case.loras:
         merge_lora(networks.unet, random_lora(job.case.config), LORA_STRENGTH)
     release_memory(device)
-    call = prepare(job.variant, networks, job.scratch)
+    warm = job.variant == "compile" and _filled(job.compiled("networks"))
+    call = prepare(job.variant, networks, job.compiled("networks"))
     inputs = make_inputs(job.case, 0, device)
     row: dict[str, Any] = {"cold_s": seconds(lambda: call(inputs), device)}
+    if warm:  # what was compiled before is no cold start
+        row["cold_s"] = None
     row |= _times(job, call, device)
+    if job.variant == "compile":
+        row |= {"compile_cache": "warm" if warm else "cold", **cache_counts()}
     counted = launches(lambda: call(inputs), device)
     row["kernels"] = None if counted is None else sum(counted.values())
     return row
+
+
+def _filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _times(job: Job, call: Callable[[Inputs], Tensor], device: torch.device) -> dict[str, Any]:
@@ -156,6 +187,8 @@ def _engine(job: Job, networks: Networks, device: torch.device) -> dict[str, Any
     row |= _new_size(job.case, variant, device)
     if job.ops:
         assert job.ceilings is not None
+        if device.type == "cuda":  # elsewhere nothing is compiled
+            keep_compiled_in(job.compiled("operators"))
         row["ops"] = ops_table.measured(calls, job.ceilings, device)
 
     # The profiler last of all: it may slow down what comes after it.
@@ -181,13 +214,22 @@ def _new_size(case: Case, variant: EngineVariant, device: torch.device) -> dict[
 
 
 def _toggle(variant: EngineVariant, with_control: Any, device: torch.device) -> dict[str, Any]:
-    """Kernels of the UNet alone, without residuals and with them: calls, and what a GPU runs."""
-    pair = [("without", _without_control(variant, with_control)), ("with", with_control)]
+    """The UNet alone, without residuals and with them: calls, and kernels in its captured graphs.
+
+    `step_…`: those of a step, the prompt's part left out. `added_…`: what residuals add to a step.
+    """
+    pair = {"without": _without_control(variant, with_control), "with": with_control}
     found: dict[str, Any] = {}
-    for name, executable in pair:
+    for name, executable in pair.items():
         graphs = graph_launches(executable, device)
         found[f"calls_{name}"] = sum(executable.kernels().values())
         found[f"kernels_{name}"] = None if graphs is None else sum(graphs.values())
+        steps = [part for part, _, _ in executable.calls() if part == "step"]
+        found[f"step_calls_{name}"] = len(steps)
+        found[f"step_kernels_{name}"] = None if graphs is None else graphs["step"]
+    for what in ("calls", "kernels"):
+        more, less = found[f"step_{what}_with"], found[f"step_{what}_without"]
+        found[f"added_{what}"] = None if more is None or less is None else more - less
     return found
 
 
@@ -215,8 +257,13 @@ def errors(outputs: Sequence[Tensor], job: Job) -> dict[str, Any]:
             relative(one.float().cpu(), true)
             for one, true in zip(tensors, kept["float32"], strict=True)
         ]
-        row |= {name: max(by_seed), f"{name}_by_seed": by_seed}
+        row |= {name: worst(by_seed), f"{name}_by_seed": by_seed}
     return row
+
+
+def worst(distances: Sequence[float]) -> float:
+    """The largest, what is not a number above all: `max` would pass over it."""
+    return max(distances, key=lambda distance: math.inf if math.isnan(distance) else distance)
 
 
 def relative(result: Tensor, truth: Tensor) -> float:

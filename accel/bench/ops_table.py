@@ -2,13 +2,12 @@
 
 The least (`floor_us`) is the larger of arithmetic at the rate of a large matrix product and of
 moving every operand once at the rate of a copy. What a kernel finds in the cache can be faster than
-that copy. Times are those of calls in isolation, from the choice of their kernel or measured here.
+that copy. Beside each call's time is that of PyTorch's own ways (`library_us`) and, for operators
+that only move bytes, of torch.compile (`compiled_us`), all measured here in isolation.
 """
 
 from __future__ import annotations
 
-import logging
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,16 +15,16 @@ from typing import Any
 
 import torch
 
-from ..hardware import Hardware, describe
 from ..kernels import Call
 from ..tuning import Choice
-from ..tuning.measure import Clock, Operands
 from .engines import Entry
-from .timing import seconds
+from .op_times import OpTimer, Times
 
-logger = logging.getLogger(__name__)
+SLOWER_RATIO, SLOWER_US = 1.03, 0.3
+"""A chosen kernel counts as slower than the library's if it is so by more than either."""
 
-CPU_SAMPLES = 3
+PRODUCTS = ("linear", "conv2d")
+"""Matrix products and convolutions, whose sum the table has too."""
 
 
 @dataclass
@@ -39,49 +38,54 @@ class _Line:
     count: int = 0
 
 
-Measure = Callable[[Call, Choice], float | None]
-"""Microseconds of one run, or None if that cannot be had."""
+Measure = Callable[[Call, Choice], Times]
 
 
 def measured(
-    calls: Sequence[Entry], ceilings: Mapping[str, float], device: torch.device
+    calls: Sequence[Entry],
+    ceilings: Mapping[str, float],
+    device: torch.device,
+    timer: Measure | None = None,
 ) -> dict[str, Any]:
-    """The table of one forward's calls on `device`."""
-    hardware = describe(device)
-    known: dict[str, float | None] = {}
+    """The table of one forward's calls on `device`, each distinct call timed once."""
+    measure = OpTimer(device) if timer is None else timer
+    known: dict[str, Times] = {}
 
-    def us(call: Call, choice: Choice) -> float | None:
-        if choice.us is not None:
-            return choice.us
+    def times(call: Call, choice: Choice) -> Times:
         if call.key not in known:
-            known[call.key] = isolated_us(call, choice, hardware, device)
+            known[call.key] = measure(call, choice)
         return known[call.key]
 
-    return table(calls, ceilings, us)
+    return table(calls, ceilings, times)
 
 
-def table(calls: Sequence[Entry], ceilings: Mapping[str, float], us: Measure) -> dict[str, Any]:
+def table(calls: Sequence[Entry], ceilings: Mapping[str, float], times: Measure) -> dict[str, Any]:
     """Distinct calls, the largest gap first, and their sums by operator, as plain JSON values.
 
     A call's `gap_us` is what all its runs of one forward take beyond their floor; `share` is of the
-    sum over all calls. `floor_us` and `us` are of one run in `calls`, and sums in `operators`.
+    sum over all calls. Times are of one run in `calls`, and sums in `operators`; `profile_us` is
+    what the choice was made by. `over_library` and `over_compiled`: how many times faster the
+    chosen kernels are, over the runs of which both times are known. `slower_than_library`: whether
+    a call is, and how many are.
     """
     lines: dict[tuple[str, str, str], _Line] = {}
     for network, part, call, choice in calls:
         line = lines.setdefault((network, part, call.key), _Line(network, part, call, choice))
         line.count += 1
-    rows = [_row(line, us(line.call, line.choice), ceilings) for line in lines.values()]
+    rows = [_row(line, times(line.call, line.choice), ceilings) for line in lines.values()]
     total = sum(row["count"] * row["us"] for row in rows if row["us"] is not None)
     for row in rows:
         row["share"] = None if row["us"] is None else _ratio(row["count"] * row["us"], total)
     rows.sort(key=lambda row: -(row["gap_us"] or 0.0))
-    groups = [_group(op, rows, total) for op in dict.fromkeys(row["op"] for row in rows)]
+    groups = [_group((op,), rows, total) for op in dict.fromkeys(row["op"] for row in rows)]
     groups.sort(key=lambda group: -group["us"])
     return {
         "sum_us": total,
         "floor_us": sum(row["count"] * row["floor_us"] for row in rows),
         "unmeasured": sum(row["count"] for row in rows if row["us"] is None),
+        "slower_than_library": sum(row["slower_than_library"] for row in rows),
         "operators": groups,
+        "products": _group(PRODUCTS, rows, total),
         "calls": rows,
     }
 
@@ -93,8 +97,15 @@ def floor_us(call: Call, ceilings: Mapping[str, float]) -> float:
     return max(arithmetic, moving)
 
 
-def _row(line: _Line, us: float | None, ceilings: Mapping[str, float]) -> dict[str, Any]:
-    call, floor = line.call, floor_us(line.call, ceilings)
+def slower(us: float | None, library_us: float | None) -> bool:
+    """Whether a chosen kernel is slower than the library's by more than measuring explains."""
+    if us is None or library_us is None:
+        return False
+    return us > library_us * SLOWER_RATIO and us > library_us + SLOWER_US
+
+
+def _row(line: _Line, times: Times, ceilings: Mapping[str, float]) -> dict[str, Any]:
+    call, floor, us = line.call, floor_us(line.call, ceilings), times.us
     return {
         "network": line.network,
         "part": line.part,
@@ -106,29 +117,45 @@ def _row(line: _Line, us: float | None, ceilings: Mapping[str, float]) -> dict[s
         "config": dict(line.choice.config),
         "reason": line.choice.reason,
         "us": us,
+        "profile_us": line.choice.us,
         "floor_us": floor,
         "gap_us": None if us is None else line.count * (us - floor),
+        "library": times.library,
+        "library_us": times.library_us,
+        "compiled_us": times.compiled_us,
+        "slower_than_library": slower(us, times.library_us),
         "flops": call.flops,
         "bytes": call.bytes,
     }
 
 
-def _group(op: str, rows: Sequence[Mapping[str, Any]], total: float) -> dict[str, Any]:
-    own = [row for row in rows if row["op"] == op and row["us"] is not None]
-
-    def add(name: str) -> float:
-        return float(sum(row["count"] * row[name] for row in own))
-
-    us, flops = add("us"), add("flops")
-    return {
-        "op": op,
+def _group(
+    wanted: Sequence[str], rows: Sequence[Mapping[str, Any]], total: float
+) -> dict[str, Any]:
+    """Sums over the runs of some operators, as far as their time is known."""
+    own = [row for row in rows if row["op"] in wanted and row["us"] is not None]
+    us, floor, flops = _sum(own, "us"), _sum(own, "floor_us"), _sum(own, "flops")
+    group = {
+        "op": " + ".join(wanted),
         "count": sum(row["count"] for row in own),
         "us": us,
-        "floor_us": add("floor_us"),
-        "gap_us": us - add("floor_us"),
+        "floor_us": floor,
+        "gap_us": us - floor,
         "share": _ratio(us, total),
         "tflops": _ratio(flops, us * 1e6),
     }
+    for name in ("library", "compiled"):
+        both = [row for row in own if row[f"{name}_us"] is not None]
+        other = _sum(both, f"{name}_us")
+        group[f"{name}_us"] = other if both else None
+        ours = _sum(both, "us")
+        group[f"over_{name}"] = other / ours if both and ours else None
+    return group
+
+
+def _sum(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """Over all runs of the calls."""
+    return float(sum(row["count"] * row[name] for row in rows))
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -162,21 +189,3 @@ def _added(call: Call, names: Mapping[int, str]) -> list[str]:
     """What an epilogue adds, by the places of optional tensors."""
     given = call.tensors
     return [f"+ {name}" for place, name in names.items() if place < len(given) and given[place]]
-
-
-def isolated_us(
-    call: Call, choice: Choice, hardware: Hardware, device: torch.device
-) -> float | None:
-    """Microseconds of one run of a choice by itself, as the tuner times its candidates."""
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            run = Operands(call, hardware, device).bind(choice.kernel, choice.config)
-            if device.type == "cuda":
-                return Clock(device, hardware)(run)
-            run(0)
-            return 1e6 * statistics.median(
-                seconds(lambda: run(0), device) for _ in range(CPU_SAMPLES)
-            )
-    except Exception as error:  # one call that cannot be timed must not cost the table
-        logger.warning("%s is not timed: %s", call.key, " ".join(str(error).split()))
-        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from .. import hardware
 from ..errors import InvalidInput, SwitchyardError
 from . import results
 from .machine import commit
-from .measure import ROW, Job, describe_machine, keep_truth, measure
+from .measure import ROW, Job, describe_machine, keep_truth, measure, precompile
 from .networks import Case
 from .process import ProcessFailed, run_isolated
 from .results import Document
@@ -25,11 +26,16 @@ NOTE = (
     "of calls without a pause; ms_hoisted: the same with the caller's key, prompt phase included: "
     "compare it with the ms_run of others. cold_s: from networks in memory to the first result, "
     "with the caches of plans and tuning as they were (tuning_s of it measuring). vram_mib: in use "
-    "on the whole card. kernels: launches of one call on the GPU, copies not counted. mfu: tflop / "
-    "(ms x matmul_tflops). Errors: relative L2 from float32, the worst over seeds"
+    "on the whole card (vram_over_eager: that over eager's). kernels: launches of one call on the "
+    "GPU, copies not counted. controlnet_toggle: of the UNet alone, in its captured graphs; "
+    "added_kernels: what residuals add to a step. mfu: tflop / (ms x matmul_tflops). "
+    "compile_cache: warm where torch.compile found a filled folder, which is no cold start. "
+    "Errors: relative L2 from float32, the worst over seeds. Operators: us, library_us (the "
+    "fastest of PyTorch's own ways) and compiled_us (torch.compile of the operator alone) were "
+    "measured one after the other"
 )
 
-ENGINE = "engine"
+ENGINE, EAGER, COMPILE = "engine", "eager", "compile"
 
 Say = Callable[[str], None]
 Keep = Callable[[Document], None]
@@ -40,8 +46,9 @@ class Options:
     """What is measured and how.
 
     steps: of the run whose mean step is measured. timeout: seconds for one variant. commit: None
-    for that of this copy. cache_dir: the engine's, the user's own by default. isolated: each
-    variant in a process of its own; without that, memory is not the variant's own.
+    for that of this copy. cache_dir: the engine's, the user's own by default. compile_cache: where
+    torch.compile keeps what it makes; None for a fresh folder each time. isolated: each variant in
+    a process of its own; without that, memory is not the variant's own.
     """
 
     cases: tuple[Case, ...]
@@ -55,6 +62,7 @@ class Options:
     command: str = ""
     commit: str | None = None
     cache_dir: Path | None = None
+    compile_cache: Path | None = None
     isolated: bool = True
 
 
@@ -85,6 +93,37 @@ def run_bench(
     return document
 
 
+def prepare_bench(
+    options: Options, jobs: int = 4, say: Say = lambda text: None
+) -> list[dict[str, Any]]:
+    """Fill `options.compile_cache` for the baseline `compile` of every case; nothing is measured.
+
+    jobs: how many cases are compiled at once, each in a process of its own. Returns what each took,
+    in the order of the cases; one that fails says so. Raises as `run_bench` does.
+    """
+    if options.compile_cache is None:
+        raise InvalidInput("what is compiled needs a folder to be kept in: --compile-cache")
+    check(options)
+    folder = options.compile_cache
+
+    def compile_case(case: Case) -> dict[str, Any]:
+        job = Job(case, COMPILE, options.device, scratch=folder, compile_cache=folder)
+        say(f"{title(case)}: compiling, for minutes")
+        try:
+            done = {**case.facts, **_run(options, lambda text: None, precompile, job)}
+        except (ProcessFailed, SwitchyardError) as error:
+            say(f"{title(case)}: failed: {_last_line(error)}")
+            return {**case.facts, "failed": str(error).splitlines()}
+        say(f"{title(case)}: compiled in {done['seconds']:.0f} s")
+        return done
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        return list(pool.map(compile_case, options.cases))
+    finally:
+        pool.shutdown(cancel_futures=True)  # those under way come to their end
+
+
 def check(options: Options) -> None:
     """Raise for a device that is not here, and for baselines that cannot run on it."""
     device = options.device
@@ -109,6 +148,7 @@ def _measure_case(
     """All rows of a case, the engine's first, since it knows the arithmetic of a forward."""
     variants = [ENGINE, *(name for name in BASELINES if name in options.baselines)]
     tflop: float | None = None
+    measured: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(
         prefix="switchyard-bench-", ignore_cleanup_errors=True
     ) as scratch:
@@ -125,6 +165,7 @@ def _measure_case(
                 ops=options.ops,
                 ceilings=ceilings,
                 cache_dir=options.cache_dir,
+                compile_cache=options.compile_cache,
             )
 
         say(f"{title(case)}: float32, to which all are compared")
@@ -133,7 +174,7 @@ def _measure_case(
         except (ProcessFailed, SwitchyardError) as error:
             say(f"{title(case)}: there is no float32 result, so no errors: {_last_line(error)}")
         for variant in variants:
-            say(f"{title(case)}: {variant}" + ("" if variant != "compile" else ", for minutes"))
+            say(f"{title(case)}: {variant}" + ("" if variant != COMPILE else ", for minutes"))
             row = _row(options, say, job(variant))
             tflop = row.pop("tflop", tflop)
             if tflop is not None:
@@ -144,8 +185,17 @@ def _measure_case(
             if table is not None:
                 document.setdefault("ops", []).append({"run": run, **case.facts, **table})
             document["rows"].append(row)
+            measured[variant] = row
+            if EAGER in measured:
+                _compare_memory(measured[ENGINE], measured[EAGER])
             say(f"{title(case)}: {_summary(row)}")
             keep(document)
+
+
+def _compare_memory(engine: dict[str, Any], eager: Mapping[str, Any]) -> None:
+    ours, theirs = engine["vram_mib"], eager["vram_mib"]
+    if ours is not None and theirs:
+        engine["vram_over_eager"] = ours / theirs
 
 
 def _row(options: Options, say: Say, job: Job) -> dict[str, Any]:
@@ -205,10 +255,24 @@ def speedup(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float 
 
 
 def faithful(row: Mapping[str, Any]) -> bool:
-    """Whether a row's error is at most 1.1 times plain PyTorch's in the same precision."""
+    """Whether a row's error is at most 1.1 times plain PyTorch's in the same precision.
+
+    That of every seed, where they are known.
+    """
     own, plain = row.get("rel_err"), row.get("rel_err_eager")
     if own is None or plain is None:
         return False
+    return _close(own, plain, row) and not unfaithful_seeds(row)
+
+
+def unfaithful_seeds(row: Mapping[str, Any]) -> list[int]:
+    """The seeds at which a row's error is too large."""
+    own, plain = row.get("rel_err_by_seed"), row.get("rel_err_eager_by_seed")
+    pairs = enumerate(zip(own or (), plain or (), strict=False))
+    return [seed for seed, (mine, theirs) in pairs if not _close(mine, theirs, row)]
+
+
+def _close(own: float, plain: float, row: Mapping[str, Any]) -> bool:
     # In float32 both are rounding alone, where a ratio of the two says nothing.
     return bool(own <= max(1.1 * plain, 1e-5 if row.get("precision") == "fp32" else 0.0))
 
@@ -223,7 +287,8 @@ def _summary(row: Mapping[str, Any]) -> str:
         return f"{row['variant']} failed: {row['failed'][-1]}"
     step, cold = step_ms(row), row["cold_s"]
     error = "unknown" if row["rel_err"] is None else f"{row['rel_err']:.2g}"
-    return f"{row['variant']} {step:.2f} ms a step, first after {cold:.1f} s, error {error}"
+    first = "compiled before" if cold is None else f"first after {cold:.1f} s"
+    return f"{row['variant']} {step:.2f} ms a step, {first}, error {error}"
 
 
 def _last_line(error: Exception) -> str:

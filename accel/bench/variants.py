@@ -22,13 +22,14 @@ NEED_GPU = ("graph", "compile")
 Forward = Callable[[Inputs], Tensor]
 
 
-def prepare(variant: str, networks: Networks, scratch: Path) -> Forward:
+def prepare(variant: str, networks: Networks, compiled: Path) -> Forward:
     """The networks as `variant` runs them, on the device where they are.
 
-    All but `eager` want a process of their own: they change cuDNN's settings.
+    compiled: the folder for what torch.compile makes. All but `eager` want a process of their own:
+    they change cuDNN's settings.
     """
     if variant == "compile":
-        return _compiled(networks, scratch)
+        return _compiled(networks, compiled)
     return {"eager": eager, "graph": _graph}[variant](networks)
 
 
@@ -73,10 +74,23 @@ def _graph(networks: Networks) -> Forward:
     return call
 
 
-def _compiled(networks: Networks, scratch: Path) -> Forward:
+def keep_compiled_in(folder: Path) -> None:
+    """From here on torch.compile keeps what it makes in `folder`, and looks for it there alone."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.absolute())
+
+
+def cache_counts() -> dict[str, int]:
+    """How many graphs torch.compile found in its folder in this process, and how many not."""
+    from torch._dynamo.utils import counters
+
+    found = counters["inductor"]
+    hits, misses = ("fxgraph_cache_hit", "fxgraph_cache_miss")
+    return {"compile_cache_hits": found[hits], "compile_cache_misses": found[misses]}
+
+
+def _compiled(networks: Networks, folder: Path) -> Forward:
     _channels_last(networks)
-    # A folder of its own: what an earlier run left would pass for a quick start.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
+    keep_compiled_in(folder)
     unet, *controlnets = (
         torch.compile(network, mode="reduce-overhead", fullgraph=True, dynamic=False)
         for network in (networks.unet, *networks.controlnets)

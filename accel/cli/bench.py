@@ -92,6 +92,25 @@ def add(commands: Any) -> None:
         action="store_true",
         help="add the rows to --out, if it is of the same machine, software and commit",
     )
+    command.add_argument(
+        "--compile-cache",
+        type=Path,
+        metavar="FOLDER",
+        help="where torch.compile keeps what it makes, for later runs: its first call is then no "
+        "cold start, and not reported as one (default: a fresh folder each time)",
+    )
+    command.add_argument(
+        "--prepare",
+        action="store_true",
+        help="measure nothing: fill --compile-cache for these cases, several at once",
+    )
+    command.add_argument(
+        "--jobs",
+        type=_number(1, 64),
+        default=4,
+        metavar="N",
+        help="of --prepare: cases at once, each in a process of its own (default: %(default)s)",
+    )
     command.add_argument("--commit", help="for a copy without git: what is measured")
     command.add_argument(
         "--timeout",
@@ -109,6 +128,8 @@ def run(options: argparse.Namespace) -> int:
     from ..bench import results
 
     _check_files(options)
+    if options.prepare:
+        return _prepare(options)
     if options.source is not None:
         document = results.load(options.source)
     else:
@@ -127,12 +148,43 @@ def run(options: argparse.Namespace) -> int:
     return 1 if any(row.get("failed") for row in document["rows"]) else 0
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    """Fill torch.compile's folder, and say what that took."""
+    from dataclasses import replace
+
+    from ..bench.results import extras
+    from ..bench.run import COMPILE, prepare_bench
+
+    wanted = replace(_options(options), baselines=(COMPILE,))
+    done = prepare_bench(wanted, options.jobs, _say)
+    if options.json:
+        output.print_json({"prepared": done})
+    else:
+        numbers = ("seconds", "found", "compiled")
+        output.print_table(
+            ("network", "with", *numbers),
+            [
+                (
+                    f"{case['model']} {case['width']}x{case['height']}",
+                    " + ".join(extras(case)),
+                    "FAILED" if case.get("failed") else _shown(case["seconds"], ".1f"),
+                    _shown(case.get("compile_cache_hits"), "d"),
+                    _shown(case.get("compile_cache_misses"), "d"),
+                )
+                for case in done
+            ],
+            right=numbers,
+        )
+    return 1 if any(case.get("failed") for case in done) else 0
+
+
 def _measure(options: argparse.Namespace) -> Any:
     from ..bench import results
     from ..bench.run import run_bench
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
     def keep(document: Any) -> None:
         if options.out is not None:
@@ -141,7 +193,7 @@ def _measure(options: argparse.Namespace) -> Any:
     append_to = None
     if options.append and options.out.exists():
         append_to = (results.load(options.out), options.out)
-    return run_bench(_options(options), say, keep, append_to)
+    return run_bench(_options(options), _say, keep, append_to)
 
 
 def _options(options: argparse.Namespace) -> Options:
@@ -176,6 +228,7 @@ def _options(options: argparse.Namespace) -> Options:
         timeout=options.timeout,
         command=" ".join(["python -m accel", *sys.argv[1:]]),
         commit=options.commit,
+        compile_cache=options.compile_cache and options.compile_cache.absolute(),
     )
 
 
@@ -185,6 +238,15 @@ def _check_files(options: argparse.Namespace) -> None:
         raise InvalidInput("--append needs the file: --out")
     if options.source is not None and options.out is not None:
         raise InvalidInput("--from measures nothing that --out could hold")
+    if options.prepare:
+        for name in ("source", "out", "plot", "ops"):
+            if getattr(options, name):
+                flag = "from" if name == "source" else name
+                raise InvalidInput(f"--prepare measures nothing: leave --{flag} out")
+        if options.compile_cache is None:
+            raise InvalidInput("--prepare needs the folder: --compile-cache")
+    if options.compile_cache is not None and options.compile_cache.is_file():
+        raise InvalidInput(f"{options.compile_cache} is a file: --compile-cache is a folder")
     for path in (options.out, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise InvalidInput(f"{path}: there is no such folder")
@@ -196,35 +258,60 @@ def _check_files(options: argparse.Namespace) -> None:
 
 def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     from ..bench.results import extras
-    from ..bench.run import faithful, speedup, step_ms
+    from ..bench.run import speedup, step_ms
 
     table = []
     for row in rows:
-        error, plain = row.get("rel_err"), row.get("rel_err_eager")
         gain = speedup(row, rows)
         table.append(
             (
                 f"{row['model']} {row['width']}x{row['height']}",
                 " + ".join(extras(row)),
-                row["variant"] + (" FAILED" if row.get("failed") else ""),
+                row["variant"]
+                + (" FAILED" if row.get("failed") else "")
+                + (", warm cache" if row.get("compile_cache") == "warm" else ""),
                 _shown(row.get("ms"), ".2f"),
                 _shown(step_ms(row), ".2f"),
                 _shown(gain, ".2f") + ("x" if gain is not None else ""),
                 _shown(row.get("cold_s"), ".1f"),
                 _shown(row.get("vram_mib"), "d"),
+                _shown(row.get("vram_over_eager"), ".2f"),
                 _shown(None if row.get("mfu") is None else 100 * row["mfu"], ".0f"),
                 _shown(row.get("kernels"), "d"),
-                _shown(error, ".2g")
-                + ("" if error is None or faithful(row) or plain is None else " TOO LARGE"),
-                _shown(plain, ".2g"),
+                _error(row),
+                _shown(row.get("rel_err_eager"), ".2g"),
             )
         )
-    numbers = ("ms", "ms a step", "engine is", "cold s", "MiB", "MFU %", "kernels")
+    numbers = ("ms", "ms a step", "engine is", "cold s", "MiB", "of eager's", "MFU %", "kernels")
     columns = ("network", "with", "variant", *numbers, "error", "eager's")
     output.print_table(columns, table, right=(*numbers, "error", "eager's"))
     for row in rows:
         if row.get("failed"):
             print(f"{row['variant']} of {row['model']}: {row['failed'][-1]}")
+        if "added_calls" in row.get("controlnet_toggle", ()):  # older files do not know
+            print(_toggled(row))
+
+
+def _error(row: Mapping[str, Any]) -> str:
+    """The worst seed's error, and at which seeds it is too large."""
+    from ..bench.run import faithful, unfaithful_seeds
+
+    text = _shown(row.get("rel_err"), ".2g")
+    if row.get("rel_err") is None or row.get("rel_err_eager") is None or faithful(row):
+        return text
+    seeds = unfaithful_seeds(row)
+    which = f" (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})" if seeds else ""
+    return f"{text} TOO LARGE{which}"
+
+
+def _toggled(row: Mapping[str, Any]) -> str:
+    """What a ControlNet adds to the UNet: kernels where they were counted, or else calls."""
+    from ..bench.results import title
+
+    toggle = row["controlnet_toggle"]
+    what = "calls" if toggle.get("added_kernels") is None else "kernels"
+    added, plain = (toggle.get(name) for name in (f"added_{what}", f"step_{what}_without"))
+    return f"{title(row)}: its residuals add {added} {what} to the {plain} of a step of the UNet"
 
 
 def _print_table(table: Mapping[str, Any]) -> None:
@@ -232,14 +319,19 @@ def _print_table(table: Mapping[str, Any]) -> None:
     from ..bench.results import title
 
     console = output.stdout()
+    slower = table.get("slower_than_library")  # older files do not know
     console.print(
         f"{title(table)}: kernels one by one "
         f"{table['sum_us'] / 1e3:.2f} ms, their floor {table['floor_us'] / 1e3:.2f} ms"
-        + (f"; {table['unmeasured']} calls could not be timed" if table["unmeasured"] else ""),
+        + (f"; {table['unmeasured']} calls could not be timed" if table["unmeasured"] else "")
+        + ("" if slower is None else f"; {slower} calls slower than the library's"),
         soft_wrap=True,
     )
+    others = ("library ms", "over it x", "compiled ms", "over that x")
+    sums = ("calls", "ms", "share %", "floor ms", "gap ms", "TFLOP/s", *others)
+    products = table.get("products")
     output.print_table(
-        ("operator", "calls", "ms", "share %", "floor ms", "gap ms", "TFLOP/s"),
+        ("operator", *sums),
         [
             (
                 group["op"],
@@ -249,20 +341,25 @@ def _print_table(table: Mapping[str, Any]) -> None:
                 f"{group['floor_us'] / 1e3:.3f}",
                 f"{group['gap_us'] / 1e3:.3f}",
                 f"{group['tflops']:.3g}" if group["tflops"] else "",
+                *_compared(group, "library"),
+                *_compared(group, "compiled"),
             )
-            for group in table["operators"]
+            for group in [*table["operators"], *([products] if products else [])]
         ],
-        right=("calls", "ms", "share %", "floor ms", "gap ms", "TFLOP/s"),
+        right=sums,
     )
     shown = table["calls"][:SHOWN_CALLS]
+    numbers = ("gap ms", "share %", "n", "us", "library us", "compiled us", "floor us")
     output.print_table(
-        ("gap ms", "share %", "n", "us", "floor us", "operator", "sizes", "kernel", "part"),
+        (*numbers, "operator", "sizes", "kernel", "part"),
         [
             (
                 "" if call["gap_us"] is None else f"{call['gap_us'] / 1e3:.3f}",
                 "" if call["share"] is None else f"{100 * call['share']:.1f}",
                 str(call["count"]),
-                _shown(call["us"], ".1f"),
+                _shown(call["us"], ".1f") + (" SLOWER" if call.get("slower_than_library") else ""),
+                _shown(call.get("library_us"), ".1f"),
+                _shown(call.get("compiled_us"), ".1f"),
                 f"{call['floor_us']:.1f}",
                 call["op"],
                 call["shape"],
@@ -271,12 +368,18 @@ def _print_table(table: Mapping[str, Any]) -> None:
             )
             for call in shown
         ],
-        right=("gap ms", "share %", "n", "us", "floor us"),
+        right=numbers,
     )
     rest = table["calls"][SHOWN_CALLS:]
     if rest:
         gap = sum(call["gap_us"] or 0.0 for call in rest) / 1e3
         console.print(f"and {len(rest)} more with {gap:.3f} ms between them: --json has them")
+
+
+def _compared(group: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """Milliseconds of the library or of torch.compile, and how many times faster ours are."""
+    us = group.get(f"{name}_us")
+    return _shown(None if us is None else us / 1e3, ".3f"), _shown(group.get(f"over_{name}"), ".2f")
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -12,9 +12,11 @@ What makes them fast where libraries are not:
   stored. Through a descriptor these columns are the next head's, else the part's own ones again.
 - At these widths a softmax costs as much as the products, and what a multiprocessor issues counts
   as much as its 16 exponentials a clock. So the sum of each row may come from the tensor cores (a
-  product with ones), and one in eight or four exponentials from a polynomial on the FMA units.
-  Half-precision exponentials are no way out: Hopper computes the two of a pair one after the
-  other, and rounding their arguments triples the error of the weights.
+  product with ones). Other exponentials are no way out: of a pair of half-precision ones Hopper
+  computes one after the other, and rounding their arguments triples the error of the weights; one
+  in eight by a polynomial on the FMA units was slower on an H100 at every head size.
+- A block's second product runs beside the next block's first. Leaving it in flight through the next
+  softmax, too, would need its operand's registers kept, which Triton does not do: wrong results.
 - The loop has no mask: keys that do not fill a block are a block of their own after it.
 
 Softmax and sums are fp32; the weights are rounded to the operands' type for the second product, as
@@ -43,7 +45,7 @@ WIDEST = 160
 SHORT = 192
 """Keys that `_short` can hold at once."""
 
-MOST_CONFIGS = 13
+MOST_CONFIGS = 8
 """Variants that a call is tried with."""
 
 _LOG2_E = 1.4426950408889634
@@ -52,90 +54,6 @@ _OFFSETS = 1 << 31
 
 _headroom = tl.constexpr(8.0)
 """Weights are at most 2**8 instead of 1, in which fp16 has eight more bits before it underflows."""
-
-# 2**f = c0 + f * (c1 + f * (c2 + f * c3)) for |f| <= 1/2 with the least relative error, 7.5e-5,
-# where rounding to fp16 makes up to 4.9e-4. Adding 1.5 * 2**23 rounds to an integer.
-_c0 = tl.constexpr(0.9999280571937561)  # 0x3F7FFB49
-_c1 = tl.constexpr(0.6932609677314758)  # 0x3F31798D
-_c2 = tl.constexpr(0.2426111251115799)  # 0x3E786F0D
-_c3 = tl.constexpr(0.0551716685295105)  # 0x3D61FBB0
-_round = tl.constexpr(12582912.0)  # 0x4B400000
-_least = tl.constexpr(-126.0)  # 0xC2FC0000
-
-_one_in_four = tl.constexpr("""{
-.reg .f32 x, t, p;
-.reg .b32 n;
-ex2.approx.ftz.f32 $0, $4;
-ex2.approx.ftz.f32 $1, $5;
-ex2.approx.ftz.f32 $2, $6;
-max.NaN.f32 x, $7, 0fC2FC0000;
-add.rn.f32 t, x, 0f4B400000;
-mov.b32 n, t;
-add.rn.f32 t, t, 0fCB400000;
-sub.rn.f32 x, x, t;
-fma.rn.f32 p, x, 0f3D61FBB0, 0f3E786F0D;
-fma.rn.f32 p, p, x, 0f3F31798D;
-fma.rn.f32 p, p, x, 0f3F7FFB49;
-mov.b32 $3, p;
-shl.b32 n, n, 23;
-add.s32 $3, $3, n;
-}""")
-
-_one_in_eight = tl.constexpr("""{
-.reg .f32 x, t, p;
-.reg .b32 n;
-ex2.approx.ftz.f32 $0, $8;
-ex2.approx.ftz.f32 $1, $9;
-ex2.approx.ftz.f32 $2, $10;
-ex2.approx.ftz.f32 $3, $11;
-ex2.approx.ftz.f32 $4, $12;
-ex2.approx.ftz.f32 $5, $13;
-ex2.approx.ftz.f32 $6, $14;
-max.NaN.f32 x, $15, 0fC2FC0000;
-add.rn.f32 t, x, 0f4B400000;
-mov.b32 n, t;
-add.rn.f32 t, t, 0fCB400000;
-sub.rn.f32 x, x, t;
-fma.rn.f32 p, x, 0f3D61FBB0, 0f3E786F0D;
-fma.rn.f32 p, p, x, 0f3F31798D;
-fma.rn.f32 p, p, x, 0f3F7FFB49;
-mov.b32 $7, p;
-shl.b32 n, n, 23;
-add.s32 $7, $7, n;
-}""")
-
-
-@triton.jit
-def exp2_polynomial(x):
-    """`2**x` without the exponential unit, within 7.6e-5 of itself, and 2**-126 below that."""
-    x = tl.maximum(x, _least)
-    shifted = x + _round
-    f = x - (shifted - _round)
-    power = ((_c3 * f + _c2) * f + _c1) * f + _c0
-    # The low bits of `shifted` are the integer part, which belongs into the exponent.
-    exponent = shifted.to(tl.int32, bitcast=True) << 23
-    return (power.to(tl.int32, bitcast=True) + exponent).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _exp2(x, COLUMNS: tl.constexpr, POLY: tl.constexpr, PORTABLE: tl.constexpr):
-    """`2**x`, one in `POLY` of them (0: none) by polynomial; which ones is the layout's affair."""
-    if POLY == 0:
-        result = tl.exp2(x)
-    elif PORTABLE:
-        chosen = (tl.arange(0, COLUMNS) % POLY)[None, :] == POLY - 1
-        result = tl.where(chosen, exp2_polynomial(x), tl.exp2(x))
-    elif POLY == 4:
-        result = tl.inline_asm_elementwise(
-            _one_in_four, "=f,=f,=f,=f,f,f,f,f", [x], dtype=tl.float32, is_pure=True, pack=4
-        )
-    else:
-        tl.static_assert(POLY == 8)
-        registers: tl.constexpr = "=f,=f,=f,=f,=f,=f,=f,=f,f,f,f,f,f,f,f,f"
-        result = tl.inline_asm_elementwise(
-            _one_in_eight, registers, [x], dtype=tl.float32, is_pure=True, pack=8
-        )
-    return result
 
 
 @triton.jit
@@ -223,13 +141,13 @@ def _scores(query0, query1, key0, key1, PARTS: tl.constexpr, PORTABLE: tl.conste
 
 
 @triton.jit
-def _softmax(peak, scores, scale, KEYS: tl.constexpr, POLY: tl.constexpr, PORTABLE: tl.constexpr):
+def _softmax(peak, scores, scale):
     """The largest logit with a block's `scores`, their weights, and what earlier weights become.
 
     peak: the largest logit so far, in powers of two.
     """
     highest = tl.maximum(peak, tl.max(scores, 1) * scale - _headroom)
-    weights = _exp2(scores * scale - highest[:, None], KEYS, POLY, PORTABLE)
+    weights = tl.exp2(scores * scale - highest[:, None])
     return highest, weights, tl.exp2(peak - highest)
 
 
@@ -293,17 +211,6 @@ def _block(
     return part0, part1
 
 
-@triton.jit
-def _in_registers(x, PORTABLE: tl.constexpr):
-    """`x` as it is; to Triton a result, which it leaves in registers, not a loop's argument."""
-    result = x
-    if not PORTABLE:
-        result = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2
-        )
-    return result
-
-
 @triton.jit(do_not_specialize=["queries", "keys"])
 def _stream(
     out,
@@ -332,13 +239,10 @@ def _stream(
     STAGES: tl.constexpr,
     TMA: tl.constexpr,
     SUM: tl.constexpr,
-    POLY: tl.constexpr,
-    LAG: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
     """One program: `ROWS` queries of one head of one image, all keys in blocks of `KEYS`.
 
-    LAG: the weights of a block meet its values one block later; there must be a full block.
     key0_blocks, …: descriptors of both parts' blocks where `TMA`. scale: with log2(e) in it.
     """
     PARTS: tl.constexpr = 2 if PART1 else 1
@@ -364,44 +268,7 @@ def _stream(
         total = tl.zeros([ROWS], tl.float32)
 
     full = keys // KEYS * KEYS
-    if LAG:
-        # The values' product of a block runs while the next block's weights are computed.
-        key0, key1 = _block(
-            *(key, key0_blocks, key1_blocks, image, column, 0, keys, key_row),
-            *(HEAD, PART0, PART1, KEYS, False, TMA),
-        )
-        scores = _scores(query0, query1, key0, key1, PARTS, PORTABLE)
-        peak, weights, fading = _softmax(peak, scores, scale, KEYS, POLY, PORTABLE)
-        if SUM != "mma":
-            total = tl.sum(weights, 1)
-        rounded = weights.to(out.dtype.element_ty)
-        for start in tl.range(KEYS, full, KEYS, num_stages=STAGES):
-            key0, key1 = _block(
-                *(key, key0_blocks, key1_blocks, image, column, start, keys, key_row),
-                *(HEAD, PART0, PART1, KEYS, False, TMA),
-            )
-            value0, value1 = _block(
-                *(value, value0_blocks, value1_blocks, image, column, start - KEYS, keys),
-                *(value_row, HEAD, PART0, PART1, KEYS, False, TMA),
-            )
-            scores = _scores(query0, query1, key0, key1, PARTS, PORTABLE)
-            result0, result1, total = _gather(
-                *(result0, result1, total, _in_registers(rounded, PORTABLE), value0, value1),
-                *(fading, KEYS, PARTS, SUM, PORTABLE),
-            )
-            peak, weights, fading = _softmax(peak, scores, scale, KEYS, POLY, PORTABLE)
-            if SUM != "mma":
-                total = total * fading + tl.sum(weights, 1)
-            rounded = weights.to(out.dtype.element_ty)
-        value0, value1 = _block(
-            *(value, value0_blocks, value1_blocks, image, column, full - KEYS, keys, value_row),
-            *(HEAD, PART0, PART1, KEYS, False, TMA),
-        )
-        result0, result1, total = _gather(
-            *(result0, result1, total, rounded, value0, value1, fading),
-            *(KEYS, PARTS, SUM, PORTABLE),
-        )
-    for RAGGED in tl.static_range(1 if LAG else 0, 2):
+    for RAGGED in tl.static_range(2):
         for start in tl.range(
             full if RAGGED else 0,
             keys if RAGGED else full,
@@ -420,7 +287,7 @@ def _stream(
             if RAGGED:
                 alive = (start + tl.arange(0, KEYS) < keys)[None, :]
                 scores = tl.where(alive, scores, float("-inf"))
-            peak, weights, fading = _softmax(peak, scores, scale, KEYS, POLY, PORTABLE)
+            peak, weights, fading = _softmax(peak, scores, scale)
             if SUM != "mma":
                 total = total * fading + tl.sum(weights, 1)
             result0, result1, total = _gather(
@@ -585,13 +452,12 @@ def _streamed(rows: int, keys: int, warps: int, stages: int, **others: Any) -> C
     """A variant of `_stream`.
 
     cut: whether a head may be in two parts. sum: "mma" where the tensor cores add up the weights.
-    poly: one in so many exponentials is a polynomial (0: none). registers: at most so many a thread
-    (0: as many as it likes). tma: whether blocks of keys come through descriptors. lag: whether
-    the values' product of a block waits for the next block.
+    registers: at most so many a thread (0: as many as it likes). tma: whether blocks of keys come
+    through descriptors.
     """
     config: dict[str, int | str | bool] = {"kind": "stream", "rows": rows, "keys": keys}
     config |= {"warps": warps, "stages": stages}
-    config |= {"cut": True, "sum": "alu", "poly": 0, "registers": 0, "tma": True, "lag": False}
+    config |= {"cut": True, "sum": "alu", "registers": 0, "tma": True}
     return config | others
 
 
@@ -609,37 +475,26 @@ def _hopper(head: int) -> list[Config]:
     if head > 128:
         return [
             _streamed(64, 64, 4, 3),
-            _streamed(64, 64, 4, 3, lag=True),
-            _streamed(128, 64, 8, 3, lag=True),
             _streamed(128, 64, 8, 3),
             _streamed(64, 32, 4, 3),
+            _streamed(64, 64, 4, 2),
             _streamed(32, 32, 2, 3, tma=False),
         ]
     small = [_streamed(32, 64, 2, 2, tma=False), _streamed(16, 64, 1, 2, tma=False)]
     if head > 64:
         return [
-            _streamed(64, 64, 4, 3, lag=True),
-            _streamed(64, 128, 4, 3, lag=True),
             _streamed(64, 64, 4, 3),
             _streamed(128, 64, 4, 3),
-            _streamed(128, 64, 8, 3, lag=True),
             _streamed(128, 128, 8, 3, sum="mma"),
             _streamed(64, 128, 4, 3),
             *small,
         ]
     return [
-        _streamed(64, 64, 4, 3, lag=True),
-        _streamed(64, 128, 4, 3, lag=True),
-        _streamed(128, 64, 4, 3, cut=False, lag=True),
-        _streamed(128, 64, 4, 3, sum="mma", lag=True),
-        _streamed(128, 128, 8, 3, cut=False, lag=True),
-        _streamed(128, 128, 8, 3, cut=False, lag=True, poly=8),
-        _streamed(128, 64, 8, 3, lag=True),
-        _streamed(128, 64, 8, 3, cut=False, lag=True),
         _streamed(128, 64, 4, 3, cut=False, sum="mma"),
         _streamed(128, 128, 8, 3, cut=False, registers=128),
         _streamed(64, 128, 4, 3),
         _streamed(64, 64, 4, 3),
+        _streamed(128, 64, 4, 3, sum="mma"),
         *small,
     ]
 
@@ -748,12 +603,7 @@ def _configs(call: Call, hardware: Hardware) -> Sequence[Config]:
     if shape.keys > SHORT // 2 or not found:
         variants = {9: _hopper, 10: _blackwell}.get(shape.generation, _ampere)(shape.head)
         found = found[:5] + _ranked(variants, shape)
-    return [
-        config
-        for config in found
-        if _shared(config, shape) <= shape.shared
-        and not (config.get("lag") and shape.keys < 2 * int(config["keys"]))
-    ][:MOST_CONFIGS]
+    return [config for config in found if _shared(config, shape) <= shape.shared][:MOST_CONFIGS]
 
 
 def _readable(spec: TensorSpec, width: int) -> bool:
@@ -850,8 +700,6 @@ def attention(
         "STAGES": config["stages"],
         "TMA": config["tma"],
         "SUM": config["sum"],
-        "POLY": config["poly"],
-        "LAG": config["lag"],
     }
     if config["registers"]:
         options["maxnreg"] = config["registers"]

@@ -43,7 +43,7 @@ from .registry import Call, Config, TensorSpec, triton_kernel
 HALVES = (torch.float16, torch.bfloat16)
 EARLY_SINCE = (3, 6)
 """The version of Triton that can launch a kernel before its predecessor has ended."""
-MOST_CONFIGS = 10
+MOST_CONFIGS = 9
 PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)
 """Into how many parts a sum may be split. Few, so that image sizes near by offer the same."""
 

@@ -27,6 +27,13 @@ from .profile import PROFILE_VERSION, Entry, Profile
 
 logger = logging.getLogger(__name__)
 
+TIE = 1.02
+"""Times within this factor of the best are as good: the candidate that is preferred is taken.
+
+What measuring leaves open is so decided alike from run to run, and for the kernels that overlap
+with their neighbours, which timing one call does not show.
+"""
+
 SAVED_AT_ONCE = 16
 """Measurements that are written to disk together; a process that is killed loses no more."""
 
@@ -149,11 +156,15 @@ class Selector:
 
 
 def fastest(results: Sequence[Measurement]) -> Entry | None:
-    """The fastest of a call's candidates, or None if none could be measured."""
+    """The first of the fastest candidates, or None if none could be measured.
+
+    results: in the order of preference.
+    """
     measured = [(r.us, r) for r in results if r.us is not None]
     if not measured:
         return None
-    us, best = min(measured, key=lambda pair: pair[0])
+    limit = TIE * min(us for us, _ in measured)
+    us, best = next((us, result) for us, result in measured if us <= limit)
     return Entry(best.kernel.name, best.config, us)
 
 

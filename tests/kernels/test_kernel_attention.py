@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import triton
-import triton.language as tl
 from harness import CHIPS, DEVICE, call_of, check, chip, find, run
 
 from accel.kernels import Call, Config, TensorSpec, load_triton
@@ -78,7 +77,6 @@ def told_apart(variants: list[Config]) -> list[Config]:
 def test_every_variant(head: int, dtype: torch.dtype) -> None:
     """All that any chip is given, with full blocks of keys and a ragged one."""
     every = [*family._hopper(head), *family._blackwell(head), *family._ampere(head)]
-    every.append(family._streamed(64, 64, 4, 3, cut=False, poly=4, sum="mma"))
     tensors = crossed(1, 16, 150, 1, head, dtype)
     for config in told_apart(every):
         check(NAME, tensors, usual(1, head), config)
@@ -123,10 +121,7 @@ def test_what_each_chip_would_run(capability: Any) -> None:
 VARIANTS = [
     family._streamed(16, 32, 1, 2),
     family._streamed(16, 32, 1, 2, sum="mma"),
-    family._streamed(16, 32, 1, 2, poly=8),
-    family._streamed(16, 32, 1, 2, lag=True),
-    family._streamed(16, 32, 1, 2, lag=True, sum="mma", cut=False),
-    family._streamed(16, 32, 1, 2, sum="mma", poly=4),
+    family._streamed(16, 32, 1, 2, sum="mma", cut=False),
     family._shortened(16, 1, 1),
 ]
 
@@ -177,31 +172,10 @@ def test_a_value_that_dominates_is_not_lost() -> None:
 
 def test_results_do_not_depend_on_the_rest_of_the_batch() -> None:
     tensors = merged(2, 40, 1, 40)
-    for config in (family._streamed(64, 32, 4, 3, sum="mma", poly=4), family._shortened(64, 4, 1)):
+    for config in (family._streamed(64, 32, 4, 3, sum="mma"), family._shortened(64, 4, 1)):
         together = run(NAME, tensors, usual(1, 40), config)
         alone = run(NAME, [t[1:2] for t in tensors], usual(1, 40), config)
         assert torch.equal(together[1:2], alone)
-
-
-@triton.jit
-def _evaluate(x, y, COUNT: tl.constexpr):
-    at = tl.arange(0, COUNT)
-    tl.store(y + at, family.exp2_polynomial(tl.load(x + at)))
-
-
-def test_the_polynomial_keeps_its_bound() -> None:
-    """7.6e-5 relative from -126 to 8, a third of what rounding to fp16 alone may cost."""
-    x = torch.linspace(-126, 8, 1 << 16, device=DEVICE)
-    x[:4] = torch.tensor([0.0, -0.0, -125.5, -0.5])
-    y = torch.empty_like(x)
-    _evaluate[(1,)](x, y, x.numel())
-    exact = torch.exp2(x.double())
-    worst = float(((y.double() - exact) / exact).abs().max())
-    assert 6e-5 < worst < 7.6e-5
-    low = torch.tensor([-127.0, -1e4, -3e38, float("-inf")], device=DEVICE)
-    y = torch.empty_like(low)
-    _evaluate[(1,)](low, y, low.numel())
-    assert bool((y > 0).all()) and float(y.max()) <= 2.0**-125.9
 
 
 # What is chosen.
@@ -262,7 +236,7 @@ def test_every_chip_has_a_few_variants_that_fit(size: Call, capability: Any) -> 
         assert family._shared(config, shape) <= hardware.shared_bytes
         assert kernel.workspace(size, config) == 0
         assert not (config.get("tma") and capability[0] not in (9, 10))
-        assert capability[0] == 9 or (config.get("sum", "alu") == "alu" and not config.get("poly"))
+        assert capability[0] == 9 or config.get("sum", "alu") == "alu"
     prompts = size.tensors[1] is not None and size.tensors[1].shape[1] <= 96
     if prompts and shape.head < 160:
         assert {config["kind"] for config in chosen} == {"short"}
@@ -279,10 +253,8 @@ def test_the_right_tiles_come_first() -> None:
     assert first(call(queries=256, head=160))["rows"] in (32, 64)  # 128 would be 32 blocks
     prompt = call(queries=1024, keys=77, heads=20, head=64)
     assert family._programs(first(prompt), family._Shape.of(prompt, hopper)) >= 132
-    kinds = {(c["cut"], c["lag"]) for c in family._configs(call(head=40), hopper)}
-    assert {(True, False), (True, True), (False, False), (False, True)} <= kinds
-    short = family._configs(call(queries=200, keys=100, head=40), hopper)  # no second full block
-    assert not any(config.get("lag") and config["keys"] > 50 for config in short)
+    kinds = {(c["cut"], c["sum"]) for c in family._configs(call(head=40), hopper)}
+    assert {(True, "mma"), (False, "mma"), (False, "alu")} <= kinds
 
 
 def test_heads_and_prompts_are_padded_little() -> None:

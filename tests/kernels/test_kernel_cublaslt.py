@@ -63,7 +63,8 @@ def slices(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     assert x is not None and residual is not None
     apart = F.pad(x, (8, 16), value=7.0)[..., 8:-16]
     beside = F.pad(residual, (16, 8), value=7.0)[..., 16:-8]
-    assert not apart.is_contiguous() and not beside.is_contiguous()
+    if x.shape[0] > 1:  # of a single row, nothing tells
+        assert not apart.is_contiguous() and not beside.is_contiguous()
     return [apart, weight, bias, beside]
 
 
