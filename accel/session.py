@@ -68,7 +68,7 @@ class Session:
         self.precision, self.dtype = precision, PRECISIONS[precision]
         root = Path(cache_dir) if cache_dir is not None else settings().cache_dir
         self.cache = open_cache(root, settings().cache_bytes)
-        self._selector = selector_for(self.device, root, measuring=True)
+        self._selector = selector_for(self.device, root, measuring=True, waiting=True)
         self.captures = 0
         self._progress = progress
         self._lock = threading.RLock()

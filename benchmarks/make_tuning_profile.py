@@ -24,6 +24,7 @@ from accel.hardware import Hardware, describe
 from accel.kernels import Call
 from accel.plan.schema import Plan
 from accel.runtime.calls import calls_of
+from accel.tuning.compiling import Compiler
 from accel.tuning.measure import measure
 from accel.tuning.profile import SHIPPED, Entry, Profile, identity
 from accel.tuning.select import fastest
@@ -67,7 +68,7 @@ def _measured(
     calls: list[Call], hardware: Hardware, device: torch.device
 ) -> tuple[dict[str, Entry], dict[str, Any]]:
     started, entries, details = time.perf_counter(), {}, {}
-    for call, results in measure(calls, hardware, device):
+    for call, results in measure(calls, Compiler(hardware, device), device):
         best = fastest(results)
         if best is not None:
             entries[call.key] = best

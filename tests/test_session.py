@@ -36,6 +36,7 @@ from accel.plan.schema import Plan
 from accel.runtime.arena import Arena
 from accel.session import Engine, Session, StateDictSource
 from accel.structure import Structure, structure_of
+from accel.tuning import Choice, Selector
 
 ROOT = Path(__file__).parents[1]
 
@@ -193,6 +194,49 @@ def test_prompt_key_skips_exactly_the_prompt(engine: Engine) -> None:
     changed = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"] * 2}
     assert torch.equal(engine.call((), changed, key="k"), plain), "the key vouches"
     assert torch.equal(engine.call((), changed, key="other"), engine(**changed))
+
+
+class Provisional:
+    """A selector whose choices are provisional until it is settled."""
+
+    def __init__(self, selector: Selector) -> None:
+        self._selector, self.settled = selector, False
+
+    def select(self, calls: Any) -> list[Choice]:
+        found = self._selector.select(calls)
+        return [dataclasses.replace(choice, provisional=not self.settled) for choice in found]
+
+
+def test_kernels_change_between_two_samplings_alone(engine: Engine) -> None:
+    """What was compiled meanwhile is bound when a prompt begins, once, and gives the same."""
+    network = engine._network
+    assert network._selector is not None
+    selector: Any = Provisional(network._selector)
+    network._selector = selector
+    expected = engine.call((), arguments(), "a")
+    assert engine.report()["binds"] == 1
+    selector.settled = True
+    assert torch.equal(engine.call((), arguments(), "a"), expected)
+    assert engine.report()["binds"] == 1, "in the middle of a sampling nothing changes"
+    for _ in range(2):
+        assert torch.equal(engine.call((), arguments(), "b"), expected)
+    assert engine.report()["binds"] == 2
+    for key in ("c", None, None):
+        engine.call((), arguments(), key)
+    assert engine.report()["binds"] == 2
+
+
+def test_what_is_still_compiled_is_not_bound_anew(engine: Engine) -> None:
+    network = engine._network
+    assert network._selector is not None
+    selector: Any = Provisional(network._selector)
+    network._selector = selector
+    for key in ("a", "b", None, None):
+        engine.call((), arguments(), key)
+    assert engine.report()["binds"] == 1
+    selector.settled = True
+    engine.call((), arguments())  # without a key each call is a sampling of its own
+    assert engine.report()["binds"] == 2
 
 
 def test_weights_void_the_prompt_key(engine: Engine) -> None:

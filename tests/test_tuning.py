@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,11 @@ from accel import tuning
 from accel.cache import DiskCache
 from accel.hardware import describe
 from accel.kernels import NO_CONFIG, Call, Kernel, TensorSpec, kernels, load_triton, registry
+from accel.tuning import compiling
 from accel.tuning import measure as measuring
 from accel.tuning import profile as profiles
 from accel.tuning import select as selection
+from accel.tuning.compiling import Compiler
 from accel.tuning.profile import Entry, Profile
 from accel.tuning.select import Selector
 
@@ -60,9 +65,14 @@ def cache(tmp_path: Path) -> DiskCache:
     return DiskCache(tmp_path, 1 << 20, "profile-test")
 
 
-def selector(cache: DiskCache | None = None, measuring: bool = True) -> Selector:
-    chosen = Selector(GPU, torch.device("cuda"), Profile(GPU, cache), measuring)
-    return chosen
+CUDA = torch.device("cuda")
+
+
+def selector(
+    cache: DiskCache | None = None, measuring: bool = True, waiting: bool = True
+) -> Selector:
+    compiler = Compiler(GPU, CUDA, cache)
+    return Selector(compiler, CUDA, Profile(GPU, cache), measuring, waiting)
 
 
 def times(monkeypatch: pytest.MonkeyPatch, us: dict[Any, float]) -> list[str]:
@@ -376,6 +386,117 @@ def test_on_the_cpu_the_reference_runs() -> None:
     assert choice.kernel.name == "reference.add" and choice.config == NO_CONFIG
     assert tuning.selector_for(CPU) is tuning.selector_for(CPU)
     assert describe("cpu").kind == "cpu"
+
+
+# Compiling: what is there, and what is made in the background meanwhile.
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """In place of a launch of Triton's."""
+
+    name: str
+
+    def key(self) -> str:
+        return self.name
+
+    def warm(self) -> None:
+        pass
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Compiling in processes of their own, which takes until `go` is set; `asked`: of what."""
+    state: dict[str, Any] = {"go": threading.Event(), "asked": []}
+
+    def compile_apart(variants: Any, hardware: Any, count: int, niceness: int = 0) -> None:
+        state["asked"] += [kernel.name for kernel, _, _ in variants]
+        assert state["go"].wait(10)
+
+    monkeypatch.setattr(compiling, "compile_apart", compile_apart)
+    yield state
+    state["go"].set()
+
+
+def settle(chooser: Selector) -> None:
+    deadline = time.monotonic() + 10
+    while not chooser.settled:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_libraries_run_until_ours_is_compiled(
+    made: Any, cache: DiskCache, processes: dict[str, Any]
+) -> None:
+    made("ours", priority=0, unmeasured=True, launches=lambda *arguments: [Code("ours")])
+    made("library", priority=5)
+    chooser = selector(cache, measuring=False, waiting=False)
+    first, again = (chooser.select([add_call()])[0] for _ in range(2))
+    assert first.kernel.name == "library" and first.provisional and not chooser.settled
+    assert "until ours is compiled" in first.reason
+    assert again == first and processes["asked"] == ["ours"], "what is under way is asked for once"
+    processes["go"].set()
+    settle(chooser)
+    after = chooser.select([add_call()])[0]
+    assert after.kernel.name == "ours" and not after.provisional
+    # A later process finds it compiled, and does not wait for it.
+    processes["go"].clear()
+    later = selector(cache, measuring=False, waiting=False).select([add_call()])[0]
+    assert later.kernel.name == "ours" and processes["asked"] == ["ours"]
+
+
+def test_who_waits_gets_ours_at_once(made: Any, processes: dict[str, Any]) -> None:
+    made("ours", priority=0, unmeasured=True, launches=lambda *arguments: [Code("ours")])
+    made("library", priority=5)
+    choice = selector(measuring=False).select([add_call()])[0]
+    assert choice.kernel.name == "ours" and not choice.provisional and not processes["asked"]
+
+
+def test_another_triton_has_compiled_nothing(cache: DiskCache, made: Any) -> None:
+    ours = made("ours", launches=lambda *arguments: [Code("ours")])
+    variant = (ours, NO_CONFIG, add_call())
+    before = Compiler(GPU, CUDA, cache)
+    before._remember(compiling._launches([variant]))
+    assert Compiler(GPU, CUDA, cache).has(variant)
+    other = dataclasses.replace(GPU, triton="9.9.0")
+    assert not Compiler(other, CUDA, cache).has(variant)
+    made("changed", launches=lambda *arguments: [Code("ours, changed")])
+    assert not Compiler(GPU, CUDA, cache).has((kernels()[-1], NO_CONFIG, add_call()))  # type: ignore[index]
+
+
+def test_many_kernels_are_compiled_apart_and_few_are_not(
+    made: Any, processes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    warmed: list[str] = []
+    monkeypatch.setattr(Code, "warm", lambda self: warmed.append(self.name))
+    processes["go"].set()
+    few = [made(f"few{i}", launches=lambda *a, i=i: [Code(f"few{i}")]) for i in range(3)]
+    many = [made(f"many{i}", launches=lambda *a, i=i: [Code(f"m{i}")]) for i in range(40)]
+    compiler = Compiler(GPU, CUDA)
+    compiler.compile((kernel, NO_CONFIG, add_call()) for kernel in few)
+    assert not processes["asked"] and sorted(warmed) == ["few0", "few1", "few2"]
+    compiler.compile((kernel, NO_CONFIG, add_call()) for kernel in [*few, *many])
+    assert processes["asked"] == [kernel.name for kernel in many], "the few are known"
+    assert len(warmed) == 43
+
+
+@pytest.mark.skipif(not load_triton(), reason="there is no Triton here")
+def test_a_process_compiles_for_a_gpu_that_is_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it leaves in Triton's cache is code for that GPU."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    half = TensorSpec.of(torch.empty(64, 320, dtype=torch.float16, device="meta"))
+    scale = TensorSpec.of(torch.empty(320, dtype=torch.float16, device="meta"), constant=True)
+    call = Call("layer_norm", half, (half, scale, scale), {"eps": 1e-5})
+    kernel = next(kernel for kernel in kernels() if kernel.name == "triton.layer_norm")
+    config = kernel.configs(call, GPU)[0]  # type: ignore[misc]
+    compiling.compile_apart([(kernel, config, call)], GPU, 1)
+    (found,) = tmp_path.rglob("_layer_norm.cubin")
+    assert found.stat().st_size > 1000
+    assert '"arch": 90' in next(tmp_path.rglob("_layer_norm.json")).read_text()
 
 
 # Measuring: what surrounds the clock, which needs a GPU.

@@ -93,7 +93,8 @@ class Launch:
 
     def key(self) -> str:
         """What makes it another piece of code than a second launch's."""
-        return repr((self.kernel.__name__, *self.specialise(), sorted(self.options.items())))
+        source = getattr(self.kernel, "cache_key", self.kernel.__name__)  # interpreted: a name
+        return repr((source, *self.specialise(), sorted(self.options.items())))
 
 
 def interpreted(kernel: Any) -> bool:

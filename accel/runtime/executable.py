@@ -23,7 +23,7 @@ from ..kernels import Call, TensorSpec
 from ..plan.memory import Interval
 from ..plan.schema import Input, Plan, Step, resolve
 from ..plan.shapes import evaluate, evaluate_shape, names
-from ..tuning import Choice, Selector, compile_ahead, selector_for, side_stream
+from ..tuning import Choice, Selector, selector_for, side_stream
 from .arena import Arena
 
 _PROMPT = ("static", "prompt")
@@ -269,6 +269,7 @@ class Executable:
                 )
                 calls[step.output] = Call(step.op, TensorSpec.of(out), specs, attrs)
         choices = self._selector.select(list(calls.values()))
+        self._provisional = any(choice.provisional for choice in choices)
         for (name, call), choice in zip(calls.items(), choices, strict=True):
             size = choice.kernel.workspace(call, choice.config)
             traits[name] = replace(traits[name], call=call, choice=choice, workspace=size)
@@ -395,11 +396,8 @@ class Executable:
 
     def _capture(self) -> None:
         """Run once to let libraries choose their algorithms, then record both parts."""
-        chosen = {
-            call.key: (choice.kernel, choice.config, call) for _, call, choice in self.calls()
-        }
-        with torch.cuda.device(self.device):
-            compile_ahead(chosen.values(), self._selector.hardware)
+        chosen = {call.key: (call, choice) for _, call, choice in self.calls()}
+        self._selector.prepare(list(chosen.values()))
         stream = side_stream(self.device.index or 0)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         try:
@@ -431,6 +429,15 @@ class Executable:
         self._graphs = None
         self._outputs = []
         self._arena.release(self._layout)
+
+    def outdated(self, key: object | None) -> bool:
+        """Whether binding anew would give other kernels, and a call with `key` begins a sampling.
+
+        A sampling is not to change its kernels half-way.
+        """
+        if not self._provisional or not self._selector.settled:
+            return False
+        return key is None or key != self.prompt.key
 
     def kernels(self) -> Counter[str]:
         """How many calls go to each kernel."""

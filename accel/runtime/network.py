@@ -209,11 +209,11 @@ class Network:
             self.activate(seat)
             vouched = None if key is None else (key, self._epoch)
             try:
-                return self._run(self._executable(plan, dims), inputs, vouched)
+                return self._run(self._executable(plan, dims, vouched), inputs, vouched)
             except OutOfMemory:  # what seats that wait and other shapes hold is given up for it
                 self.free_parked()
                 self.clear_executables()
-                return self._run(self._executable(plan, dims), inputs, vouched)
+                return self._run(self._executable(plan, dims, vouched), inputs, vouched)
 
     def _run(
         self, executable: Executable, inputs: Mapping[str, torch.Tensor], key: object | None
@@ -244,8 +244,12 @@ class Network:
             self._plans[absent] = self.plan.without(absent)
         return self._plans[absent]
 
-    def _executable(self, plan: Plan, dims: Mapping[str, int]) -> Executable:
+    def _executable(self, plan: Plan, dims: Mapping[str, int], prompt: object | None) -> Executable:
+        """The executable of a size, made or made anew if need be, for a call with that key."""
         key = (plan.inputs, tuple(dims.items()))
+        if key in self._executables and self._executables[key].outdated(prompt):
+            self.weights.synchronize()  # replays under way still use its buffers
+            self._executables.pop(key).release()
         if key in self._executables:
             self._executables.move_to_end(key)
             return self._executables[key]

@@ -1,7 +1,6 @@
 """Which kernel, in which configuration, runs each call: measured where it can be, remembered."""
 
-from .compiling import compile_ahead
 from .measure import side_stream
 from .select import Choice, Selector, selector_for
 
-__all__ = ["Choice", "Selector", "compile_ahead", "selector_for", "side_stream"]
+__all__ = ["Choice", "Selector", "selector_for", "side_stream"]

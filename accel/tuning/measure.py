@@ -21,7 +21,7 @@ import torch
 from .. import kernels
 from ..hardware import Hardware
 from ..kernels.registry import Call, Config, Kernel, TensorSpec, reference
-from .compiling import compile_ahead
+from .compiling import Compiler
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ class Measurement:
 
 
 def measure(
-    calls: Sequence[Call], hardware: Hardware, device: torch.device
+    calls: Sequence[Call], compiler: Compiler, device: torch.device
 ) -> Iterator[tuple[Call, list[Measurement]]]:
     """Each call with the times of its candidates, in the order of preference."""
+    hardware = compiler.hardware
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-        compile_ahead(
-            ((kernel, config, call) for call in calls for kernel, config in _timed(call, hardware)),
-            hardware,
+        compiler.compile(
+            (kernel, config, call) for call in calls for kernel, config in _timed(call, hardware)
         )
         torch.cuda.synchronize(device)
         clock = Clock(device, hardware)

@@ -1,7 +1,8 @@
 """The choice of a kernel for each call: what a profile says, what measuring says, or the default.
 
 One selector serves a device. Its choices stay the same for the life of the process, so that equal
-runs give equal bits; what is measured now counts from here on, also in later processes.
+runs give equal bits; what is measured now counts from here on, also in later processes. Only where
+nobody is to wait for compilers are they provisional at first: libraries run until ours is compiled.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import torch
 
 from .. import kernels
 from ..cache import DiskCache
-from ..hardware import Hardware, describe
+from ..hardware import describe
 from ..kernels.registry import Call, Config, Kernel
 from ..settings import settings
-from .compiling import compile_ahead, launches_of
+from .compiling import Compiler, launches_of
 from .measure import Measurement, measure
 from .profile import PROFILE_VERSION, Entry, Profile
 
@@ -42,25 +43,37 @@ Candidates = Sequence[tuple[Kernel, Config]]
 
 @dataclass(frozen=True)
 class Choice:
-    """A selected kernel, its configuration, why it was selected, and its time if that is known."""
+    """A selected kernel, its configuration, why it was selected, and its time if that is known.
+
+    provisional: another one is being compiled, and will be selected from then on.
+    """
 
     kernel: Kernel
     config: Config
     reason: str
     us: float | None = None
+    provisional: bool = False
 
 
 class Selector:
     """Chooses for one device. Thread-safe.
 
     measuring: time the candidates of a call that the profile does not know; needs the device.
+    waiting: compile at once what is chosen; else in the background, if it is not measured anyway.
     """
 
     def __init__(
-        self, hardware: Hardware, device: torch.device, profile: Profile, measuring: bool
+        self,
+        compiler: Compiler,
+        device: torch.device,
+        profile: Profile,
+        measuring: bool,
+        waiting: bool = True,
     ) -> None:
-        self.hardware, self.device, self.profile = hardware, device, profile
+        self.compiler, self.device, self.profile = compiler, device, profile
+        self.hardware = compiler.hardware
         self._measuring = measuring and device.type == "cuda"
+        self._waiting = waiting or self._measuring
         self._choices: dict[str, Choice] = {}
         self._lock = threading.Lock()
 
@@ -69,6 +82,9 @@ class Selector:
         with self._lock:
             unknown = {call.key: call for call in calls if call.key not in self._choices}
             found = {key: self._known(key, call) for key, call in unknown.items()}
+            provisional = {} if self._waiting else self._postponed(unknown, found)
+            for key in provisional:
+                del found[key]
             unproven = {
                 key: (unknown[key], choice)
                 for key, choice in found.items()
@@ -76,10 +92,38 @@ class Selector:
             }
             found |= self._proven(unproven)
             self._choices |= {key: choice for key, choice in found.items() if choice is not None}
-            unmeasured = [call for key, call in unknown.items() if found[key] is None]
+            unmeasured = [unknown[key] for key, choice in found.items() if choice is None]
             if unmeasured:
                 self._measure(unmeasured)
-            return [self._choices[call.key] for call in calls]
+            known = self._choices | provisional
+            return [known[call.key] for call in calls]
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is being compiled that a provisional choice waits for."""
+        return not self.compiler.busy
+
+    def prepare(self, calls: Sequence[tuple[Call, Choice]]) -> None:
+        """Have the code of chosen kernels on the device, which else is done at their first run."""
+        self.compiler.compile((choice.kernel, choice.config, call) for call, choice in calls)
+
+    def _postponed(
+        self, calls: Mapping[str, Call], found: Mapping[str, Choice | None]
+    ) -> dict[str, Choice]:
+        """A library's for each choice that is not compiled; they are, in the background."""
+        variants = {
+            key: (choice.kernel, choice.config, calls[key])
+            for key, choice in found.items()
+            if choice is not None and choice.kernel.launches is not None
+        }
+        missing = {k: variant for k, variant in variants.items() if not self.compiler.has(variant)}
+        if missing:
+            self.compiler.compile_later(list(missing.values()))
+        reason = "the library's, until ours is compiled"
+        return {
+            key: replace(self._library(calls[key]), reason=reason, provisional=True)
+            for key in missing
+        }
 
     def _known(self, key: str, call: Call) -> Choice | None:
         """The choice that needs no measurement: a profile's, or the only candidate there is."""
@@ -104,9 +148,7 @@ class Selector:
         if self.device.type != "cuda" or not torch.cuda.is_available():
             return {key: choice for key, (_, choice) in choices.items()}
         with torch.cuda.device(self.device):
-            compile_ahead(
-                ((c.kernel, c.config, call) for call, c in choices.values()), self.hardware
-            )
+            self.prepare(list(choices.values()))
             return {
                 key: choice if _launchable(call, choice) else self._library(call)
                 for key, (call, choice) in choices.items()
@@ -125,7 +167,7 @@ class Selector:
         problems: Counter[tuple[str, str]] = Counter()
         measured = 0
         try:
-            for call, results in measure(calls, self.hardware, self.device):
+            for call, results in measure(calls, self.compiler, self.device):
                 self._choices[call.key], entry = self._best(call, results)
                 if entry is not None:
                     found[call.key] = entry
@@ -208,24 +250,31 @@ def _launchable(call: Call, choice: Choice) -> bool:
     return True
 
 
-_selectors: dict[tuple[str, Path, bool], Selector] = {}
+_selectors: dict[tuple[str, Path, bool, bool], Selector] = {}
 _selectors_lock = threading.Lock()
 
 
 def selector_for(
-    device: torch.device, cache_dir: Path | None = None, measuring: bool = False
+    device: torch.device,
+    cache_dir: Path | None = None,
+    measuring: bool = False,
+    waiting: bool = False,
 ) -> Selector:
     """The selector of a device, its profile kept under `cache_dir` (by default the user's).
 
     measuring: whether calls that no profile knows are timed, unless the user's settings say.
+    waiting: whether kernels are compiled before they are needed, or in the background.
     """
     root = settings().cache_dir if cache_dir is None else cache_dir
     wanted = settings().tune
-    key = (str(device), root, measuring if wanted is None else wanted)
+    key = (str(device), root, measuring if wanted is None else wanted, waiting)
     with _selectors_lock:
         if key not in _selectors:
             hardware = describe(device)
             cache = DiskCache(root, settings().cache_bytes, f"profile{PROFILE_VERSION}")
-            profile = Profile(hardware, cache if device.type == "cuda" else None)
-            _selectors[key] = Selector(hardware, device, profile, key[2])
+            kept = cache if device.type == "cuda" else None
+            compiler = Compiler(hardware, device, kept)
+            _selectors[key] = Selector(
+                compiler, device, Profile(hardware, kept), measuring=key[2], waiting=waiting
+            )
         return _selectors[key]

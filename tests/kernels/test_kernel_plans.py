@@ -13,7 +13,7 @@ from accel import kernels, ops
 from accel.hardware import Hardware, describe
 from accel.kernels import Call, TensorSpec, norm
 from accel.kernels.launch import interpreted
-from accel.tuning.compiling import compile_ahead
+from accel.tuning.compiling import Compiler
 from accel.tuning.measure import Operands
 
 pytestmark = pytest.mark.gpu
@@ -41,13 +41,10 @@ def test_every_candidate_of_every_call(case: Any, monkeypatch: pytest.MonkeyPatc
         for optional in (False, True)
         for call in calls_of(family, height, width, packs, batch, optional)
     }
-    compile_ahead(
-        (
-            (kernel, config, call)
-            for call in calls.values()
-            for kernel, config in kernels.candidates(call, hardware)
-        ),
-        hardware,
+    Compiler(hardware, torch.device("cuda", 0)).compile(
+        (kernel, config, call)
+        for call in calls.values()
+        for kernel, config in kernels.candidates(call, hardware)
     )
     problems = []
     tried = 0
