@@ -322,6 +322,38 @@ def test_a_profile_that_names_what_is_not_offered_is_not_believed(
     assert asked
 
 
+def test_a_size_near_by_lends_a_configuration_that_this_one_would_not_offer(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code is there already, which counts for more than the last percent."""
+    made("library")
+    made("tiled", configs=lambda call, hardware: [{"tile": call.out.shape[0]}])
+    asked = times(monkeypatch, {"library": 2.0, ("tiled", 40): 1.0})
+    assert selector(cache).select([add_call(40)])[0].config == {"tile": 40}
+    near = selector(cache).select([add_call(48)])[0]
+    assert near.kernel.name == "tiled" and near.config == {"tile": 40} and len(asked) == 1
+
+
+def test_a_tie_goes_to_what_overlaps_with_its_neighbours(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("library")
+    made("ours", configs=lambda call, hardware: [{"pdl": False}, {"pdl": True}])
+    times(monkeypatch, {"library": 1.0, ("ours", False): 1.0, ("ours", True): 1.019})
+    assert selector(cache).select([add_call()])[0].config == {"pdl": True}
+    times(monkeypatch, {"library": 1.0, ("ours", False): 1.0, ("ours", True): 1.03})
+    assert selector().select([add_call()])[0].kernel.name == "library"
+
+
+def test_a_default_that_cannot_be_planned_gives_way(made: Any) -> None:
+    def gone(call: Call, config: Any) -> int:
+        raise RuntimeError("there is no such algorithm")
+
+    made("first", priority=0, configs=lambda call, hardware: [{"algorithm": 0}], workspace=gone)
+    made("second", priority=1)
+    assert selector(measuring=False).select([add_call()])[0].kernel.name == "second"
+
+
 def test_where_nothing_can_be_measured_the_default_runs(
     made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -366,7 +366,7 @@ def _workspace(call: Call, config: Config) -> int:
 @kernel(
     "linear",
     name="cublaslt.linear",
-    priority=4,
+    priority=0,
     supports=_supports,
     configs=configs,
     workspace=_workspace,

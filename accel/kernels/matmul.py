@@ -1074,7 +1074,7 @@ def _aligned(size: int) -> int:
     supports=_supports_algorithms,
     configs=cublaslt.configs,
     workspace=_algorithm_bytes,
-    priority=4,
+    priority=0,
 )
 def geglu_by_algorithm(
     out: torch.Tensor,

@@ -98,7 +98,7 @@ class Compiler:
         self._remember(found.keys())
 
     def compile_later(self, variants: Sequence[Variant]) -> None:
-        """Compile in the background, at low priority, on half of the processor."""
+        """Compile in the background, at low priority, on a quarter of the processor."""
         with self._lock:
             found = {k: v for k, v in _launches(variants).items() if k not in self._under_way}
             self._under_way |= found.keys()
@@ -106,7 +106,7 @@ class Compiler:
 
         def work() -> None:
             try:
-                compile_apart(wanted, self.hardware, (os.cpu_count() or 1) // 2, NICENESS)
+                compile_apart(wanted, self.hardware, (os.cpu_count() or 1) // 4, NICENESS)
             finally:
                 # Also what failed: it is tried once more where it is needed, and then refused.
                 self._remember(found)

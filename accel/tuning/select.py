@@ -31,8 +31,7 @@ logger = logging.getLogger(__name__)
 TIE = 1.02
 """Times within this factor of the best are as good: the candidate that is preferred is taken.
 
-What measuring leaves open is so decided alike from run to run, and for the kernels that overlap
-with their neighbours, which timing one call does not show.
+What measuring leaves open is so decided alike from run to run.
 """
 
 SAVED_AT_ONCE = 16
@@ -132,8 +131,8 @@ class Selector:
         found = None if entry is None else _offered(entry, call, candidates)
         if entry is not None and found is not None:
             return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
-        near = self.profile.near(key)
-        found = None if near is None else _offered(near[1], call, candidates)
+        near = None if entry is not None else self.profile.near(key)
+        found = None if near is None else _adopted(near[1], call, candidates)
         if near is not None and found is not None:
             return Choice(*found, f"measured at a size near this, {near[0]}")
         kernel, config = candidates[0]
@@ -141,7 +140,7 @@ class Selector:
             return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")
         if len(candidates) == 2 and (kernel.launches is None or kernel.unmeasured):
             return Choice(kernel, config, "the only kernel for this call")
-        return None if self._measuring else _default(candidates)
+        return None if self._measuring else _default(call, candidates)
 
     def _proven(self, choices: Mapping[str, tuple[Call, Choice]]) -> dict[str, Choice]:
         """The choices, of which each never ran, or a library's where its kernel does not fit."""
@@ -157,7 +156,11 @@ class Selector:
     def _library(self, call: Call) -> Choice:
         """A library's kernel, or the reference, for a call that ours cannot run."""
         candidates = kernels.candidates(call, self.hardware)
-        kernel, config = next(found for found in candidates if found[0].launches is None)
+        kernel, config = next(
+            (kernel, config)
+            for kernel, config in candidates
+            if kernel.launches is None and _to_be_had(kernel, config, call)
+        )
         return Choice(kernel, config, "the library's: our kernel does not run here")
 
     def _measure(self, calls: Sequence[Call]) -> None:
@@ -206,16 +209,21 @@ def fastest(results: Sequence[Measurement]) -> Entry | None:
     if not measured:
         return None
     limit = TIE * min(us for us, _ in measured)
-    us, best = next((us, result) for us, result in measured if us <= limit)
+    # What overlaps with its neighbours gains in a network what timing it alone does not show.
+    tied = sorted(
+        (pair for pair in measured if pair[0] <= limit),
+        key=lambda pair: not pair[1].config.get("pdl", False),
+    )
+    us, best = tied[0]
     return Entry(best.kernel.name, best.config, us)
 
 
-def _default(candidates: Candidates) -> Choice:
-    """What runs where nothing is measured: a library's, but for ours that win wherever they run."""
+def _default(call: Call, candidates: Candidates) -> Choice:
+    """What runs where nothing is measured: a library's, or ours that win wherever they run."""
     kernel, config = next(
         (kernel, config)
         for kernel, config in candidates
-        if kernel.launches is None or kernel.unmeasured
+        if (kernel.unmeasured or kernel.launches is None) and _to_be_had(kernel, config, call)
     )
     if kernel.launches is None:
         reason = "the library's: nothing is measured and measuring is off"
@@ -228,13 +236,26 @@ def _offered(entry: Entry, call: Call, candidates: Candidates) -> tuple[Kernel, 
     """The candidate that a profile's entry names; None if it cannot be had here."""
     for kernel, config in candidates:
         if kernel.name == entry.kernel and dict(config) == dict(entry.config):
-            try:
-                kernel.workspace(call, config)  # a library's plan of that number may not exist
-            except Exception as error:
-                logger.debug("%s %s is not to be had: %s", kernel.name, dict(config), error)
-                return None
-            return kernel, config
+            return _to_be_had(kernel, config, call)
     return None
+
+
+def _adopted(entry: Entry, call: Call, candidates: Candidates) -> tuple[Kernel, Config] | None:
+    """What an entry of a size near by names, though this size would not offer that configuration.
+
+    The code is the same, then, and need not be compiled anew.
+    """
+    kernel = next((kernel for kernel, _ in candidates if kernel.name == entry.kernel), None)
+    return None if kernel is None else _to_be_had(kernel, entry.config, call)
+
+
+def _to_be_had(kernel: Kernel, config: Config, call: Call) -> tuple[Kernel, Config] | None:
+    try:
+        kernel.workspace(call, config)  # a library's plan of that number may not exist
+    except Exception as error:
+        logger.debug("%s %s is not to be had: %s", kernel.name, dict(config), error)
+        return None
+    return kernel, config
 
 
 def _launchable(call: Call, choice: Choice) -> bool:

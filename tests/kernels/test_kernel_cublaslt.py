@@ -355,15 +355,15 @@ def test_failures_are_told(fake: FakeLibrary) -> None:
     assert not [entry for entry in fake.objects.values() if isinstance(entry, dict) and 1 in entry]
 
 
-def test_the_default_stays(fake: FakeLibrary) -> None:
-    """Where nothing is measured, the choice is the one that it was without this library."""
+def test_it_is_the_first_of_the_libraries(fake: FakeLibrary) -> None:
+    """Its first algorithm is PyTorch's choice as well, without the copy of the residual."""
     for riders, activation in (("bias residual", "none"), ("bias", "geglu")):
         call, _ = call_of("linear", *operands(90, 24, 40, riders, activation))
         found = kernels.candidates(call, chip())
         name = "cublaslt.linear" if activation == "none" else "cublaslt.geglu"
         assert [kernel.name for kernel, _ in found].count(name) == 4
-        first = next(kernel for kernel, _ in found if kernel.launches is None)
-        assert first.name == "cublas.linear"
+        first = next((kernel, config) for kernel, config in found if kernel.launches is None)
+        assert first[0].name == name and first[1] == {"algorithm": 0}
 
 
 # What is refused.
