@@ -706,6 +706,7 @@ def measure(
             row["runs"].append(server.run(graph))
             if engine:
                 row["report"] = report()
+                compiled()  # after the first run, which does not wait for that
         later = row["runs"][1:] or row["runs"]
         for key in ("queue_to_image_s", "sample_s", "ms", "step_ms", "host_step_ms"):
             if key in later[0]:
@@ -797,36 +798,22 @@ def profiled(server: Server, model: str, width: int, height: int, engine: bool) 
 
 
 def tour(arguments: argparse.Namespace, model: str, variant: str) -> dict[str, Any]:
-    """Ten workflows in one server: captures, memory before and after, first predictions."""
+    """Ten workflows in one server, twice: captures, memory after each, first predictions.
+
+    The first time is the warm-up, in which kernels are compiled; what is told is of the second.
+    """
     server, row = start(arguments, model, variant)
     import torch  # not before ComfyUI, which chooses its allocator
 
     engine = variant.startswith("engine")
     server.keep_first = True
-    small = 8 if arguments.cpu else 1
-    checkpoint, _, width, height, _ = TOUR[0]
-    server.run(workflow(checkpoint, width // small, height // small, arguments.steps, 100, engine))
+    go_round(server, arguments, engine, 100)
+    if engine:
+        compiled()
+        go_round(server, arguments, engine, 200)  # with the kernels that were compiled meanwhile
     row["vram_mib_after_warm_up_and_free"] = server.free()
-    first, runs = [], []
-    last = len(TOUR) - 1
     with Peak() as peak:
-        for seed, (checkpoint, loras, width, height, batch) in enumerate(TOUR):
-            width, height = width // small, height // small
-            # The last has the first's seed, and one step more: ComfyUI would not run it again.
-            steps = arguments.steps + (seed == last)
-            graph = workflow(
-                checkpoint, width, height, steps, seed % last, engine, batch=batch, loras=loras
-            )
-            server.first = None
-            run = {"checkpoint": checkpoint, "loras": len(loras), "width": width, "height": height}
-            run |= {"batch": 2 * batch, **server.run(graph)}
-            if engine:
-                said = report() or {}
-                run |= {key: said.get(key) for key in ("mode", "reasons", "graphs", "captures")}
-                run["swaps_ms"] = said.get("swaps_ms")
-            run["vram_mib"] = vram_mib()
-            runs.append(run)
-            first.append(server.first)
+        runs, first = go_round(server, arguments, engine, 0)
     row |= {"runs": runs, "vram_mib_peak": peak.mib}
     row["vram_mib_after_free"] = server.free()
     row["last_equals_first"] = torch.equal(first[0][1], first[-1][1])
@@ -838,6 +825,40 @@ def tour(arguments: argparse.Namespace, model: str, variant: str) -> dict[str, A
             # (x - denoised) / sigma is the prediction; sigma cancels.
             run["rel_err"] = float((found - truth).double().norm() / (x - truth).double().norm())
     return row
+
+
+def go_round(
+    server: Server, arguments: argparse.Namespace, engine: bool, seeds: int
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The tour's workflows, with seeds from `seeds` on: each run, and its first prediction."""
+    small = 8 if arguments.cpu else 1
+    runs, first = [], []
+    last = len(TOUR) - 1
+    for index, (checkpoint, loras, width, height, batch) in enumerate(TOUR):
+        width, height = width // small, height // small
+        # The last has the first's seed, and one step more: ComfyUI would not run it again.
+        steps, seed = arguments.steps + (index == last), seeds + index % last
+        graph = workflow(checkpoint, width, height, steps, seed, engine, batch=batch, loras=loras)
+        server.first = None
+        run = {"checkpoint": checkpoint, "loras": len(loras), "width": width, "height": height}
+        run |= {"batch": 2 * batch, **server.run(graph)}
+        if engine:
+            said = report() or {}
+            run |= {key: said.get(key) for key in ("mode", "reasons", "graphs", "captures")}
+            run["swaps_ms"] = said.get("swaps_ms")
+        run["vram_mib"] = vram_mib()
+        runs.append(run)
+        first.append(server.first)
+    return runs, first
+
+
+def compiled() -> None:
+    """Wait until no kernel is compiled in the background any more."""
+    from accel.tuning import settled
+
+    deadline = time.monotonic() + CHILD_SECONDS / 2
+    while not settled() and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def fidelity(

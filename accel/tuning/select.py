@@ -299,3 +299,9 @@ def selector_for(
                 compiler, device, Profile(hardware, kept), measuring=key[2], waiting=waiting
             )
         return _selectors[key]
+
+
+def settled() -> bool:
+    """Whether nothing is being compiled in the background, for any device."""
+    with _selectors_lock:
+        return all(selector.settled for selector in _selectors.values())
