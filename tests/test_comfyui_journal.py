@@ -199,6 +199,11 @@ def test_a_call_on_no_known_path_is_refused(path: Path) -> None:
             "engine · 2.0x · 1 LoRA · 2 ControlNets",
         ),
         ({"mode": "engine"}, None, "engine"),
+        (
+            {"mode": "engine", "speedup": 2.04, "compiling": True},
+            None,
+            "engine · 2.0x · compiling faster kernels",
+        ),
     ],
 )
 def test_status_lines(fields: dict[str, Any], fraction: float | None, line: str) -> None:

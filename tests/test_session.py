@@ -214,16 +214,38 @@ def test_kernels_change_between_two_samplings_alone(engine: Engine) -> None:
     selector: Any = Provisional(network._selector)
     network._selector = selector
     expected = engine.call((), arguments(), "a")
-    assert engine.report()["binds"] == 1
+    assert engine.report()["binds"] == 1 and network.provisional
     selector.settled = True
     assert torch.equal(engine.call((), arguments(), "a"), expected)
     assert engine.report()["binds"] == 1, "in the middle of a sampling nothing changes"
     for _ in range(2):
         assert torch.equal(engine.call((), arguments(), "b"), expected)
-    assert engine.report()["binds"] == 2
+    assert engine.report()["binds"] == 2 and not network.provisional
     for key in ("c", None, None):
         engine.call((), arguments(), key)
     assert engine.report()["binds"] == 2
+
+
+def test_who_waits_does_not_stay_with_what_is_provisional(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is told to wait gets its kernels when it begins, whatever is under way."""
+    network = engine._network
+    assert network._selector is not None
+    hurried, patient = (Provisional(network._selector) for _ in range(2))
+    patient.settled = True
+    network._selector = None
+    found = {False: hurried, True: patient}
+    monkeypatch.setattr(
+        "accel.runtime.network.selector_for", lambda device, waiting: found[waiting]
+    )
+    expected = engine.call((), arguments(), "a")
+    network.waiting = True
+    assert torch.equal(engine.call((), arguments(), "a"), expected) and network.provisional
+    assert torch.equal(engine.call((), arguments(), "b"), expected) and not network.provisional
+    network.waiting = False
+    assert torch.equal(engine.call((), arguments(), "c"), expected)
+    assert engine.report()["binds"] == 2, "what has its kernels keeps them"
 
 
 def test_what_is_still_compiled_is_not_bound_anew(engine: Engine) -> None:

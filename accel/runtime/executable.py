@@ -269,7 +269,7 @@ class Executable:
                 )
                 calls[step.output] = Call(step.op, TensorSpec.of(out), specs, attrs)
         choices = self._selector.select(list(calls.values()))
-        self._provisional = any(choice.provisional for choice in choices)
+        self.provisional = any(choice.provisional for choice in choices)
         for (name, call), choice in zip(calls.items(), choices, strict=True):
             size = choice.kernel.workspace(call, choice.config)
             traits[name] = replace(traits[name], call=call, choice=choice, workspace=size)
@@ -430,12 +430,12 @@ class Executable:
         self._outputs = []
         self._arena.release(self._layout)
 
-    def outdated(self, key: object | None) -> bool:
+    def outdated(self, key: object | None, waiting: bool = False) -> bool:
         """Whether binding anew would give other kernels, and a call with `key` begins a sampling.
 
-        A sampling is not to change its kernels half-way.
+        A sampling is not to change its kernels half-way. waiting: compilers will be waited for.
         """
-        if not self._provisional or not self._selector.settled:
+        if not self.provisional or not (waiting or self._selector.settled):
             return False
         return key is None or key != self.prompt.key
 

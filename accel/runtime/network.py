@@ -21,7 +21,7 @@ import torch
 from ..errors import OutOfMemory, SwitchyardError
 from ..hardware import available_memory
 from ..plan.schema import Plan
-from ..tuning import Selector
+from ..tuning import Selector, selector_for
 from .arena import Arena
 from .executable import Executable, PromptState, bind_dims
 from .weights import Adapters, Source, SwapReport, Weights
@@ -60,7 +60,8 @@ class Counters:
 class Network:
     """Runs a plan for any shape with any seat. Callers hold the session's lock.
 
-    selector: chooses the kernels; by default the device's own.
+    selector: chooses the kernels; by default the device's own, one that waits for compilers while
+    `waiting` is set, or else one that lets libraries run meanwhile.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Network:
     ) -> None:
         self.plan, self.device, self.dtype = plan, device, dtype
         self._selector = selector
+        self.waiting = False
         self.weights = Weights(plan, device, dtype)
         self.arena = Arena(device)
         self.counters = Counters()
@@ -247,7 +249,7 @@ class Network:
     def _executable(self, plan: Plan, dims: Mapping[str, int], prompt: object | None) -> Executable:
         """The executable of a size, made or made anew if need be, for a call with that key."""
         key = (plan.inputs, tuple(dims.items()))
-        if key in self._executables and self._executables[key].outdated(prompt):
+        if key in self._executables and self._executables[key].outdated(prompt, self.waiting):
             self.weights.synchronize()  # replays under way still use its buffers
             self._executables.pop(key).release()
         if key in self._executables:
@@ -256,6 +258,9 @@ class Network:
         while len(self._executables) >= MAX_EXECUTABLES:
             self._evict()
         self.counters.binds += 1
+        selector = self._selector
+        if selector is None:
+            selector = selector_for(self.device, waiting=self.waiting)
         executable = self._executables[key] = Executable(
             plan,
             dims,
@@ -264,7 +269,7 @@ class Network:
             self.arena,
             self._prompts,
             self._graph_pool,
-            self._selector,
+            selector,
         )
         return executable
 
@@ -298,6 +303,12 @@ class Network:
             for buffer in state.buffers.values()
         )
         return self.arena.bytes + prompts
+
+    @property
+    def provisional(self) -> bool:
+        """Whether the size that ran last has kernels that give way once others are compiled."""
+        last = next(reversed(self._executables.values()), None)
+        return last is not None and last.provisional
 
     def shapes(self) -> list[dict[str, Any]]:
         """Every shape that is ready, its kernels, and the seconds it took to bind."""

@@ -69,6 +69,7 @@ class Run:
     reasons:       {"text", "node"}: why calls went the host's path.
     graphs:        CUDA graphs captured in this run. captures: networks traced in it.
     swaps_ms:      time spent bringing in weights.
+    compiling:     whether libraries stood in for kernels that are being compiled.
     saved_seconds: against the baselines; None without one. speedup: the same as a ratio.
     compared_db:   how close the result is to the host's own, where that was asked for.
     error:         what ended it early, if anything did.
@@ -94,6 +95,7 @@ class Run:
     captures: int = 0
     vram_bytes: int = 0
     swaps_ms: float = 0.0
+    compiling: bool = False
     node_id: str | None = None
     saved_seconds: float | None = None
     speedup: float | None = None
@@ -182,6 +184,8 @@ def status_line(run: Run, fraction: float | None = None) -> str:
         parts.append(f"{ms:.{0 if ms >= 10 else 1}f} ms/step")
     parts += [_count(run.loras, "LoRA")] * (run.loras > 0)
     parts += [_count(run.controlnets, "ControlNet")] * (run.controlnets > 0)
+    if run.compiling:
+        parts.append("compiling faster kernels")
     if run.mode == "mixed" and why:
         parts.append(f"host's path: {why}")
     return " · ".join(parts)

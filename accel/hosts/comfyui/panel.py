@@ -139,6 +139,11 @@ def _run_lines(run: dict[str, Any]) -> list[str]:
         f"whole run {run['seconds']:.2f} s, weights brought in {run['swaps_ms']:.0f} ms, "
         f"graphs captured {run['graphs']}, networks traced {run['captures']}"
     )
+    if run["compiling"]:
+        lines.append(
+            "kernels for this GPU are being compiled in the background, once: until then the "
+            "libraries' run, which are slower"
+        )
     if run["speedup"]:
         lines.append(f"{run['speedup']:.2f}x of this machine's own path at that size")
     if run["compared_db"] is not None:

@@ -74,6 +74,7 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
         self.pool, self.structure, self.plan, self.dtype = pool, structure, plan, dtype
         self.instance = instance
         self.lock = threading.RLock()
+        self._waiting = False
         self.last_used = 0.0
         self.graphs = 0
         self._checkpoints: OrderedDict[Hashable, Checkpoint] = OrderedDict()
@@ -89,7 +90,9 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
     ) -> NetworkPatcher:
         """The same structure's engine on another device."""
         device = self.load_device if new_load_device is None else new_load_device
-        return self.pool.network(self.structure, self.plan, device, self.dtype, self.instance)
+        copy = self.pool.network(self.structure, self.plan, device, self.dtype, self.instance)
+        copy.wait_for_kernels(self._waiting)
+        return copy
 
     def model_size(self) -> int:
         """Bytes that it needs on the device, or has there."""
@@ -237,9 +240,21 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
         """CUDA graphs captured so far, those of an engine since freed among them."""
         return self.graphs + (0 if self.network is None else self.network.counters.graphs)
 
+    def wait_for_kernels(self, waiting: bool) -> None:
+        """Whether runs from now on wait for compilers, or libraries run meanwhile."""
+        self._waiting = waiting
+        if self.network is not None:
+            self.network.waiting = waiting
+
+    @property
+    def compiling(self) -> bool:
+        """Whether libraries run in place of kernels that are still being compiled."""
+        return self.network is not None and self.network.provisional
+
     def _network(self) -> Network:
         if self.network is None:
             self.network = Network(self.plan, self.load_device, self.dtype)
+            self.network.waiting = self._waiting
         return self.network
 
 

@@ -198,6 +198,7 @@ class Acceleration:
             if sampling.engine is not None:
                 run.graphs = sampling.engine.graphs_captured() - sampling.graphs_before
                 run.vram_bytes = sampling.engine.loaded_size()
+                run.compiling = sampling.engine.compiling
             journal().finish(run, error)
 
     def _tell_comparison(
@@ -222,6 +223,7 @@ class Acceleration:
         engine = self._decide(sampling, model, options, conds, noise_shape)
         if engine is not None:
             sampling.on_engine, sampling.engine = True, engine
+            engine.wait_for_kernels(self.options.wait)
             sampling.graphs_before = engine.graphs_captured()
             model.set_additional_models(KEY, [engine])
             try:
