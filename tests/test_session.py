@@ -207,23 +207,26 @@ class Provisional:
         return [dataclasses.replace(choice, provisional=not self.settled) for choice in found]
 
 
-def test_kernels_change_between_two_samplings_alone(engine: Engine) -> None:
-    """What was compiled meanwhile is bound when a prompt begins, once, and gives the same."""
+def test_kernels_change_when_a_host_says_so(engine: Engine) -> None:
+    """What was compiled meanwhile is bound between samplings, once, for every size; bits stay."""
     network = engine._network
     assert network._selector is not None
     selector: Any = Provisional(network._selector)
     network._selector = selector
-    expected = engine.call((), arguments(), "a")
-    assert engine.report()["binds"] == 1 and network.provisional
+    sizes = [arguments(), {**arguments(), "sample": torch.randn(2, 4, 5, 9)}]
+    expected = [engine.call((), size, "a") for size in sizes]
+    network.refresh()
+    assert [torch.equal(engine.call((), s, "a"), e) for s, e in zip(sizes, expected, strict=True)]
+    assert engine.report()["binds"] == 2 and network.provisional, "it is not settled yet"
     selector.settled = True
-    assert torch.equal(engine.call((), arguments(), "a"), expected)
-    assert engine.report()["binds"] == 1, "in the middle of a sampling nothing changes"
+    for key in ("a", "b", None):  # cond and uncond may come by turns, so that no key tells
+        engine.call((), sizes[0], key)
+    assert engine.report()["binds"] == 2, "in the midst of a sampling nothing changes"
     for _ in range(2):
-        assert torch.equal(engine.call((), arguments(), "b"), expected)
-    assert engine.report()["binds"] == 2 and not network.provisional
-    for key in ("c", None, None):
-        engine.call((), arguments(), key)
-    assert engine.report()["binds"] == 2
+        network.refresh()
+        for size, before in zip(sizes, expected, strict=True):
+            assert torch.equal(engine.call((), size, "c"), before)
+    assert engine.report()["binds"] == 4 and not network.provisional
 
 
 def test_who_waits_does_not_stay_with_what_is_provisional(
@@ -240,25 +243,15 @@ def test_who_waits_does_not_stay_with_what_is_provisional(
         "accel.runtime.network.selector_for", lambda device, waiting: found[waiting]
     )
     expected = engine.call((), arguments(), "a")
-    network.waiting = True
+    network.refresh()
     assert torch.equal(engine.call((), arguments(), "a"), expected) and network.provisional
+    network.waiting = True
+    network.refresh()
     assert torch.equal(engine.call((), arguments(), "b"), expected) and not network.provisional
     network.waiting = False
+    network.refresh()
     assert torch.equal(engine.call((), arguments(), "c"), expected)
     assert engine.report()["binds"] == 2, "what has its kernels keeps them"
-
-
-def test_what_is_still_compiled_is_not_bound_anew(engine: Engine) -> None:
-    network = engine._network
-    assert network._selector is not None
-    selector: Any = Provisional(network._selector)
-    network._selector = selector
-    for key in ("a", "b", None, None):
-        engine.call((), arguments(), key)
-    assert engine.report()["binds"] == 1
-    selector.settled = True
-    engine.call((), arguments())  # without a key each call is a sampling of its own
-    assert engine.report()["binds"] == 2
 
 
 def test_weights_void_the_prompt_key(engine: Engine) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import pickle
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ import torch
 
 from accel import tuning
 from accel.cache import DiskCache
+from accel.errors import OutOfMemory
 from accel.hardware import describe
 from accel.kernels import NO_CONFIG, Call, Kernel, TensorSpec, kernels, load_triton, registry
 from accel.tuning import compiling
@@ -187,7 +189,11 @@ def test_an_entry_that_makes_no_sense_is_left_out(
     fields: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = {"kernel": "x", "config": {"tile": 64}, "us": 3.0}
-    data = {"version": 1, "meta": {"gpu": GPU.name}, "entries": {"bad": fields, "good": good}}
+    data = {
+        "version": profiles.PROFILE_VERSION,
+        "meta": {"gpu": GPU.name},
+        "entries": {"bad": fields, "good": good},
+    }
     (tmp_path / "gpu.json").write_text(json.dumps(data))
     monkeypatch.setattr(profiles, "SHIPPED", tmp_path)
     profile = Profile(GPU, None)
@@ -209,7 +215,7 @@ def test_the_users_own_measurements_go_before_the_shipped(
     cache: DiskCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipped = {name: {"kernel": "x", "config": {}, "us": 3.0} for name in ("a", "b")}
-    data = {"version": 1, "meta": {"gpu": GPU.name}, "entries": shipped}
+    data = {"version": profiles.PROFILE_VERSION, "meta": {"gpu": GPU.name}, "entries": shipped}
     (tmp_path / "gpu.json").write_text(json.dumps(data))
     monkeypatch.setattr(profiles, "SHIPPED", tmp_path)
     Profile(GPU, cache).add({"a": Entry("y", {}, 2.0)})
@@ -238,6 +244,18 @@ def test_families_differ_in_image_size_alone() -> None:
     assert family(attention(64, 64)) == family(attention(100, 100))
     assert family(attention(64, 77)) == family(attention(100, 77))
     assert family(attention(64, 77)) != family(attention(64, 64))
+    assert family(attention(64, 77)) != family(attention(64, 154)), "a prompt is no image"
+
+    def sliced(tokens: int, prompt: int | None = None) -> str:
+        """Queries, keys and values as slices of one product each."""
+        made = torch.empty(2, tokens, 192, device="meta")
+        other = made if prompt is None else torch.empty(2, prompt, 192, device="meta")
+        parts = (made[..., :64], other[..., 64:128], other[..., 128:])
+        specs = tuple(TensorSpec.of(part) for part in parts)
+        return Call("attention", spec(2, tokens, 64), specs, {"heads": 8, "scale": 0.125}).key
+
+    assert family(sliced(64)) == family(sliced(100)) != family(attention(64, 64))
+    assert family(sliced(64, 77)) == family(sliced(100, 77)) != family(sliced(64, 154))
     assert family(linear(64, 32)) == family(linear(65, 32)) != family(linear(64, 48))
     assert profiles.family_of(linear(65, 32))[1] == 65
     assert family(upsample(8)) == family(upsample(12))
@@ -332,6 +350,51 @@ def test_a_size_near_by_lends_a_configuration_that_this_one_would_not_offer(
     assert selector(cache).select([add_call(40)])[0].config == {"tile": 40}
     near = selector(cache).select([add_call(48)])[0]
     assert near.kernel.name == "tiled" and near.config == {"tile": 40} and len(asked) == 1
+
+
+def test_a_configuration_that_does_not_fit_is_not_lent(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("library")
+    made(
+        "tiled",
+        configs=lambda call, hardware: [{"tile": 7}],
+        fits=lambda call, config, hardware: call.out.shape[0] <= 44,
+    )
+    times(monkeypatch, {"library": 2.0, ("tiled", 7): 1.0})
+    assert selector(cache).select([add_call(40)])[0].kernel.name == "tiled"
+    near, far = selector(cache, measuring=False).select([add_call(44), add_call(48)])
+    assert near.kernel.name == "tiled" and far.kernel.name == "library"
+
+
+@pytest.mark.skipif(not load_triton(), reason="there is no Triton here")
+def test_what_kernels_say_of_sizes_near_by() -> None:
+    """Whole groups in one block end where its registers do; a prompt's keys where its tiles do."""
+
+    def half(*shape: int) -> TensorSpec:
+        return TensorSpec.of(torch.empty(shape, dtype=torch.float16, device="meta"))
+
+    def fits(name: str, call: Call, config: dict[str, Any]) -> bool:
+        (kernel,) = (kernel for kernel in kernels() if kernel.name == name)
+        return kernel.fits(call, config, GPU)
+
+    def norm(side: int) -> Call:
+        image, vector = half(2, side, side, 1280), half(1280)
+        attrs = {"groups": 32, "eps": 1e-5, "activation": "silu"}
+        return Call("group_norm", image, (image, vector, vector), attrs)
+
+    whole = {"scheme": "whole", "groups": 1, "warps": 8, "pdl": True}
+    assert fits("triton.group_norm", norm(16), whole)
+    assert not fits("triton.group_norm", norm(24), whole)
+
+    def attention(keys: int) -> Call:
+        q, k = half(2, 256, 1280), half(2, keys, 1280)
+        return Call("attention", q, (q, k, k), {"heads": 8, "scale": 0.1})
+
+    short = {"kind": "short", "rows": 64, "warps": 4, "repeat": 1}
+    assert fits("triton.attention", attention(77), short)
+    assert not fits("triton.attention", attention(154), short)
+    assert not fits("triton.attention", attention(231), short)
 
 
 def test_a_tie_goes_to_what_overlaps_with_its_neighbours(
@@ -435,24 +498,31 @@ class Code:
     def warm(self) -> None:
         pass
 
+    def compile(self) -> None:
+        raise RuntimeError("refused")
+
 
 @pytest.fixture
 def processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Compiling in processes of their own, which takes until `go` is set; `asked`: of what."""
-    state: dict[str, Any] = {"go": threading.Event(), "asked": []}
+    """Compiling in processes of their own, which takes until `go` is set; `asked`: of what.
 
-    def compile_apart(variants: Any, hardware: Any, count: int, niceness: int = 0) -> None:
-        state["asked"] += [kernel.name for kernel, _, _ in variants]
+    `works`: whether they make anything.
+    """
+    state: dict[str, Any] = {"go": threading.Event(), "asked": [], "works": True}
+
+    def compile_apart(variants: Any, hardware: Any, count: int, niceness: int = 0) -> set[str]:
+        state["asked"] += [kernel.name for kernel, _, _ in variants.values()]
         assert state["go"].wait(10)
+        return set(variants) if state["works"] else set()
 
     monkeypatch.setattr(compiling, "compile_apart", compile_apart)
     yield state
     state["go"].set()
 
 
-def settle(chooser: Selector) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while not chooser.settled:
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -468,13 +538,106 @@ def test_libraries_run_until_ours_is_compiled(
     assert "until ours is compiled" in first.reason
     assert again == first and processes["asked"] == ["ours"], "what is under way is asked for once"
     processes["go"].set()
-    settle(chooser)
+    wait_for(lambda: chooser.settled)
     after = chooser.select([add_call()])[0]
     assert after.kernel.name == "ours" and not after.provisional
     # A later process finds it compiled, and does not wait for it.
     processes["go"].clear()
     later = selector(cache, measuring=False, waiting=False).select([add_call()])[0]
     assert later.kernel.name == "ours" and processes["asked"] == ["ours"]
+
+
+def test_what_was_not_compiled_is_not_remembered(
+    made: Any, cache: DiskCache, processes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that were killed, or never began: this process tries, once, and no other knows."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    ours = made("ours", launches=lambda *arguments: [Code("ours")])
+    variant = (ours, NO_CONFIG, add_call())
+    processes["works"] = False
+    processes["go"].set()
+    compiler = Compiler(GPU, CUDA, cache)
+    compiler.compile_later([variant])
+    wait_for(lambda: not compiler.busy)
+    assert compiler.has(variant), "it was refused, and is not tried over and over"
+    assert not Compiler(GPU, CUDA, cache).has(variant)
+    monkeypatch.setattr(Code, "compile", lambda self: None)
+    again = Compiler(GPU, CUDA, cache)
+    again.compile_later([variant])
+    wait_for(lambda: not again.busy)
+    assert Compiler(GPU, CUDA, cache).has(variant), "it was compiled here, in the background"
+
+
+def test_a_process_that_goes_away_remembers_nothing(
+    made: Any, cache: DiskCache, processes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = made("ours", launches=lambda *arguments: [Code("ours")])
+    monkeypatch.setattr(Code, "compile", lambda self: None)
+    monkeypatch.setattr(compiling, "_closing", threading.Event())
+    compiling._closing.set()
+    processes["works"] = False
+    processes["go"].set()
+    compiler = Compiler(GPU, CUDA, cache)
+    compiler.compile_later([(ours, NO_CONFIG, add_call())])
+    wait_for(lambda: not compiler.busy)
+    assert not Compiler(GPU, CUDA, cache).has((ours, NO_CONFIG, add_call()))
+
+
+def test_a_cleared_cache_of_tritons_has_nothing(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = made("ours", launches=lambda *arguments: [Code("ours")])
+    variant = (ours, NO_CONFIG, add_call())
+    before = Compiler(GPU, CUDA, cache)
+    before._remember(compiling._launches([variant]))
+    assert Compiler(GPU, CUDA, cache).has(variant)
+    monkeypatch.setattr(compiling, "cache_token", lambda: "another")
+    assert not Compiler(GPU, CUDA, cache).has(variant)
+
+
+@pytest.fixture
+def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were one, as far as proving a choice goes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+
+def broken(error: str) -> Callable[[Code], None]:
+    def warm(self: Code) -> None:
+        raise RuntimeError(error)
+
+    return warm
+
+
+@pytest.mark.usefixtures("with_a_gpu")
+def test_what_was_measured_elsewhere_is_tried_before_it_is_believed(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profile comes with the pack; whether Triton works here, it cannot say."""
+    made("ours", launches=lambda *arguments: [Code("ours")])
+    made("library", priority=5)
+    Profile(GPU, cache).add({add_call().key: Entry("ours", {}, 1.0)})
+    assert selector(cache, measuring=False).select([add_call()])[0].kernel.name == "ours"
+    monkeypatch.setattr(Code, "warm", broken("no compiler was found"))
+    choice = selector(cache, measuring=False).select([add_call()])[0]
+    assert choice.kernel.name == "library" and "does not run here" in choice.reason
+    asked = times(monkeypatch, {"library": 1.0})
+    assert selector(cache).select([add_call()])[0].kernel.name == "library"
+    assert asked, "who measures does not take the library on trust"
+
+
+@pytest.mark.usefixtures("with_a_gpu")
+def test_full_memory_says_nothing_of_a_kernel(
+    made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("ours", launches=lambda *arguments: [Code("ours")])
+    made("library", priority=5)
+    Profile(GPU, cache).add({add_call().key: Entry("ours", {}, 1.0)})
+    chooser = selector(cache, measuring=False)
+    monkeypatch.setattr(Code, "warm", broken("Triton Error [CUDA]: out of memory"))
+    with pytest.raises(OutOfMemory):
+        chooser.select([add_call()])
+    monkeypatch.undo()
 
 
 def test_who_waits_gets_ours_at_once(made: Any, processes: dict[str, Any]) -> None:
@@ -514,21 +677,44 @@ def test_many_kernels_are_compiled_apart_and_few_are_not(
 
 
 @pytest.mark.skipif(not load_triton(), reason="there is no Triton here")
+@pytest.mark.parametrize("package", ["accel", "/pack's/folder.accel"])
 def test_a_process_compiles_for_a_gpu_that_is_not_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it leaves in Triton's cache is code for that GPU."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    """What it leaves in Triton's cache is code for that GPU.
+
+    ComfyUI imports a pack under its folder's name, which the process has never heard of.
+    """
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "psutil.py").write_text("raise ImportError")
+    monkeypatch.chdir(elsewhere)
     half = TensorSpec.of(torch.empty(64, 320, dtype=torch.float16, device="meta"))
     scale = TensorSpec.of(torch.empty(320, dtype=torch.float16, device="meta"), constant=True)
     call = Call("layer_norm", half, (half, scale, scale), {"eps": 1e-5})
     kernel = next(kernel for kernel in kernels() if kernel.name == "triton.layer_norm")
     config = kernel.configs(call, GPU)[0]  # type: ignore[misc]
-    compiling.compile_apart([(kernel, config, call)], GPU, 1)
+    wanted = {"one": (kernel, config, call), "refused": (kernel, {"rows": 1}, call)}
+    if package != "accel":
+        sent: list[bytes] = []
+        dumps = pickle.dumps
+        monkeypatch.setattr(
+            compiling.pickle,
+            "dumps",
+            lambda share: sent.append(renamed(dumps(share, protocol=0), package)) or sent[0],
+        )
+    assert len(compiling.compile_apart(wanted, GPU, 1)) == 1
     (found,) = tmp_path.rglob("_layer_norm.cubin")
     assert found.stat().st_size > 1000
     assert '"arch": 90' in next(tmp_path.rglob("_layer_norm.json")).read_text()
+
+
+def renamed(pickled: bytes, package: str) -> bytes:
+    """As it is pickled where `accel` goes by another name."""
+    assert b"caccel." in pickled
+    return pickled.replace(b"caccel.", b"c" + package.encode() + b".")
 
 
 # Measuring: what surrounds the clock, which needs a GPU.

@@ -606,6 +606,14 @@ def _configs(call: Call, hardware: Hardware) -> Sequence[Config]:
     return [config for config in found if _shared(config, shape) <= shape.shared][:MOST_CONFIGS]
 
 
+def _fits(call: Call, config: Config, hardware: Hardware) -> bool:
+    shape = _Shape.of(call, hardware)
+    short = config["kind"] == "short"
+    if short and (shape.keys > SHORT or not _held(config, shape)):
+        return False
+    return _shared(config, shape) <= shape.shared
+
+
 def _readable(spec: TensorSpec, width: int) -> bool:
     """Whether rows can be read in vectors, and offsets within an image have 32 bits."""
     if len(spec.shape) != 3 or spec.shape[2] != width or not spec.aligned:
@@ -646,7 +654,12 @@ def _supports(call: Call, hardware: Hardware) -> bool:
 
 
 @triton_kernel(
-    "attention", name="triton.attention", supports=_supports, configs=_configs, priority=2
+    "attention",
+    name="triton.attention",
+    supports=_supports,
+    configs=_configs,
+    fits=_fits,
+    priority=2,
 )
 def attention(
     out: torch.Tensor,

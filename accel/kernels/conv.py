@@ -461,8 +461,10 @@ def _tma_configs(call: Call, hardware: Hardware) -> list[Config]:
                 tiles.append((_Tile(pixels, channels, depth, 8, 64), count))
     configs: list[Config] = []
     for tile, parts, stages in _best(_ranked(shape, hardware, tiles), MOST_CONFIGS - 1):
-        early = _can_start_early(hardware)
-        configs.append({**_config(tile, parts, stages, early), "tail_n": tile.tail})
+        config = _config(tile, parts, stages, _can_start_early(hardware))
+        # The box and not the pixels in it, so that a size near by can run the same code.
+        box = "x".join(map(str, _box(shape, int(config.pop("block_m")))[1]))
+        configs.append({"box": box, **config, "tail_n": tile.tail})
     split = next((config for config in configs if config["early"]), None)
     if split is not None:
         configs.append({**split, "early": False})
@@ -491,9 +493,8 @@ def conv2d_tma(
 ) -> list[Launch]:
     """An implicit product that reads boxes of x [B, H, W, C] by TMA."""
     shape = _known(x, weight, out, attrs)
-    block_m, block_n, block_k = (int(config[f"block_{name}"]) for name in "mnk")
-    tail_n = int(config["tail_n"])
-    parts, (_, box) = int(config["parts"]), _box(shape, block_m)
+    block_n, block_k, tail_n = (int(config[name]) for name in ("block_n", "block_k", "tail_n"))
+    parts, box = int(config["parts"]), [int(side) for side in str(config["box"]).split("x")]
     pitch, (height, width) = _pitch(x), shape.grid
     row, image = shape.in_width * pitch, shape.in_height * shape.in_width * pitch
     if shape.stride == 2:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,8 +56,8 @@ class Launch:
         from triton.backends.nvidia.driver import CudaLauncher
 
         compiled = self.compile()
-        # C code to some versions of Triton, which they keep on disk too.
-        CudaLauncher(compiled.src, compiled.metadata)
+        with contextlib.suppress(Exception):  # C code to some versions, which they keep there too
+            CudaLauncher(compiled.src, compiled.metadata)
 
     def warm(self) -> None:
         """Compile, and bring the code to the GPU, which is else done at the first launch."""
@@ -114,3 +118,22 @@ def pretend(capability: tuple[int, int]) -> None:
         get_current_stream=lambda device: 0,
     )
     driver.set_active(stand_in)
+
+
+def cache_token() -> str | None:
+    """A name for Triton's cache on disk, another one once it was cleared; None if it has none."""
+    try:
+        from triton import knobs
+
+        folder = Path(knobs.cache.dir)
+    except (ImportError, AttributeError):
+        default = Path.home() / ".triton" / "cache"
+        folder = Path(os.environ.get("TRITON_CACHE_DIR") or default)
+    place = folder / "switchyard.token"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), place.open("x") as file:
+            file.write(secrets.token_hex(8))
+        return place.read_text()
+    except OSError:
+        return None

@@ -519,6 +519,18 @@ class _Image:
         """Blocks that the second launch has for one block of channels of an image."""
         return cdiv(self.tiles(config), self.tiles_each(config))
 
+    def fits(self, config: Config) -> bool:
+        """Whether registers and grid hold what the configuration makes of the image."""
+        if config["scheme"] == "whole":
+            part = next_power_of_2(int(config["groups"]) * self.group_width)
+            return self.groups % int(config["groups"]) == 0 and self.tall * part <= _WHOLE
+        return self.merged(config) <= _PARTIALS and self.launched(config) <= _GRID_Y
+
+    @property
+    def tall(self) -> int:
+        """Rows of a tile that holds all pixels."""
+        return max(16, next_power_of_2(self.pixels))
+
     def merged(self, config: Config) -> int:
         """Partials that a block of the second launch holds at a time."""
         channels = int(config["channels"])
@@ -595,11 +607,7 @@ def _split_configs(image: _Image, multiprocessors: int) -> list[dict[str, Any]]:
         dict(zip(names, ("split", *shape, each * multiprocessors), strict=True))
         for *shape, each in dict.fromkeys(shapes)
     ]
-    return [
-        config
-        for config in found
-        if image.merged(config) <= _PARTIALS and image.launched(config) <= _GRID_Y
-    ]
+    return [config for config in found if image.fits(config)]
 
 
 def _whole_configs(image: _Image) -> list[dict[str, Any]]:
@@ -613,14 +621,13 @@ def _whole_configs(image: _Image) -> list[dict[str, Any]]:
         next(n for n in counts if image.vector(n * image.group_width) >= min(vector, best))
         for vector in (8, 4)
     ]
-    rows = max(16, next_power_of_2(image.pixels))
     found: list[dict[str, Any]] = []
     for each in (32, 16, 64):  # elements of a thread
         for count in dict.fromkeys(chosen):
-            size = rows * next_power_of_2(count * image.group_width)
+            size = image.tall * next_power_of_2(count * image.group_width)
             warps = min(16, next_power_of_2(cdiv(size, 32 * each)))
             config = {"scheme": "whole", "groups": count, "warps": warps}
-            if size <= _WHOLE and config not in found:
+            if image.fits(config) and config not in found:
                 found.append(config)
     return found
 
@@ -660,6 +667,7 @@ def _group_norm_workspace(call: Call, config: Config) -> int:
     priority=0,
     supports=_group_norm_supported,
     configs=_group_norm_configs,
+    fits=lambda call, config, hardware: _Image.of(call).fits(config),
     workspace=_group_norm_workspace,
 )
 def group_norm(
@@ -711,7 +719,7 @@ def group_norm(
             "width": image.width // vector,
             "part_width": part // vector,
             "VEC": vector,
-            "ROWS": max(16, next_power_of_2(image.pixels)),
+            "ROWS": image.tall,
             "CHANNELS": next_power_of_2(part),
             "SLOTS": next_power_of_2(int(config["groups"])),
         }

@@ -146,6 +146,7 @@ class Kernel:
     `supports(call, hardware)`: whether it gives the right result for this call there.
     `configs(call, hardware)`: its variants for the call, the likeliest first; a handful.
     `workspace(call, config)`: bytes of scratch memory that a run needs.
+    `fits(call, config, hardware)`: whether a configuration of a size near by can serve this call.
     `launches`: of a Triton kernel, the launches that a run consists of.
     """
 
@@ -159,6 +160,7 @@ class Kernel:
     supports: Callable[[Call, Hardware], bool] = lambda call, hardware: True
     configs: Callable[[Call, Hardware], Sequence[Config]] | None = None
     workspace: Callable[[Call, Config], int] = lambda call, config: 0
+    fits: Callable[[Call, Config, Hardware], bool] = lambda call, config, hardware: True
     launches: Callable[..., Sequence[Launch]] | None = None
 
 

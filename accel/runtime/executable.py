@@ -430,14 +430,9 @@ class Executable:
         self._outputs = []
         self._arena.release(self._layout)
 
-    def outdated(self, key: object | None, waiting: bool = False) -> bool:
-        """Whether binding anew would give other kernels, and a call with `key` begins a sampling.
-
-        A sampling is not to change its kernels half-way. waiting: compilers will be waited for.
-        """
-        if not self.provisional or not (waiting or self._selector.settled):
-            return False
-        return key is None or key != self.prompt.key
+    def outdated(self, waiting: bool = False) -> bool:
+        """Whether binding anew would give other kernels. waiting: compilers will be waited for."""
+        return self.provisional and (waiting or self._selector.settled)
 
     def kernels(self) -> Counter[str]:
         """How many calls go to each kernel."""

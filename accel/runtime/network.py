@@ -61,7 +61,7 @@ class Network:
     """Runs a plan for any shape with any seat. Callers hold the session's lock.
 
     selector: chooses the kernels; by default the device's own, one that waits for compilers while
-    `waiting` is set, or else one that lets libraries run meanwhile.
+    `waiting` is set, or else one that lets libraries run meanwhile, until `refresh`.
     """
 
     def __init__(
@@ -211,11 +211,11 @@ class Network:
             self.activate(seat)
             vouched = None if key is None else (key, self._epoch)
             try:
-                return self._run(self._executable(plan, dims, vouched), inputs, vouched)
+                return self._run(self._executable(plan, dims), inputs, vouched)
             except OutOfMemory:  # what seats that wait and other shapes hold is given up for it
                 self.free_parked()
                 self.clear_executables()
-                return self._run(self._executable(plan, dims, vouched), inputs, vouched)
+                return self._run(self._executable(plan, dims), inputs, vouched)
 
     def _run(
         self, executable: Executable, inputs: Mapping[str, torch.Tensor], key: object | None
@@ -246,12 +246,19 @@ class Network:
             self._plans[absent] = self.plan.without(absent)
         return self._plans[absent]
 
-    def _executable(self, plan: Plan, dims: Mapping[str, int], prompt: object | None) -> Executable:
-        """The executable of a size, made or made anew if need be, for a call with that key."""
-        key = (plan.inputs, tuple(dims.items()))
-        if key in self._executables and self._executables[key].outdated(prompt, self.waiting):
-            self.weights.synchronize()  # replays under way still use its buffers
+    def refresh(self) -> None:
+        """Let go of kernels that have given way to others; to be called between two samplings.
+
+        In the midst of one, its steps would not be of one kind.
+        """
+        outdated = [k for k, one in self._executables.items() if one.outdated(self.waiting)]
+        if outdated:
+            self.weights.synchronize()  # replays under way still use their buffers
+        for key in outdated:
             self._executables.pop(key).release()
+
+    def _executable(self, plan: Plan, dims: Mapping[str, int]) -> Executable:
+        key = (plan.inputs, tuple(dims.items()))
         if key in self._executables:
             self._executables.move_to_end(key)
             return self._executables[key]

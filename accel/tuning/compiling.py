@@ -29,7 +29,7 @@ import xxhash
 from .. import kernels
 from ..cache import DiskCache
 from ..hardware import Hardware
-from ..kernels.launch import Launch, pretend
+from ..kernels.launch import Launch, cache_token, pretend
 from ..kernels.registry import Call, Config, Kernel, TensorSpec
 
 logger = logging.getLogger(__name__)
@@ -47,10 +47,16 @@ NICENESS = 10
 KIND = "compiled"
 
 _ROOT = Path(__file__).resolve().parents[2]
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); import accel.tuning.compiling as c; c.serve()"
+# Of this pack's folder and of the current one only `accel` is wanted.
+_BOOT = (
+    "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)]; "
+    "import accel.tuning.compiling as compiling; del sys.path[0]; compiling.serve()"
+)
 
 _processes: set[subprocess.Popen[bytes]] = set()
 """Those under way, which must not outlive this one."""
+
+_closing = threading.Event()
 
 
 class Compiler:
@@ -64,11 +70,13 @@ class Compiler:
         self, hardware: Hardware, device: torch.device, cache: DiskCache | None = None
     ) -> None:
         self.hardware, self._device, self._cache = hardware, device, cache
-        about = [hardware.capability, hardware.triton, os.environ.get("TRITON_CACHE_DIR")]
+        # What is compiled counts as long as Triton's cache is the one that it was put into.
+        about = [hardware.capability, hardware.triton, cache_token() if cache else None]
         self._key = xxhash.xxh3_64_hexdigest(json.dumps(about).encode())
         self._lock = threading.Lock()
         self._loaded: set[str] = set()
         self._stored = self._read()
+        self._tried: set[str] = set()
         self._under_way: set[str] = set()
 
     @property
@@ -78,59 +86,76 @@ class Compiler:
 
     def has(self, variant: Variant) -> bool:
         """Whether the variant can run without compiling; what compiling refused counts, too."""
-        known = self._loaded | self._stored
-        return all(key in known for key in _launches((variant,)))
+        return all(map(self._knows, _launches((variant,))))
 
     def compile(self, variants: Iterable[Variant]) -> None:
         """Compile and load what is not loaded; what fails shows when it runs."""
         found = {k: made for k, made in _launches(variants).items() if k not in self._loaded}
-        unknown = {id(variant): variant for k, (variant, _) in found.items() if not self._knows(k)}
+        unknown = {k: variant for k, (variant, _) in found.items() if not self._knows(k)}
         if len(unknown) > FEW:
-            compile_apart(list(unknown.values()), self.hardware, os.cpu_count() or 1)
+            compile_apart(unknown, self.hardware, processors())
 
-        def warm(launch: Launch) -> None:
+        def warm(item: tuple[str, tuple[Variant, Launch]]) -> str | None:
+            key, (_, launch) = item
             with torch.cuda.device(self._device), contextlib.suppress(Exception):
                 launch.warm()
+                return key
+            return None
 
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            list(threads.map(warm, [launch for _, launch in found.values()]))
-        self._loaded |= found.keys()
-        self._remember(found.keys())
+        with ThreadPoolExecutor(min(8, processors())) as threads:
+            warmed = {key for key in threads.map(warm, found.items()) if key is not None}
+        self._loaded |= warmed
+        self._tried |= found.keys() - warmed
+        self._remember(warmed)
 
     def compile_later(self, variants: Sequence[Variant]) -> None:
         """Compile in the background, at low priority, on a quarter of the processor."""
+        found = _launches(variants)
         with self._lock:
-            found = {k: v for k, v in _launches(variants).items() if k not in self._under_way}
+            found = {k: made for k, made in found.items() if k not in self._under_way}
             self._under_way |= found.keys()
-        wanted = list({id(variant): variant for variant, _ in found.values()}.values())
+        if found:
+            threading.Thread(
+                target=self._work, args=(found,), name="switchyard-compile", daemon=True
+            ).start()
 
-        def work() -> None:
-            try:
-                compile_apart(wanted, self.hardware, (os.cpu_count() or 1) // 4, NICENESS)
-            finally:
-                # Also what failed: it is tried once more where it is needed, and then refused.
-                self._remember(found)
-                with self._lock:
-                    self._under_way -= found.keys()
-
-        if wanted:
-            threading.Thread(target=work, name="switchyard-compile", daemon=True).start()
+    def _work(self, found: Mapping[str, tuple[Variant, Launch]]) -> None:
+        try:
+            wanted = {key: variant for key, (variant, _) in found.items()}
+            done = compile_apart(wanted, self.hardware, processors() // 4, NICENESS)
+            for key in found.keys() - done:  # a process that ended early, or none could be had
+                if _closing.is_set():
+                    return
+                with torch.cuda.device(self._device), contextlib.suppress(Exception):
+                    found[key][1].compile()
+                    done.add(key)
+            self._tried |= found.keys() - done
+            self._remember(done)
+        finally:
+            with self._lock:
+                self._under_way -= found.keys()
 
     def _knows(self, key: str) -> bool:
-        return key in self._loaded or key in self._stored
+        return key in self._loaded or key in self._stored or key in self._tried
 
     def _read(self) -> set[str]:
         found = None if self._cache is None else self._cache.get(self._key, KIND)
         return set(found["keys"]) if found and isinstance(found.get("keys"), list) else set()
 
     def _remember(self, keys: Iterable[str]) -> None:
-        with self._lock:
-            new = set(keys) - self._stored
-            if not new:
-                return
-            self._stored |= new | self._read()
-            if self._cache is not None:
-                self._cache.put(self._key, KIND, {"keys": sorted(self._stored)})
+        new = set(keys) - self._stored
+        if not new:
+            return
+        stored = self._stored | new | self._read()
+        self._stored = stored
+        if self._cache is not None:
+            self._cache.put(self._key, KIND, {"keys": sorted(stored)})
+
+
+def processors() -> int:
+    """How many this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _launches(variants: Iterable[Variant]) -> Mapping[str, tuple[Variant, Launch]]:
@@ -163,43 +188,57 @@ def _meta(spec: TensorSpec) -> torch.Tensor:
 
 
 def compile_apart(
-    variants: Sequence[Variant], hardware: Hardware, processes: int, niceness: int = 0
-) -> None:
-    """Compile in so many processes, or fewer; where they cannot be had, nothing is."""
+    variants: Mapping[str, Variant], hardware: Hardware, processes: int, niceness: int = 0
+) -> set[str]:
+    """Compile in so many processes, or fewer; the keys of launches that Triton's cache has now.
+
+    variants: by the keys of their launches. Where no process can be had, nothing is compiled.
+    """
     free = psutil.virtual_memory().available // PROCESS_BYTES
     count = min(MOST_PROCESSES, max(1, processes), math.ceil(len(variants) / 8), free)
+    distinct = {id(variant): variant for variant in variants.values()}.values()
+    named = [(kernel.name, dict(config), call) for kernel, config, call in distinct]
+    shares = [
+        (niceness, sys.path, hardware.capability, named[index::count]) for index in range(count)
+    ]
+    if not shares:
+        logger.info("kernels are compiled where they are used: too little memory is free")
+        return set()
+    with ThreadPoolExecutor(len(shares)) as threads:
+        return set().union(*threads.map(_compile_share, shares))
+
+
+def _compile_share(share: tuple[Any, ...]) -> set[str]:
+    """The keys that one process says it has compiled."""
     flags = ["-s"] if sys.flags.no_user_site else []
-    command = [sys.executable, *flags, "-c", _BOOT, str(_ROOT)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    started: list[subprocess.Popen[bytes]] = []
+    quiet = getattr(subprocess, "CREATE_NO_WINDOW", 0)
+    low = getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0) if share[0] else 0
     try:
-        for index in range(count):
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
-            )
-            _processes.add(process)
-            started.append(process)
-            assert process.stdin is not None and hardware.capability is not None
-            share = [
-                (kernel.name, dict(config), call) for kernel, config, call in variants[index::count]
-            ]
-            pickle.dump((niceness, sys.path, hardware.capability, share), process.stdin)
-            process.stdin.close()
-        for process in started:
-            process.wait()
+        process = subprocess.Popen(
+            [sys.executable, *flags, "-c", _BOOT, str(_ROOT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=_ROOT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            creationflags=quiet | low,
+            # A Ctrl+C in the host's console is the host's to handle.
+            start_new_session=os.name == "posix",
+        )
     except OSError as error:
         logger.info("kernels are compiled where they are used: %s", error)
+        return set()
+    _processes.add(process)
+    try:
+        answer, _ = process.communicate(pickle.dumps(share))
+    except Exception as error:
+        logger.info("a process that compiles kernels failed: %s", error)
+        return set()
     finally:
-        for process in started:
-            _end(process)
-    failed = [process.returncode for process in started if process.returncode]
-    if failed:
-        logger.info("%d processes that compile kernels ended with %s", len(failed), failed[0])
+        _end(process)
+    if process.returncode:
+        logger.info("a process that compiles kernels ended with %s", process.returncode)
+    return set(answer.decode().split())
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -211,20 +250,30 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @atexit.register
 def _end_all() -> None:
+    _closing.set()
     for process in list(_processes):
         _end(process)
 
 
+class _Unpickler(pickle.Unpickler):
+    """Finds this package under its own name, whatever a host has imported it as."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        package, _, inner = module.rpartition(".accel.")
+        return super().find_class(f"accel.{inner}" if package else module, name)
+
+
 def serve() -> None:
-    """Compile the variants that the standard input names, without a GPU."""
-    niceness, paths, capability, share = pickle.load(sys.stdin.buffer)
-    with contextlib.suppress(AttributeError, OSError):  # Windows has no such thing
+    """Compile what the standard input names, without a GPU, and answer with the keys of it."""
+    niceness, paths, capability, share = _Unpickler(sys.stdin.buffer).load()
+    with contextlib.suppress(AttributeError, OSError):  # Windows: the parent has set the priority
         os.nice(niceness)
     sys.path += [path for path in paths if path not in sys.path]
     pretend(capability)
     kernels.load_triton()
     registered = {kernel.name: kernel for kernel in kernels.kernels()}
     for name, config, call in share:
-        for launch in launches_of(registered[name], config, call):
+        for key, (_, launch) in _launches([(registered[name], config, call)]).items():
             with contextlib.suppress(Exception):
                 launch.store()
+                print(key, flush=True)

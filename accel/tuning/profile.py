@@ -26,7 +26,7 @@ from ..kernels.registry import Config
 
 logger = logging.getLogger(__name__)
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 KIND = "profile"
 NEAR = 1.5
 """How many times as many rows a measured call may have and still speak for another."""
@@ -99,19 +99,25 @@ class Profile:
 
 
 _TENSOR = re.compile(r"(\d+(?:x\d+)+)(:\w+\S*)")
+_STRIDES = re.compile(r"@(?:\d+,)+(\d+,\d+)")
 _SIZES = re.compile(r"(size|upsample)=\((\d+),(\d+)\)")
 
 
 def family_of(call: str) -> tuple[str, int]:
     """A call's key with letters for the sizes that an image decides, and the rows of its result.
 
-    Images are alike whatever their sides. Of tokens equal numbers get equal letters, so that self-
-    and cross-attention stay apart. The last dimension and the weights are the structure's own.
+    Images are alike whatever their sides, and so are strides over all of an image. The sizes of the
+    result get letters, equal ones the same, so that self- and cross-attention stay apart; others,
+    such as a prompt's length, stay. The last dimension and the weights are the structure's own.
     """
     letters: dict[str, str] = {}
     rows = [1]
+    own = _TENSOR.search(call.rpartition(" -> ")[2])
+    sides = set() if own is None else set(own[1].split("x")[:-1])
 
     def letter(size: str) -> str:
+        if size not in sides:  # a prompt's length
+            return size
         return letters.setdefault(size, string.ascii_letters[len(letters) % 52])
 
     def tensor(match: re.Match[str]) -> str:
@@ -120,7 +126,7 @@ def family_of(call: str) -> tuple[str, int]:
             return match[0]
         rows[0] = math.prod(map(int, leading))
         names = ["#"] * 3 if len(leading) == 3 else [letter(size) for size in leading]
-        return "x".join([*names, width]) + match[2]
+        return "x".join([*names, width]) + _STRIDES.sub(r"@#,\1", match[2])
 
     def sizes(match: re.Match[str]) -> str:
         return f"{match[1]}=(#,#)"

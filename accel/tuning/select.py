@@ -19,7 +19,8 @@ import torch
 
 from .. import kernels
 from ..cache import DiskCache
-from ..hardware import describe
+from ..errors import OutOfMemory
+from ..hardware import Hardware, describe
 from ..kernels.registry import Call, Config, Kernel
 from ..settings import settings
 from .compiling import Compiler, launches_of
@@ -84,12 +85,13 @@ class Selector:
             provisional = {} if self._waiting else self._postponed(unknown, found)
             for key in provisional:
                 del found[key]
-            unproven = {
-                key: (unknown[key], choice)
-                for key, choice in found.items()
-                if choice is not None and choice.us is None
-            }
-            found |= self._proven(unproven)
+            found |= self._proven(
+                {
+                    key: (unknown[key], choice)
+                    for key, choice in found.items()
+                    if choice is not None and choice.kernel.launches is not None
+                }
+            )
             self._choices |= {key: choice for key, choice in found.items() if choice is not None}
             unmeasured = [unknown[key] for key, choice in found.items() if choice is None]
             if unmeasured:
@@ -132,7 +134,7 @@ class Selector:
         if entry is not None and found is not None:
             return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
         near = None if entry is not None else self.profile.near(key)
-        found = None if near is None else _adopted(near[1], call, candidates)
+        found = None if near is None else _adopted(near[1], call, candidates, self.hardware)
         if near is not None and found is not None:
             return Choice(*found, f"measured at a size near this, {near[0]}")
         kernel, config = candidates[0]
@@ -142,16 +144,21 @@ class Selector:
             return Choice(kernel, config, "the only kernel for this call")
         return None if self._measuring else _default(call, candidates)
 
-    def _proven(self, choices: Mapping[str, tuple[Call, Choice]]) -> dict[str, Choice]:
-        """The choices, of which each never ran, or a library's where its kernel does not fit."""
+    def _proven(self, choices: Mapping[str, tuple[Call, Choice]]) -> dict[str, Choice | None]:
+        """The choices of our kernels, none of which ran in this process yet, where they can run.
+
+        Elsewhere a library's; None for a call that is measured instead.
+        """
         if self.device.type != "cuda" or not torch.cuda.is_available():
             return {key: choice for key, (_, choice) in choices.items()}
+        proven: dict[str, Choice | None] = {}
         with torch.cuda.device(self.device):
             self.prepare(list(choices.values()))
-            return {
-                key: choice if _launchable(call, choice) else self._library(call)
-                for key, (call, choice) in choices.items()
-            }
+            for key, (call, choice) in choices.items():
+                proven[key] = choice
+                if not _launchable(call, choice):
+                    proven[key] = None if self._measuring else self._library(call)
+        return proven
 
     def _library(self, call: Call) -> Choice:
         """A library's kernel, or the reference, for a call that ours cannot run."""
@@ -240,13 +247,25 @@ def _offered(entry: Entry, call: Call, candidates: Candidates) -> tuple[Kernel, 
     return None
 
 
-def _adopted(entry: Entry, call: Call, candidates: Candidates) -> tuple[Kernel, Config] | None:
+def _adopted(
+    entry: Entry, call: Call, candidates: Candidates, hardware: Hardware
+) -> tuple[Kernel, Config] | None:
     """What an entry of a size near by names, though this size would not offer that configuration.
 
     The code is the same, then, and need not be compiled anew.
     """
-    kernel = next((kernel for kernel, _ in candidates if kernel.name == entry.kernel), None)
-    return None if kernel is None else _to_be_had(kernel, entry.config, call)
+    for kernel, _ in candidates:
+        if kernel.name == entry.kernel:
+            found = _to_be_had(kernel, entry.config, call)
+            return found if found and _fits(kernel, entry.config, call, hardware) else None
+    return None
+
+
+def _fits(kernel: Kernel, config: Config, call: Call, hardware: Hardware) -> bool:
+    try:
+        return kernel.fits(call, config, hardware)
+    except (KeyError, ValueError):  # an entry of another version of the kernel
+        return False
 
 
 def _to_be_had(kernel: Kernel, config: Config, call: Call) -> tuple[Kernel, Config] | None:
@@ -266,12 +285,15 @@ def _launchable(call: Call, choice: Choice) -> bool:
         for launch in launches_of(choice.kernel, choice.config, call):
             launch.warm()
     except Exception as error:
+        if "out of memory" in str(error).lower():  # which says nothing of the kernel
+            raise OutOfMemory(f"no memory is left for kernels: {error}") from error
         logger.info("%s cannot run %s: %s", choice.kernel.name, call.key, error)
         return False
     return True
 
 
 _selectors: dict[tuple[str, Path, bool, bool], Selector] = {}
+_compilers: dict[tuple[str, Path], Compiler] = {}
 _selectors_lock = threading.Lock()
 
 
@@ -294,9 +316,10 @@ def selector_for(
             hardware = describe(device)
             cache = DiskCache(root, settings().cache_bytes, f"profile{PROFILE_VERSION}")
             kept = cache if device.type == "cuda" else None
-            compiler = Compiler(hardware, device, kept)
+            if key[:2] not in _compilers:
+                _compilers[key[:2]] = Compiler(hardware, device, kept)
             _selectors[key] = Selector(
-                compiler, device, Profile(hardware, kept), measuring=key[2], waiting=waiting
+                _compilers[key[:2]], device, Profile(hardware, kept), key[2], waiting
             )
         return _selectors[key]
 

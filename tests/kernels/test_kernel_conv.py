@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ POINTERS: Config = {
     **{"warps": 4, "stages": 2, "early": False, "weight_tma": False},
 }
 BOXES: Config = {
-    **{"block_m": 32, "block_n": 64, "block_k": 32, "parts": 1},
+    **{"box": "2x4x4", "block_n": 64, "block_k": 32, "parts": 1},
     **{"warps": 4, "stages": 2, "early": False, "tail_n": 0},
 }
 ALL = "bias embedding residual"
@@ -174,6 +175,14 @@ def test_boxes_with_a_tail_of_channels(channels: int, parts: int) -> None:
     check("triton.conv2d_tma", tensors, attrs, config)
 
 
+@pytest.mark.parametrize("box", ["1x1x16", "4x2x2", "1x8x2", "2x8x8"])
+def test_boxes_of_another_size_of_image(box: str) -> None:
+    """A configuration may come from another size, so that its box is anything but the best."""
+    for attrs in ({}, {"stride": 2}, {"upsample": (8, 12)}):
+        tensors, found = operands((3, 4, 6, 32), 40, ALL, **attrs)
+        check("triton.conv2d_tma", tensors, found, {**BOXES, "box": box})
+
+
 def test_boxes_and_strides() -> None:
     tensors, attrs = operands((2, 4, 4, 32), 32, ALL)
     x, weight, bias, embedding, residual = tensors
@@ -320,6 +329,13 @@ SIZES = [
 ]
 
 
+def pixels_of(config: Config) -> int:
+    """Of a tile."""
+    if "box" not in config:
+        return int(config["block_m"])
+    return prod(int(side) for side in str(config["box"]).split("x"))
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("capability", [c for c in CHIPS if c >= (8, 0)], ids=str)
 def test_configurations_fit(size: Any, capability: tuple[int, int]) -> None:
@@ -334,7 +350,8 @@ def test_configurations_fit(size: Any, capability: tuple[int, int]) -> None:
         assert 0 < len(found) <= conv.MOST_CONFIGS
         assert len({tuple(sorted(config.items())) for config in found}) == len(found)
         for config in found:
-            block_m, block_n, block_k = (int(config[f"block_{side}"]) for side in "mnk")
+            block_n, block_k = int(config["block_n"]), int(config["block_k"])
+            block_m = pixels_of(config)
             stages, parts = int(config["stages"]), int(config["parts"])
             wide = block_n + int(config.get("tail_n", 0))
             assert (block_m + wide) * block_k * 2 * stages < hardware.shared_bytes
@@ -348,7 +365,7 @@ def test_small_images_fill_the_chip() -> None:
     call = described((2, 8, 8, 1280), 1280)
     for config in find("triton.conv2d_tma").configs(call, chip())[:4]:  # type: ignore[misc]
         across = -(-1280 // (int(config["block_n"]) + int(config["tail_n"])))
-        tiles = -(-128 // int(config["block_m"])) * across
+        tiles = -(-128 // pixels_of(config)) * across
         assert 90 <= tiles * int(config["parts"]) <= 264
     large = described((2, 128, 128, 640), 640)
     assert find("triton.conv2d_tma").configs(large, chip())[0]["parts"] == 1  # type: ignore[misc]

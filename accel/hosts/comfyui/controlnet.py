@@ -346,7 +346,7 @@ def _choose(net: Any) -> Part | None:
         if plan is not None:
             part = _lineup().part(net.control_model_wrapped, structure, plan, _dtype(net))
             if part is not None:
-                part.engine.wait_for_kernels(wait)
+                part.engine.begin(wait)
                 _leave_device(net.control_model_wrapped)
                 return part
             reason = "the device has no room for its engine beside the model's"

@@ -91,7 +91,7 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
         """The same structure's engine on another device."""
         device = self.load_device if new_load_device is None else new_load_device
         copy = self.pool.network(self.structure, self.plan, device, self.dtype, self.instance)
-        copy.wait_for_kernels(self._waiting)
+        copy.begin(self._waiting)
         return copy
 
     def model_size(self) -> int:
@@ -240,11 +240,13 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
         """CUDA graphs captured so far, those of an engine since freed among them."""
         return self.graphs + (0 if self.network is None else self.network.counters.graphs)
 
-    def wait_for_kernels(self, waiting: bool) -> None:
-        """Whether runs from now on wait for compilers, or libraries run meanwhile."""
-        self._waiting = waiting
-        if self.network is not None:
-            self.network.waiting = waiting
+    def begin(self, waiting: bool) -> None:
+        """A sampling begins: whether it waits for compilers, or libraries run meanwhile."""
+        with self.lock:
+            self._waiting = waiting
+            if self.network is not None:
+                self.network.waiting = waiting
+                self.network.refresh()
 
     @property
     def compiling(self) -> bool:

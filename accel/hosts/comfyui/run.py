@@ -223,7 +223,7 @@ class Acceleration:
         engine = self._decide(sampling, model, options, conds, noise_shape)
         if engine is not None:
             sampling.on_engine, sampling.engine = True, engine
-            engine.wait_for_kernels(self.options.wait)
+            engine.begin(self.options.wait)
             sampling.graphs_before = engine.graphs_captured()
             model.set_additional_models(KEY, [engine])
             try:
