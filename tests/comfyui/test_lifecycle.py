@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 
 import comfy.hooks
 import comfy.model_management as management
@@ -21,6 +22,7 @@ from accel.hosts.comfyui.journal import journal
 from accel.hosts.comfyui.patcher import accelerate, accelerated
 from accel.hosts.comfyui.pool import NetworkPatcher, pool
 from accel.hosts.comfyui.run import Acceleration, Options
+from accel.tuning import Selector
 
 from .checkpoints import ensure
 from .host import call, conditioning, relative_error, sample
@@ -559,3 +561,34 @@ def test_ten_workflows_in_a_row_trace_nothing_and_bind_each_shape_once(
     assert engine.network.counters.binds == len({(size, batch) for _, _, size, batch in tour}) == 4
     management.free_memory(1e30, fast["a"].load_device)
     assert engine.loaded_size() == 0
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_kernels_that_were_compiled_come_in_with_the_next_sampling(load, prompt, monkeypatch, wait):
+    """Libraries run until then, which the status says; who waits has them from the start."""
+    model = load()
+    sample(accelerate(model, Options(wait=True)), *prompt)  # its plan is there from now on
+    management.free_memory(1e30, model.load_device)
+    busy, asked = [True], []
+    select = Selector.select
+
+    def selected(self, calls):
+        asked.append(self)
+        found = select(self, calls)
+        return [replace(c, provisional=not self._waiting and busy[0]) for c in found]
+
+    monkeypatch.setattr(Selector, "select", selected)
+    monkeypatch.setattr(Selector, "settled", property(lambda self: not busy[0]))
+    fast = accelerate(model, Options(wait=wait))
+    first = sample(fast, *prompt)
+    engine = engine_of(fast)
+    binds = engine.network.counters.binds
+    assert last().compiling is not wait and asked[-1]._waiting is wait
+    assert ("compiling" in last().to_json()["status"]) is not wait
+    sample(fast, *prompt)
+    assert engine.network.counters.binds == binds, "what is under way is waited for"
+    busy[0] = False
+    for _ in range(2):
+        assert torch.equal(sample(fast, *prompt), first)
+        assert on_engine() and not last().compiling
+    assert engine.network.counters.binds == (binds if wait else 2 * binds)
