@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,22 @@ import pytest
 import torch
 from support import make_lora, make_unet, residuals_for, tiny_config
 
+from accel.cache import DiskCache
+from accel.hardware import describe
 from accel.session import Engine, Session
+from accel.tuning import Selector
+from accel.tuning.compiling import Compiler
+from accel.tuning.profile import Profile
 
 pytestmark = pytest.mark.gpu
 
 SIZES = [(16, 16), (24, 16), (17, 9), (33, 12)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has many sizes; timing kernels for all of them would take minutes."""
+    monkeypatch.setenv("SWITCHYARD_TUNE", "off")
 
 
 def half(seed: int) -> Any:
@@ -151,3 +163,42 @@ def test_clearing_executables_gives_the_memory_back(engine: Engine) -> None:
     engine._network.clear_executables()
     assert engine.report()["activation_bytes"] == 0
     assert error(engine(**inputs), first) < 5e-3
+
+
+def test_libraries_run_until_kernels_are_compiled_and_then_those(
+    engine: Engine, cache_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing compiled yet: the first call waits for no compiler, and both are right."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    device, hardware = torch.device("cuda", 0), describe("cuda")
+    cache = DiskCache(cache_folder, 1 << 24, "test")
+
+    def selector() -> Selector:
+        compiler = Compiler(hardware, device, cache)
+        return Selector(compiler, device, Profile(hardware, cache), False, waiting=False)
+
+    def kernels_now() -> list[str]:
+        return [name for shape in network.shapes() for name in shape["kernels"]]
+
+    network, inputs = engine._network, arguments((24, 16), 2, False, seed=3)
+    chooser = network._selector = selector()
+    first = engine(**inputs)
+    assert network.provisional and "triton.group_norm" not in kernels_now()
+    deadline = time.monotonic() + 120
+    while not chooser.settled:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    network.refresh()
+    second = engine(**inputs)
+    assert not network.provisional and "triton.group_norm" in kernels_now()
+    module = half(1).cuda()
+    with torch.no_grad():
+        plain = module(**inputs)[0]
+        truth = module.float()(**cast(inputs, torch.float32))[0]
+    for result in (first, second):
+        assert error(result, truth) <= 1.1 * error(plain, truth)
+    # Another process, as it were, has them from the start.
+    network._selector = selector()
+    network.clear_executables()
+    assert torch.equal(engine(**inputs), second) and not network.provisional
