@@ -204,8 +204,22 @@ def compile_apart(
     if not shares:
         logger.info("kernels are compiled where they are used: too little memory is free")
         return set()
-    with ThreadPoolExecutor(len(shares)) as threads:
-        return set().union(*threads.map(_compile_share, shares))
+    done: set[str] = set()
+    # Not a pool's threads: Python would wait for those when it ends, and they for the processes.
+    threads = [
+        threading.Thread(target=lambda share=share: done.update(_compile_share(share)), daemon=True)
+        for share in shares
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:  # the user has had enough
+        for process in list(_processes):
+            _end(process)
+        raise
+    return done
 
 
 def _compile_share(share: tuple[Any, ...]) -> set[str]:
