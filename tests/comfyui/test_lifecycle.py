@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import comfy.hooks
 import comfy.model_management as management
@@ -19,6 +20,7 @@ from accel.hosts.comfyui import decide
 from accel.hosts.comfyui import run as running
 from accel.hosts.comfyui.decide import Reason
 from accel.hosts.comfyui.journal import journal
+from accel.hosts.comfyui.panel import report
 from accel.hosts.comfyui.patcher import accelerate, accelerated
 from accel.hosts.comfyui.pool import NetworkPatcher, pool
 from accel.hosts.comfyui.run import Acceleration, Options
@@ -592,3 +594,12 @@ def test_kernels_that_were_compiled_come_in_with_the_next_sampling(load, prompt,
         assert torch.equal(sample(fast, *prompt), first)
         assert on_engine() and not last().compiling
     assert engine.network.counters.binds == (binds if wait else 2 * binds)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_report_says_what_fp16_accumulation_does(load, prompt, monkeypatch, on):
+    """`--fast fp16_accumulation` is PyTorch's setting, which not all kernels know."""
+    sample(accelerate(load(), Options(wait=True)), *prompt)
+    setting = SimpleNamespace(allow_fp16_accumulation=on)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", setting)
+    assert ("add in fp32" in report()) is on

@@ -171,5 +171,8 @@ def _memory_lines() -> list[str]:
         free, total = torch.cuda.mem_get_info(device)
         lines.append(f"VRAM in use {(total - free) >> 20} of {total >> 20} MiB")
     if getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False):
-        lines.append("fp16 accumulation is on: matrix products of the engine use it as well")
+        lines.append(
+            "fp16 accumulation is on: of the engine, only the products that PyTorch does follow; "
+            "kernels of its own add in fp32"
+        )
     return lines or ["no engine is in memory"]
