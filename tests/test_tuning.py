@@ -386,6 +386,9 @@ def test_what_kernels_say_of_sizes_near_by() -> None:
     whole = {"scheme": "whole", "groups": 1, "warps": 8, "pdl": True}
     assert fits("triton.group_norm", norm(16), whole)
     assert not fits("triton.group_norm", norm(24), whole)
+    (kernel,) = (kernel for kernel in kernels() if kernel.name == "triton.group_norm")
+    assert not kernel.fits(norm(16), whole, chip((8, 9))), "its launches cannot overlap"
+    assert kernel.fits(norm(16), whole | {"pdl": False}, chip((8, 9)))
 
     def attention(keys: int) -> Call:
         q, k = half(2, 256, 1280), half(2, keys, 1280)

@@ -343,6 +343,7 @@ def _pointer_configs(call: Call, hardware: Hardware) -> list[Config]:
     priority=3,
     supports=_pointer_supports,
     configs=_pointer_configs,
+    fits=lambda call, config, hardware: _can_start_early(hardware) or not config["early"],
     workspace=_part_bytes,
 )
 def conv2d(
@@ -477,6 +478,7 @@ def _tma_configs(call: Call, hardware: Hardware) -> list[Config]:
     priority=2,
     supports=_tma_supports,
     configs=_tma_configs,
+    fits=lambda call, config, hardware: _can_start_early(hardware) or not config["early"],
     workspace=_part_bytes,
 )
 def conv2d_tma(
@@ -800,6 +802,7 @@ def _few_out_configs(call: Call, hardware: Hardware) -> list[Config]:
     priority=2,
     supports=_few_out_supports,
     configs=_few_out_configs,
+    fits=lambda call, config, hardware: _can_start_early(hardware) or not config["early"],
     workspace=lambda call, config: _product_bytes(call),
 )
 def conv2d_few_out(

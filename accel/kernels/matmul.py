@@ -844,6 +844,7 @@ def _workspace(call: Call, config: Config) -> int:
     name="triton.matmul_tma",
     supports=_supports_tma,
     configs=_configs_tma,
+    fits=lambda call, config, hardware: has_pdl(hardware) or not config["pdl"],
     workspace=_workspace,
     priority=2,
 )

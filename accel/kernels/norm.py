@@ -642,9 +642,13 @@ def _group_norm_configs(call: Call, hardware: Hardware) -> list[Config]:
     return _overlapped([*whole[:3], *split[:3], *whole[3:], *split[3:]], hardware)
 
 
+def _can_overlap(hardware: Hardware) -> bool:
+    return _OVERLAP and hardware.capability is not None and hardware.capability >= (9, 0)
+
+
 def _overlapped(configs: Sequence[dict[str, Any]], hardware: Hardware) -> list[Config]:
     """The first eight; where launches can overlap, six that do and two of them that do not."""
-    if not _OVERLAP or hardware.capability is None or hardware.capability < (9, 0):
+    if not _can_overlap(hardware):
         return [*(config | {"pdl": False} for config in configs[:8])]
     return [
         *(config | {"pdl": True} for config in configs[:6]),
@@ -667,7 +671,9 @@ def _group_norm_workspace(call: Call, config: Config) -> int:
     priority=0,
     supports=_group_norm_supported,
     configs=_group_norm_configs,
-    fits=lambda call, config, hardware: _Image.of(call).fits(config),
+    fits=lambda call, config, hardware: (
+        _Image.of(call).fits(config) and (_can_overlap(hardware) or not config["pdl"])
+    ),
     workspace=_group_norm_workspace,
 )
 def group_norm(
@@ -891,6 +897,7 @@ def _layer_norm_configs(call: Call, hardware: Hardware) -> list[Config]:
     priority=0,
     supports=_layer_norm_supported,
     configs=_layer_norm_configs,
+    fits=lambda call, config, hardware: _can_overlap(hardware) or not config["pdl"],
 )
 def layer_norm(
     out: torch.Tensor,
