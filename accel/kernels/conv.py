@@ -29,6 +29,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..hardware import Hardware
+from . import overlap
 from .conv_device import (
     add_parts,
     gathered_product,
@@ -41,8 +42,6 @@ from .launch import Launch, interpreted
 from .registry import Call, Config, TensorSpec, triton_kernel
 
 HALVES = (torch.float16, torch.bfloat16)
-EARLY_SINCE = (3, 6)
-"""The version of Triton that can launch a kernel before its predecessor has ended."""
 MOST_CONFIGS = 9
 PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24)
 """Into how many parts a sum may be split. Few, so that image sizes near by offer the same."""
@@ -142,11 +141,6 @@ def _pitch(image: torch.Tensor | None) -> int:
 
 def _capable(hardware: Hardware, least: tuple[int, int]) -> bool:
     return hardware.capability is not None and hardware.capability >= least
-
-
-def _can_start_early(hardware: Hardware) -> bool:
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return _capable(hardware, (9, 0)) and version >= EARLY_SINCE
 
 
 # How long a tile of a given size may take: enough of a model to drop what cannot win.
@@ -318,7 +312,7 @@ def _pointer_configs(call: Call, hardware: Hardware) -> list[Config]:
         tiles += [
             (_Tile(pixels, channels, depth, warps), -(-shape.pixels // pixels)) for depth in depths
         ]
-    early = _can_start_early(hardware)
+    early = overlap.can_overlap(hardware)
     whole = shape.channels_in % depths[0] == 0
     aligned = all(t is None or t.aligned for t in call.tensors)
     tma = hardware.capability >= (9, 0) and whole and aligned and shape.channels >= 64
@@ -343,7 +337,7 @@ def _pointer_configs(call: Call, hardware: Hardware) -> list[Config]:
     priority=3,
     supports=_pointer_supports,
     configs=_pointer_configs,
-    fits=lambda call, config, hardware: _can_start_early(hardware) or not config["early"],
+    fits=overlap.fits,
     workspace=_part_bytes,
 )
 def conv2d(
@@ -462,7 +456,7 @@ def _tma_configs(call: Call, hardware: Hardware) -> list[Config]:
                 tiles.append((_Tile(pixels, channels, depth, 8, 64), count))
     configs: list[Config] = []
     for tile, parts, stages in _best(_ranked(shape, hardware, tiles), MOST_CONFIGS - 1):
-        config = _config(tile, parts, stages, _can_start_early(hardware))
+        config = _config(tile, parts, stages, overlap.can_overlap(hardware))
         # The box and not the pixels in it, so that a size near by can run the same code.
         box = "x".join(map(str, _box(shape, int(config.pop("block_m")))[1]))
         configs.append({"box": box, **config, "tail_n": tile.tail})
@@ -478,7 +472,7 @@ def _tma_configs(call: Call, hardware: Hardware) -> list[Config]:
     priority=2,
     supports=_tma_supports,
     configs=_tma_configs,
-    fits=lambda call, config, hardware: _can_start_early(hardware) or not config["early"],
+    fits=overlap.fits,
     workspace=_part_bytes,
 )
 def conv2d_tma(
@@ -787,7 +781,7 @@ def _few_out_configs(call: Call, hardware: Hardware) -> list[Config]:
     shape = _shape(call)
     assert shape is not None
     depth = next(iter([d for d in _depths(shape.channels_in, 16) if d <= 64]), 32)
-    early = _can_start_early(hardware)
+    early = overlap.can_overlap(hardware)
     found: list[Config] = [
         {"block_m": block_m, "block_k": depth, "warps": 4, "stages": stages, "early": early}
         for block_m, stages in ((64, 4), (128, 3), (32, 4))
@@ -802,7 +796,7 @@ def _few_out_configs(call: Call, hardware: Hardware) -> list[Config]:
     priority=2,
     supports=_few_out_supports,
     configs=_few_out_configs,
-    fits=lambda call, config, hardware: _can_start_early(hardware) or not config["early"],
+    fits=overlap.fits,
     workspace=lambda call, config: _product_bytes(call),
 )
 def conv2d_few_out(

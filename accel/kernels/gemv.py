@@ -17,7 +17,8 @@ import triton.language as tl
 
 from ..hardware import Hardware
 from .launch import Launch, interpreted
-from .matmul import gelu_erf, has_pdl, options, row_stride
+from .matmul import gelu_erf, options, row_stride
+from .overlap import can_overlap
 from .registry import Call, Config, triton_kernel
 
 ROWS = 16
@@ -142,7 +143,7 @@ def _configs(call: Call, hardware: Hardware) -> list[Config]:
     fitting = [n for n in (1, 2, 4, 8) if n * _registers(call) <= _MOST_REGISTERS]
     wanted = call.out.shape[-1] / (8 * hardware.multiprocessors)
     ranked = sorted(fitting, key=lambda n: (abs(log2(n / wanted)), n))
-    pdl = has_pdl(hardware)
+    pdl = can_overlap(hardware)
     configs: list[Config] = [{"block_n": n, "pdl": pdl} for n in ranked[:3]]
     return [*configs, {"block_n": ranked[0], "pdl": False}] if pdl else configs
 

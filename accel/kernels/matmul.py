@@ -34,7 +34,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..hardware import Hardware
-from . import cublaslt, library
+from . import cublaslt, library, overlap
 from .launch import Launch, interpreted
 from .registry import NO_CONFIG, Call, Config, TensorSpec, kernel, triton_kernel
 
@@ -810,16 +810,10 @@ def _supports_tma(call: Call, hardware: Hardware) -> bool:
     return _has_tma(hardware) and _supports(call, hardware)
 
 
-def has_pdl(hardware: Hardware) -> bool:
-    """Whether a launch may begin before the one ahead of it has ended."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return _has_tma(hardware) and version >= (3, 6)
-
-
 def _configs_tma(call: Call, hardware: Hardware) -> list[Config]:
     """Where launches may overlap, the best one also without."""
     ranked = _ranked(call, hardware, True)
-    if not has_pdl(hardware):
+    if not overlap.can_overlap(hardware):
         return [variant.config(hardware, False) for variant in ranked[:CONFIGS_TMA]]
     found = [variant.config(hardware, True) for variant in ranked[: CONFIGS_TMA - 1]]
     return [*found, ranked[0].config(hardware, False)]
@@ -844,7 +838,7 @@ def _workspace(call: Call, config: Config) -> int:
     name="triton.matmul_tma",
     supports=_supports_tma,
     configs=_configs_tma,
-    fits=lambda call, config, hardware: has_pdl(hardware) or not config["pdl"],
+    fits=overlap.fits,
     workspace=_workspace,
     priority=2,
 )

@@ -24,7 +24,6 @@ multiples of it without compiling each width anew.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from inspect import signature
 from math import gcd, prod
 from typing import Any
 
@@ -34,6 +33,7 @@ import triton.language as tl
 from triton import cdiv, next_power_of_2
 
 from ..hardware import Hardware
+from . import overlap
 from .launch import Launch, interpreted
 from .registry import Call, Config, TensorSpec, triton_kernel
 
@@ -44,9 +44,6 @@ _VECTOR = 8
 
 _WHOLE = 16384
 """Elements that one block holds in registers: 32 for each of 512 threads."""
-
-_OVERLAP = "_semantic" in signature(tl.extra.cuda.gdc_wait).parameters
-"""Whether this Triton can compile the instructions of overlapping launches; 3.4 cannot."""
 
 _PARTS = 64
 """Blocks of pixels that the statistics of an image are made of, at most."""
@@ -642,13 +639,9 @@ def _group_norm_configs(call: Call, hardware: Hardware) -> list[Config]:
     return _overlapped([*whole[:3], *split[:3], *whole[3:], *split[3:]], hardware)
 
 
-def _can_overlap(hardware: Hardware) -> bool:
-    return _OVERLAP and hardware.capability is not None and hardware.capability >= (9, 0)
-
-
 def _overlapped(configs: Sequence[dict[str, Any]], hardware: Hardware) -> list[Config]:
     """The first eight; where launches can overlap, six that do and two of them that do not."""
-    if not _can_overlap(hardware):
+    if not overlap.can_overlap(hardware):
         return [*(config | {"pdl": False} for config in configs[:8])]
     return [
         *(config | {"pdl": True} for config in configs[:6]),
@@ -672,7 +665,7 @@ def _group_norm_workspace(call: Call, config: Config) -> int:
     supports=_group_norm_supported,
     configs=_group_norm_configs,
     fits=lambda call, config, hardware: (
-        _Image.of(call).fits(config) and (_can_overlap(hardware) or not config["pdl"])
+        _Image.of(call).fits(config) and overlap.fits(call, config, hardware)
     ),
     workspace=_group_norm_workspace,
 )
@@ -897,7 +890,7 @@ def _layer_norm_configs(call: Call, hardware: Hardware) -> list[Config]:
     priority=0,
     supports=_layer_norm_supported,
     configs=_layer_norm_configs,
-    fits=lambda call, config, hardware: _can_overlap(hardware) or not config["pdl"],
+    fits=overlap.fits,
 )
 def layer_norm(
     out: torch.Tensor,
