@@ -632,7 +632,7 @@ def test_a_call_that_cannot_be_timed_costs_only_itself() -> None:
     kernel = dataclasses.replace(reference("silu"), run=broken)
     timer = OpTimer(CPU)
     bad = timer(call, Choice(kernel, {}, "by hand"))
-    assert bad.us is None and bad.library == "eager.silu" and (bad.library_us or 0) > 0
+    assert bad.us is None and bad.way == "eager.silu" and (bad.way_us or 0) > 0
     good = timer(call, choice(call))
     assert good.us is not None and good.us > 0 and good.compiled_us is None
 

@@ -40,13 +40,13 @@ CPU_SAMPLES = 3
 class Times:
     """Microseconds of one run, None for what cannot be had.
 
-    us: of the chosen kernel. library_us: of the fastest of PyTorch's own ways, whose name is
-    `library`. compiled_us: of the operator's reference as torch.compile has it.
+    us: of the chosen kernel. way_us: of the fastest of PyTorch's own ways, whose name is
+    `way`. compiled_us: of the operator's reference as torch.compile has it.
     """
 
     us: float | None = None
-    library: str | None = None
-    library_us: float | None = None
+    way: str | None = None
+    way_us: float | None = None
     compiled_us: float | None = None
 
 
@@ -71,14 +71,14 @@ class OpTimer:
                 logger.warning("%s is not timed: no memory for its tensors", call.key)
                 return Times()
             us = self._us(operands, choice.kernel, choice.config)
-            library, library_us = self._library(operands, choice, us)
+            way, way_us = self._way(operands, choice, us)
             compiled_us = self._compiled(operands)
         del operands
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        return Times(us, library, library_us, compiled_us)
+        return Times(us, way, way_us, compiled_us)
 
-    def _library(
+    def _way(
         self, operands: Operands, choice: Choice, us: float | None
     ) -> tuple[str | None, float | None]:
         """The fastest of PyTorch's own ways. The chosen one, if among them, is not timed again."""

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ..hardware import Hardware
+from .library import regular
 from .registry import Call, Config, TensorSpec, kernel
 
 ALGORITHMS = 4
@@ -96,7 +97,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
 
 
 @cache
-def library() -> Any:
+def shared_object() -> Any:
     """cublasLt of PyTorch's CUDA version, or None where it cannot be had."""
     version = torch.version.cuda
     if version is None:
@@ -195,7 +196,7 @@ _products: dict[tuple[int, _Product], _Prepared] = {}
 
 def _call(name: str, *arguments: Any) -> None:
     """Call a function of the library. Raises RuntimeError unless it succeeds."""
-    found = library()
+    found = shared_object()
     status = getattr(found, name)(*arguments)
     if status != 0:
         told = found.cublasLtGetStatusName(status)
@@ -274,27 +275,16 @@ def multiplies(call: Call, hardware: Hardware) -> bool:
 
     Half precision; rows of whole 16 bytes, one after another at one distance, none over another.
     """
-    x, weight, bias, residual = call.tensors
-    if x is None or weight is None or x.dtype not in _DATA_TYPES or hardware.capability is None:
+    x, _, _, residual = call.tensors
+    if x is None or hardware.capability is None or not regular(call):
         return False
-    present = [spec for spec in (x, weight, bias, residual, call.out) if spec is not None]
     apart = [spec for spec in (x, residual, call.out) if spec is not None]
     return (
         (x.dtype == torch.float16 or hardware.capability >= (8, 0))
-        and all(spec.dtype == x.dtype and spec.aligned for spec in present)
-        and weight.contiguous
-        and (bias is None or bias.contiguous)
         and x.rows > 0
-        and x.shape[-1] % 8 == 0
-        and call.out.shape[-1] % 8 == 0
-        and all(_rows_apart(spec) for spec in apart)
-        and library() is not None
+        and all((spec.row_stride() or 0) >= spec.shape[-1] for spec in apart)
+        and shared_object() is not None
     )
-
-
-def _rows_apart(spec: TensorSpec) -> bool:
-    step = spec.row_stride()
-    return spec.stride[-1] == 1 and step is not None and step % 8 == 0 and step >= spec.shape[-1]
 
 
 def configs(call: Call, hardware: Hardware) -> list[Config]:

@@ -15,11 +15,35 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..hardware import Hardware
-from .registry import NO_CONFIG, Call, Config, kernel
+from .registry import NO_CONFIG, Call, Config, TensorSpec, kernel
 
 logger = logging.getLogger(__name__)
 
 _CUDA = ("cuda",)
+
+
+def regular(call: Call) -> bool:
+    """Whether a `linear` is in half precision, its rows of whole 16 bytes and at one distance."""
+    x, weight, bias, residual = call.tensors
+    if x is None or weight is None:
+        return False
+    present = [spec for spec in (x, weight, bias, residual, call.out) if spec is not None]
+    apart = [spec for spec in (x, residual, call.out) if spec is not None]
+    return (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and all(spec.dtype == x.dtype and spec.aligned for spec in present)
+        and weight.contiguous
+        and (bias is None or bias.contiguous)
+        and x.shape[-1] % 8 == 0
+        and call.out.shape[-1] % 8 == 0
+        and all(_rows_apart(spec) for spec in apart)
+    )
+
+
+def _rows_apart(spec: TensorSpec) -> bool:
+    """Whether one stride leads from row to row, and keeps them at multiples of 16 bytes."""
+    step = spec.row_stride()
+    return spec.stride[-1] == 1 and step is not None and step % 8 == 0
 
 
 def product_bytes(call: Call, config: Config) -> int:

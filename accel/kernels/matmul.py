@@ -40,8 +40,6 @@ from .registry import NO_CONFIG, Call, Config, TensorSpec, kernel, triton_kernel
 
 CONFIGS, CONFIGS_TMA = 8, 6
 
-_HALVES = (torch.float16, torch.bfloat16)
-
 _GEMV_ROWS = 8
 """Up to so many rows the other kernel, which reads the weight once and multiplies as it goes."""
 
@@ -777,27 +775,7 @@ def _supports(call: Call, hardware: Hardware) -> bool:
 
 
 def _regular(call: Call) -> bool:
-    """Half precision; rows of whole 16 bytes, one after another at one distance."""
-    x, weight, bias, residual = call.tensors
-    if x is None or weight is None or call.attrs["activation"] not in ("none", "geglu"):
-        return False
-    present = [spec for spec in (x, weight, bias, residual, call.out) if spec is not None]
-    apart = [spec for spec in (x, residual, call.out) if spec is not None]
-    return (
-        x.dtype in _HALVES
-        and all(spec.dtype == x.dtype and spec.aligned for spec in present)
-        and weight.contiguous
-        and (bias is None or bias.contiguous)
-        and x.shape[-1] % 8 == 0
-        and call.out.shape[-1] % 8 == 0
-        and all(_rows_apart(spec) for spec in apart)
-    )
-
-
-def _rows_apart(spec: TensorSpec) -> bool:
-    """Whether one stride leads from row to row, and keeps them at multiples of 16 bytes."""
-    step = spec.row_stride()
-    return spec.stride[-1] == 1 and step is not None and step % 8 == 0
+    return call.attrs["activation"] in ("none", "geglu") and library.regular(call)
 
 
 def _has_tma(hardware: Hardware) -> bool:

@@ -396,8 +396,6 @@ class Executable:
 
     def _capture(self) -> None:
         """Run once to let libraries choose their algorithms, then record both parts."""
-        chosen = {call.key: (call, choice) for _, call, choice in self.calls()}
-        self._selector.prepare(list(chosen.values()))
         stream = side_stream(self.device.index or 0)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         try:

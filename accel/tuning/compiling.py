@@ -26,7 +26,7 @@ import psutil
 import torch
 import xxhash
 
-from .. import kernels
+from .. import kernels, processes
 from ..cache import DiskCache
 from ..hardware import Hardware
 from ..kernels.launch import Launch, cache_token, pretend
@@ -188,14 +188,14 @@ def _meta(spec: TensorSpec) -> torch.Tensor:
 
 
 def compile_apart(
-    variants: Mapping[str, Variant], hardware: Hardware, processes: int, niceness: int = 0
+    variants: Mapping[str, Variant], hardware: Hardware, most: int, niceness: int = 0
 ) -> set[str]:
     """Compile in so many processes, or fewer; the keys of launches that Triton's cache has now.
 
     variants: by the keys of their launches. Where no process can be had, nothing is compiled.
     """
     free = psutil.virtual_memory().available // PROCESS_BYTES
-    count = min(MOST_PROCESSES, max(1, processes), math.ceil(len(variants) / 8), free)
+    count = min(MOST_PROCESSES, max(1, most), math.ceil(len(variants) / 8), free)
     distinct = {id(variant): variant for variant in variants.values()}.values()
     named = [(kernel.name, dict(config), call) for kernel, config, call in distinct]
     shares = [
@@ -224,20 +224,14 @@ def compile_apart(
 
 def _compile_share(share: tuple[Any, ...]) -> set[str]:
     """The keys that one process says it has compiled."""
-    flags = ["-s"] if sys.flags.no_user_site else []
-    quiet = getattr(subprocess, "CREATE_NO_WINDOW", 0)
-    low = getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0) if share[0] else 0
     try:
         process = subprocess.Popen(
-            [sys.executable, *flags, "-c", _BOOT, str(_ROOT)],
+            processes.command(_BOOT, str(_ROOT)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=_ROOT,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            creationflags=quiet | low,
-            # A Ctrl+C in the host's console is the host's to handle.
-            start_new_session=os.name == "posix",
+            **processes.options(low=share[0] > 0),
         )
     except OSError as error:
         logger.info("kernels are compiled where they are used: %s", error)

@@ -104,10 +104,6 @@ class Selector:
         """Whether nothing is being compiled that a provisional choice waits for."""
         return not self.compiler.busy
 
-    def prepare(self, calls: Sequence[tuple[Call, Choice]]) -> None:
-        """Have the code of chosen kernels on the device, which else is done at their first run."""
-        self.compiler.compile((choice.kernel, choice.config, call) for call, choice in calls)
-
     def _postponed(
         self, calls: Mapping[str, Call], found: Mapping[str, Choice | None]
     ) -> dict[str, Choice]:
@@ -153,7 +149,9 @@ class Selector:
             return {key: choice for key, (_, choice) in choices.items()}
         proven: dict[str, Choice | None] = {}
         with torch.cuda.device(self.device):
-            self.prepare(list(choices.values()))
+            self.compiler.compile(
+                (choice.kernel, choice.config, call) for call, choice in choices.values()
+            )
             for key, (call, choice) in choices.items():
                 proven[key] = choice
                 if not _launchable(call, choice):

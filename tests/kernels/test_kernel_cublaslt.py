@@ -250,9 +250,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeLibrary]:
     with monkeypatch.context() as patch:
         patch.setattr(torch.version, "cuda", "13.0")
         patch.setattr(ctypes, "CDLL", load)
-        loaded = cublaslt.library.__wrapped__()
+        loaded = cublaslt.shared_object.__wrapped__()
     assert loaded is made and len(places) == 1
-    monkeypatch.setattr(cublaslt, "library", lambda: made)
+    monkeypatch.setattr(cublaslt, "shared_object", lambda: made)
     monkeypatch.setattr(cublaslt, "_handles", {})
     monkeypatch.setattr(cublaslt, "_products", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -413,7 +413,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cublaslt, "library", object)
+    monkeypatch.setattr(cublaslt, "shared_object", object)
     refused = REFUSED[name]
     assert find("cublaslt.linear").supports(call(PLAIN, PLAIN), chip())
     assert not find("cublaslt.linear").supports(refused, chip())
@@ -430,14 +430,14 @@ def test_each_serves_one_activation(monkeypatch: pytest.MonkeyPatch) -> None:
     def served() -> list[list[bool]]:
         return [[find(name).supports(c, chip()) for c in (plain, gated)] for name in names]
 
-    monkeypatch.setattr(cublaslt, "library", object)
+    monkeypatch.setattr(cublaslt, "shared_object", object)
     assert served() == [[True, False], [False, True]]
-    monkeypatch.setattr(cublaslt, "library", lambda: None)
+    monkeypatch.setattr(cublaslt, "shared_object", lambda: None)
     assert served() == [[False, False], [False, False]]
 
 
 def test_bfloat16_needs_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cublaslt, "library", object)
+    monkeypatch.setattr(cublaslt, "shared_object", object)
     supports = find("cublaslt.linear").supports
     half = spec(64, 64, dtype=BF16)
     assert supports(call(half, half), chip((8, 0)))
@@ -471,7 +471,7 @@ def test_where_the_library_is_looked_for(
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     monkeypatch.setattr(ctypes, "CDLL", load)
-    assert cublaslt.library.__wrapped__() is not None
+    assert cublaslt.shared_object.__wrapped__() is not None
     assert tried == [name, *(str(folder / name) for folder in files)]
 
 
@@ -483,9 +483,9 @@ def test_no_library_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
     monkeypatch.setattr(ctypes, "CDLL", failing)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert cublaslt.library.__wrapped__() is None and not tried
+    assert cublaslt.shared_object.__wrapped__() is None and not tried
     monkeypatch.setattr(torch.version, "cuda", "12.9")
-    assert cublaslt.library.__wrapped__() is None and tried
+    assert cublaslt.shared_object.__wrapped__() is None and tried
 
 
 def test_structures_have_the_sizes_of_the_header() -> None:
@@ -511,7 +511,7 @@ SIZES = [
 @pytest.mark.parametrize("riders", RIDERS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_algorithm(size: Any, riders: str, dtype: torch.dtype) -> None:
-    assert cublaslt.library() is not None, "PyTorch's own library is not found"
+    assert cublaslt.shared_object() is not None, "PyTorch's own library is not found"
     tensors, attrs = operands(*size, riders, dtype=dtype)
     variants = [tensors, slices(tensors)] if "residual" in riders else [tensors]
     call, _ = call_of("linear", tensors, attrs)

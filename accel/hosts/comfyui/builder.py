@@ -12,7 +12,6 @@ import atexit
 import contextlib
 import json
 import logging
-import os
 import queue
 import signal
 import subprocess
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ... import __version__
+from ... import __version__, processes
 from ...cache import DiskCache, Entry
 from ...compiler import SHIPPED, open_cache, shipped_plan
 from ...errors import InvalidPlan
@@ -473,32 +472,20 @@ def throw_if_interrupted() -> None:
 
 
 def process_command() -> list[str]:
-    """The command line of the build's process. Windows' portable Python ignores PYTHONPATH."""
-    flags = ["-s"] if sys.flags.no_user_site else []
-    return [sys.executable, *flags, "-c", _BOOT, str(_PACK)]
+    """The command line of the build's process."""
+    return processes.command(_BOOT, str(_PACK))
 
 
 @contextlib.contextmanager
 def _process(command: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     """A process of low priority without GPU, surely gone afterwards."""
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONIOENCODING": "utf-8",
-    }
-    quiet = getattr(subprocess, "CREATE_NO_WINDOW", 0)
-    low = getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0)
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=_PACK,
-        env=environment,
-        creationflags=quiet | low,
-        # A Ctrl+C in the host's console is the host's to handle.
-        start_new_session=os.name == "posix",
+        **processes.options(low=True, PYTHONIOENCODING="utf-8"),
     )
     try:
         yield process
