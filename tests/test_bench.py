@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -806,6 +807,23 @@ def test_a_process_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     assert out == "" and "hello" in err, "the caller's output is its own"
 
 
+def test_processes_import_ahead_and_wait_for_their_turn() -> None:
+    def pid(one: process.Fresh | None) -> int:
+        return int(process.run_isolated(os.getpid, timeout=60, process=one))
+
+    modules = ("no_such_module", "colorsys")
+    with process.fresh_processes(3, modules) as processes:
+        first, second, third = processes
+        assert pid(first) != pid(second)
+        imported = "import sys; assert 'colorsys' in sys.modules"
+        process.run_isolated(exec, imported, timeout=60, process=third)
+        with pytest.raises(process.ProcessFailed):  # only what was imported is there
+            process.run_isolated(exec, imported, timeout=60)
+    with process.fresh_processes(1, ()) as processes:
+        (unused,) = processes
+    assert unused._process.exitcode == 0
+
+
 @pytest.mark.parametrize(
     ("function", "arguments", "timeout", "error", "message"),
     [
@@ -1009,6 +1027,7 @@ def test_from_end_to_end(
     families = (Family("tiny", "Tiny", tiny("sd15")),)
     monkeypatch.setattr(networks, "FAMILIES", families)
     monkeypatch.setattr(bench, "run_isolated", lambda function, *rest, **how: function(*rest))
+    monkeypatch.setattr(bench, "fresh_processes", lambda count, modules: nullcontext(iter(())))
     monkeypatch.setenv("SWITCHYARD_CACHE_DIR", str(plans))
     path = tmp_path / "r.json"
     arguments = ["--model", "tiny", "--size", "64x64,72x64", "--device", "cpu", "--steps", 1]

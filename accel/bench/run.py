@@ -17,7 +17,7 @@ from . import results
 from .machine import commit
 from .measure import ROW, Job, describe_machine, keep_truth, measure, precompile
 from .networks import Case
-from .process import ProcessFailed, run_isolated
+from .process import Fresh, ProcessFailed, fresh_processes, run_isolated
 from .results import Document
 from .variants import BASELINES, NEED_GPU
 
@@ -36,6 +36,9 @@ NOTE = (
 )
 
 ENGINE, EAGER, COMPILE = "engine", "eager", "compile"
+
+IMPORTS = (f"{__package__}.measure", "diffusers.models.unets.unet_2d_condition")
+"""What takes a measuring process long to import."""
 
 Say = Callable[[str], None]
 Keep = Callable[[Document], None]
@@ -149,9 +152,14 @@ def _measure_case(
     variants = [ENGINE, *(name for name in BASELINES if name in options.baselines)]
     tflop: float | None = None
     measured: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(
-        prefix="switchyard-bench-", ignore_cleanup_errors=True
-    ) as scratch:
+    isolated = options.isolated
+    with (
+        tempfile.TemporaryDirectory(
+            prefix="switchyard-bench-", ignore_cleanup_errors=True
+        ) as scratch,
+        # They import while the float32 result is made, which nothing times.
+        fresh_processes(len(variants) + 1 if isolated else 0, IMPORTS) as processes,
+    ):
 
         def job(variant: str) -> Job:
             return Job(
@@ -170,12 +178,12 @@ def _measure_case(
 
         say(f"{title(case)}: float32, to which all are compared")
         try:
-            _run(options, say, keep_truth, job("float32"))
+            _run(options, say, keep_truth, job("float32"), process=next(processes, None))
         except (ProcessFailed, SwitchyardError) as error:
             say(f"{title(case)}: there is no float32 result, so no errors: {_last_line(error)}")
         for variant in variants:
             say(f"{title(case)}: {variant}" + ("" if variant != COMPILE else ", for minutes"))
-            row = _row(options, say, job(variant))
+            row = _row(options, say, job(variant), next(processes, None))
             tflop = row.pop("tflop", tflop)
             if tflop is not None:
                 row["tflop"] = tflop
@@ -198,9 +206,9 @@ def _compare_memory(engine: dict[str, Any], eager: Mapping[str, Any]) -> None:
         engine["vram_over_eager"] = ours / theirs
 
 
-def _row(options: Options, say: Say, job: Job) -> dict[str, Any]:
+def _row(options: Options, say: Say, job: Job, process: Fresh | None) -> dict[str, Any]:
     try:
-        row: dict[str, Any] = _run(options, say, measure, job)
+        row: dict[str, Any] = _run(options, say, measure, job, process=process)
     except (ProcessFailed, SwitchyardError) as error:
         failed = str(error).splitlines()
         return {**empty_row(job), "failed": failed}
@@ -212,7 +220,13 @@ def empty_row(job: Job) -> dict[str, Any]:
     return {**dict.fromkeys(ROW), **job.case.facts, "variant": job.variant}
 
 
-def _run(options: Options, say: Say, function: Callable[..., Any], *arguments: Any) -> Any:
+def _run(
+    options: Options,
+    say: Say,
+    function: Callable[..., Any],
+    *arguments: Any,
+    process: Fresh | None = None,
+) -> Any:
     if not options.isolated:
         return function(*arguments)
     return run_isolated(
@@ -220,6 +234,7 @@ def _run(options: Options, say: Say, function: Callable[..., Any], *arguments: A
         *arguments,
         timeout=options.timeout,
         waiting=lambda elapsed: say(f"  … {elapsed:.0f} s"),
+        process=process,
     )
 
 
