@@ -4,7 +4,8 @@
 
 Times every candidate of every call of the shipped plans at those image sizes, without the optional
 inputs and with all of them, and writes the fastest to `tuning_profiles/`. What the file there has,
-of the same GPU and libraries, stays. --details keeps the times of all candidates.
+of the same GPU and libraries, stays; with --missing it is not measured again. --details keeps the
+times of all candidates.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from accel.plan.schema import Plan
 from accel.runtime.calls import calls_of
 from accel.tuning.compiling import Compiler
 from accel.tuning.measure import measure
-from accel.tuning.profile import SHIPPED, Entry, Profile, identity
+from accel.tuning.profile import PROFILE_VERSION, SHIPPED, Entry, Profile, identity
 from accel.tuning.select import fastest
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("case", nargs="+", help="sd15:512x512, sdxl:1024x1024:1, …")
     parser.add_argument("--out", type=Path, help="default: the GPU's file in tuning_profiles/")
+    parser.add_argument("--missing", action="store_true", help="only what the file has not yet")
     parser.add_argument("--details", type=Path, help="all candidates' times, as JSON")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -44,6 +46,8 @@ def main() -> None:
     calls: dict[str, Call] = {}
     for case in options.case:
         calls |= {call.key: call for call in _calls(case)}
+    if options.missing:
+        calls = {key: call for key, call in calls.items() if key not in _earlier(out, hardware)}
     print(f"{len(calls)} calls", flush=True)
     entries, details = _measured(list(calls.values()), hardware, device)
     out.write_text(
@@ -81,11 +85,17 @@ def _with_what_was(out: Path, hardware: Hardware, entries: dict[str, Entry]) -> 
     profile = Profile(hardware, None)
     profile.add(entries)
     document = profile.to_json()
-    if out.exists():
-        old = json.loads(out.read_text(encoding="utf-8"))
-        if old["meta"] == identity(hardware) and old["version"] == document["version"]:
-            document["entries"] = old["entries"] | document["entries"]
+    document["entries"] = _earlier(out, hardware) | document["entries"]
     return document
+
+
+def _earlier(out: Path, hardware: Hardware) -> dict[str, Any]:
+    """The file's entries, if they are of the same GPU and libraries."""
+    if not out.exists():
+        return {}
+    document = json.loads(out.read_text(encoding="utf-8"))
+    same = document["meta"] == identity(hardware) and document["version"] == PROFILE_VERSION
+    return dict(document["entries"]) if same else {}
 
 
 def _file_name(gpu: str) -> str:

@@ -48,10 +48,11 @@ class Runner:
         self.arena = Arena(CPU)
         self.prompts: dict[Any, Any] = {}
 
-    def bind(self, inputs: Mapping[str, torch.Tensor]) -> Executable:
+    def bind(self, inputs: Mapping[str, torch.Tensor], selector: Any = None) -> Executable:
         plan = without_absent(self.plan, inputs)
         dims = bind_dims(plan, {name: value.shape for name, value in inputs.items()})
-        return Executable(plan, dims, self.constants, self.dtype, self.arena, self.prompts)
+        constants, arena, prompts = self.constants, self.arena, self.prompts
+        return Executable(plan, dims, constants, self.dtype, arena, prompts, None, selector)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         return self.bind(inputs).run(inputs, None)

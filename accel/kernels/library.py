@@ -286,6 +286,32 @@ def layer_norm(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+@kernel("add_layer_norm", name="torch.add_layer_norm", devices=_CUDA)
+def add_layer_norm(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    eps: float,
+) -> torch.Tensor:
+    """Two launches: PyTorch's sum, then its LayerNorm."""
+    total = torch.add(x, residual, out=out[0])
+    statistics = x.new_empty(2, *x.shape[:-1], 1, dtype=torch.float32)
+    torch.ops.aten.native_layer_norm.out(
+        total,
+        x.shape[-1:],
+        weight,
+        bias,
+        eps,
+        out0=out[1],
+        out1=statistics[0],
+        out2=statistics[1],
+    )
+    return out
+
+
 @kernel("attention", name="torch.sdpa", devices=_CUDA, allocates=True)
 def attention(
     out: None,

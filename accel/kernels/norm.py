@@ -24,6 +24,7 @@ multiples of it without compiling each width anew.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import gcd, prod
 from typing import Any
 
@@ -758,14 +759,17 @@ def group_norm(
 # LayerNorm.
 
 
-@triton.jit(do_not_specialize=["rows", "x_stride", "eps"])
+@triton.jit(do_not_specialize=["rows", "x_stride", "residual_stride", "eps"])
 def _layer_norm(
     x,
+    residual,
     weight,
     bias,
+    total,
     out,
     rows,
     x_stride,
+    residual_stride,
     eps,
     VEC: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -776,6 +780,7 @@ def _layer_norm(
 ):
     """ROWS rows at once, in registers between the statistics and the result.
 
+    With a residual, of the sum, which is stored to `total` first: as it was rounded for that.
     A row is HEAD columns and, unless TAIL is 0, up to TAIL more, both powers of two: 320 is
     256 + 64, where a single power of two would leave three eighths of the threads idle.
     """
@@ -783,21 +788,34 @@ def _layer_norm(
     start = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)[:, None]
     valid = start + row < rows
-    source = x + start * (x_stride * VEC)
-    target = out + start * WIDTH
+    source = x + start * (x_stride * VEC) + row * (x_stride * VEC)
+    target = out + start * WIDTH + row * WIDTH
 
     # All loads come first, so that they are in flight together.
     head = tl.arange(0, HEAD)
     mask = _row_mask(valid, head, HEAD - 1, WIDTH)
-    value = tl.load(source + row * (x_stride * VEC) + head[None, :], mask, other=0.0)
+    value = tl.load(source + head[None, :], mask, other=0.0)
+    if residual is not None:
+        other = residual + start * (residual_stride * VEC) + row * (residual_stride * VEC)
+        added = tl.load(other + head[None, :], mask, other=0.0)
     if TAIL > 0:
         tail = HEAD + tl.arange(0, TAIL)
         tail_mask = _row_mask(valid, tail, HEAD + TAIL - 1, WIDTH)
-        rest = tl.load(source + row * (x_stride * VEC) + tail[None, :], tail_mask, other=0.0)
+        rest = tl.load(source + tail[None, :], tail_mask, other=0.0)
+        if residual is not None:
+            rest_added = tl.load(other + tail[None, :], tail_mask, other=0.0)
         rest_scale = _parameter(weight, tail, 1.0, WIDTH)
         rest_base = _parameter(bias, tail, 0.0, WIDTH)
     scale = _parameter(weight, head, 1.0, WIDTH)
     base = _parameter(bias, head, 0.0, WIDTH)
+
+    if residual is not None:
+        sum_target = total + start * WIDTH + row * WIDTH
+        value = (value.to(tl.float32) + added.to(tl.float32)).to(value.dtype)
+        tl.store(sum_target + head[None, :], value, mask)
+        if TAIL > 0:
+            rest = (rest.to(tl.float32) + rest_added.to(tl.float32)).to(rest.dtype)
+            tl.store(sum_target + tail[None, :], rest, tail_mask)
 
     value = value.to(tl.float32)
     sums = tl.sum(value, axis=1)
@@ -813,10 +831,10 @@ def _layer_norm(
     rstd = tl.rsqrt(squares / WIDTH + eps)[:, None]
 
     y = value * rstd * scale.to(tl.float32)[None, :] + base.to(tl.float32)[None, :]
-    tl.store(target + row * WIDTH + head[None, :], y.to(out.dtype.element_ty), mask)
+    tl.store(target + head[None, :], y.to(out.dtype.element_ty), mask)
     if TAIL > 0:
         y = rest * rstd * rest_scale.to(tl.float32)[None, :] + rest_base.to(tl.float32)[None, :]
-        tl.store(target + row * WIDTH + tail[None, :], y.to(out.dtype.element_ty), tail_mask)
+        tl.store(target + tail[None, :], y.to(out.dtype.element_ty), tail_mask)
 
 
 @triton.jit
@@ -903,9 +921,23 @@ def layer_norm(
     workspace: torch.Tensor | None,
 ) -> list[Launch]:
     """Two passes over a row in registers, in float32; x [..., C] with rows at one distance."""
-    spec = TensorSpec.of(x)
-    width, stride, rows = x.shape[-1], spec.row_stride() or 0, int(config["rows"])
-    vector = gcd(_VECTOR, width, stride)
+    return [_layer_norm_launch(None, out, x, None, weight, bias, eps, config)]
+
+
+def _layer_norm_launch(
+    total: torch.Tensor | None,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    config: Config,
+) -> Launch:
+    spec, width, rows = TensorSpec.of(x), x.shape[-1], int(config["rows"])
+    stride = spec.row_stride() or 0
+    residual_stride = 0 if residual is None else TensorSpec.of(residual).row_stride() or 0
+    vector = gcd(_VECTOR, width, stride, residual_stride)
     full = next_power_of_2(width)
     head = full // 2 if config["halves"] else full
     pdl = bool(config["pdl"]) and not interpreted(_layer_norm)
@@ -914,11 +946,14 @@ def layer_norm(
         options["launch_pdl"] = True
     args = {
         "x": x,
+        "residual": residual,
         "weight": weight,
         "bias": bias,
+        "total": total,
         "out": out,
         "rows": spec.rows,
         "x_stride": stride // vector,
+        "residual_stride": residual_stride // vector,
         "eps": eps,
         "VEC": vector,
         "WIDTH": width,
@@ -927,4 +962,44 @@ def layer_norm(
         "ROWS": rows,
         "PDL": pdl,
     }
-    return [Launch(_layer_norm, (cdiv(spec.rows, rows),), args, options)]
+    return Launch(_layer_norm, (cdiv(spec.rows, rows),), args, options)
+
+
+def _add_layer_norm_supported(call: Call, hardware: Hardware) -> bool:
+    x, residual, weight, bias = call.tensors
+    if x is None or residual is None or residual.shape != x.shape or call.out.shape[0] != 2:
+        return False
+    half = TensorSpec.of(torch.empty(x.shape, dtype=call.out.dtype, device="meta"))
+    size = prod(x.shape) * call.out.dtype.itemsize
+    same = (replace(call, tensors=(operand, weight, bias), out=half) for operand in (x, residual))
+    return (
+        all(_layer_norm_supported(one, hardware) for one in same)
+        and residual.dtype == x.dtype
+        and call.out.contiguous
+        and call.out.aligned
+        and size % 16 == 0  # where the second half starts
+    )
+
+
+@triton_kernel(
+    "add_layer_norm",
+    name="triton.add_layer_norm",
+    unmeasured=True,
+    priority=0,
+    supports=_add_layer_norm_supported,
+    configs=_layer_norm_configs,
+    fits=overlap.fits,
+)
+def add_layer_norm(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    eps: float,
+    config: Config,
+    workspace: torch.Tensor | None,
+) -> list[Launch]:
+    """As `layer_norm`, of `x + residual`, whose rows are at one distance too; out[0] is the sum."""
+    return [_layer_norm_launch(out[0], out[1], x, residual, weight, bias, eps, config)]

@@ -4,7 +4,7 @@ from .attention import attention
 from .concat import concat
 from .conv import conv2d
 from .linear import linear
-from .norm import group_norm, layer_norm
+from .norm import add_layer_norm, group_norm, layer_norm
 from .pointwise import add, cast, gelu, mul, pointwise, residual_add, silu
 from .registry import OPS, Op, aten_arguments, aten_name, get, of
 from .upsample import upsample_nearest
@@ -14,6 +14,7 @@ __all__ = [
     "OPS",
     "Op",
     "add",
+    "add_layer_norm",
     "aten_arguments",
     "aten_name",
     "attention",

@@ -43,3 +43,20 @@ def layer_norm(
 ) -> torch.Tensor:
     """LayerNorm over the last dimension: x [..., C], weight and bias [C]."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+@op(shape=lambda shapes, attrs: (2, *shapes[0]))
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    eps: float,
+) -> torch.Tensor:
+    """`x + residual` and its LayerNorm over the last dimension, one after the other: [2, ..., C].
+
+    x and residual [..., C], weight and bias [C].
+    """
+    total = x + residual
+    return torch.stack((total, layer_norm(total, weight, bias, eps=eps)))

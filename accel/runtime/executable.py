@@ -24,6 +24,7 @@ from ..plan.memory import Interval
 from ..plan.schema import Input, Plan, Step, resolve
 from ..plan.shapes import evaluate, evaluate_shape, names
 from ..tuning import Choice, Selector, selector_for, side_stream
+from .alternatives import settle
 from .arena import Arena
 
 _PROMPT = ("static", "prompt")
@@ -160,14 +161,18 @@ class Executable:
         return part
 
     def _bind(self) -> None:
-        plan = self.plan
+        traced = self._trace(self.plan.steps)
+        known = {name: trait.call for name, trait in traced.items() if trait.call is not None}
+        plan, provisional = settle(self.plan, known, self._selector.select)
+        self.plan = plan
         # The prompt's part first. Both parts keep the plan's order, which respects every
         # dependency.
         first = self._prompt_part()
         in_first = {step.output for step in first}
         steps = first + [step for step in plan.steps if step.output not in in_first]
         split = len(first)
-        traits = self._traits(steps)
+        traits, guessed = self._select(self._trace(steps))
+        self.provisional = provisional or guessed
         root = {name: trait.root for name, trait in traits.items()}
         read_until: dict[str, int] = {}
         for index, step in enumerate(steps):
@@ -229,8 +234,8 @@ class Executable:
         ]
         self._prompt_calls, self._step_calls = calls[:split], calls[split:]
 
-    def _traits(self, steps: Sequence[Step]) -> dict[str, _Trait]:
-        """Concrete shape, strides, storage root and kernel of every step's result.
+    def _trace(self, steps: Sequence[Step]) -> dict[str, _Trait]:
+        """Concrete shape, strides, storage root and call of every step's result.
 
         Views are followed on `meta` tensors: whether a reshape aliases is a question of strides.
         """
@@ -243,7 +248,6 @@ class Executable:
                 self._stored_shape(entry), dtype=resolve(entry.dtype, self.dtype), device="meta"
             )
         traits: dict[str, _Trait] = {}
-        calls: dict[str, Call] = {}
         for step in steps:
             op = ops.get(step.op)
             shape = evaluate_shape(step.shape, self.dims)
@@ -261,19 +265,24 @@ class Executable:
                 traits[step.output] = _Trait(shape, dtype, root, attrs, view=op.reference)
                 metas[step.output] = view
             else:
-                traits[step.output] = _Trait(shape, dtype, step.output, attrs)
                 out = metas[step.output] = torch.empty(shape, dtype=dtype, device="meta")
                 specs = tuple(
                     None if name is None else TensorSpec.of(metas[name], name in self._constants)
                     for name in step.inputs
                 )
-                calls[step.output] = Call(step.op, TensorSpec.of(out), specs, attrs)
+                call = Call(step.op, TensorSpec.of(out), specs, attrs)
+                traits[step.output] = _Trait(shape, dtype, step.output, attrs, call=call)
+        return traits
+
+    def _select(self, traced: Mapping[str, _Trait]) -> tuple[dict[str, _Trait], bool]:
+        """The traits with the kernels of their calls, and whether some are provisional."""
+        traits = dict(traced)
+        calls = {name: trait.call for name, trait in traits.items() if trait.call is not None}
         choices = self._selector.select(list(calls.values()))
-        self.provisional = any(choice.provisional for choice in choices)
         for (name, call), choice in zip(calls.items(), choices, strict=True):
             size = choice.kernel.workspace(call, choice.config)
-            traits[name] = replace(traits[name], call=call, choice=choice, workspace=size)
-        return traits
+            traits[name] = replace(traits[name], choice=choice, workspace=size)
+        return traits, any(choice.provisional for choice in choices)
 
     def _attrs(self, step: Step, op: ops.Op) -> dict[str, Any]:
         """The step's attributes with sizes and dtypes made concrete."""

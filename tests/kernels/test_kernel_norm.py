@@ -15,6 +15,7 @@ from accel.kernels import TensorSpec, load_triton
 assert load_triton()
 
 GROUP, LAYER = "triton.group_norm", "triton.layer_norm"
+ADD_LAYER = "triton.add_layer_norm"
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [F16, BF16, F32]
 SPLIT = {"scheme": "split", "channels": 64, "rows": 16, "warps": 4, "grid": 20, "pdl": False}
@@ -336,6 +337,54 @@ def test_what_layer_norm_refuses() -> None:
     assert not supported(LAYER, tensors, EPS, out=replace(x, dtype=F32))
     halves = rows_of(6, 64, dtype=BF16)
     assert supported(LAYER, halves, EPS, (8, 0)) and not supported(LAYER, halves, EPS, (7, 5))
+
+
+def sums_of(*shape: int, dtype: torch.dtype = F16, **rest: Any) -> list[torch.Tensor | None]:
+    x, *parameters = rows_of(*shape, dtype=dtype, **rest)
+    return [x, random(*shape, dtype=dtype, seed=3), *parameters]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize("width", [16, 80, 320, 1280])
+def test_a_residual_is_added_first(dtype: torch.dtype, weight: bool, width: int) -> None:
+    """Sum and norm have the bits that they have one after the other."""
+    tensors = sums_of(2, 7, width, dtype=dtype, weight=weight, bias=weight)
+    for config in variants(ADD_LAYER, tensors, EPS):
+        total, norm = check(ADD_LAYER, tensors, EPS, config)
+        assert torch.equal(total, tensors[0] + tensors[1])
+        assert torch.equal(norm, run(LAYER, [total, *tensors[2:]], EPS, config))
+
+
+def test_residuals_with_rows_apart() -> None:
+    tensors = sums_of(3, 5, 80)
+    tensors[0] = random(3, 5, 208, seed=5)[..., 8:88]
+    tensors[1] = random(3, 5, 164, seed=6)[..., 4:84]  # vectors of 4 elements at most
+    assert not supported(ADD_LAYER, tensors, EPS), "the residual starts at no 16 bytes"
+    tensors[1] = random(3, 5, 164, seed=6)[..., 8:88]
+    for config in variants(ADD_LAYER, tensors, EPS):
+        check(ADD_LAYER, tensors, EPS, config)
+
+
+def test_what_the_sum_and_its_norm_refuse() -> None:
+    tensors = sums_of(6, 4, 64)
+    assert supported(ADD_LAYER, tensors, EPS)
+    assert supported(ADD_LAYER, sums_of(1, 8, weight=False, bias=False), EPS)
+    # The second half would start at no 16 bytes.
+    assert not supported(ADD_LAYER, sums_of(1, 9, weight=False, bias=False), EPS)
+    x, residual = (TensorSpec.of(t) for t in tensors[:2] if t is not None)
+    for changed in (
+        replace(residual, shape=(6, 4, 32)),
+        replace(residual, shape=(6, 1, 64)),
+        replace(residual, dtype=F32),
+        replace(residual, aligned=False),
+        replace(residual, stride=(64, 384, 1)),
+    ):
+        assert not supported(ADD_LAYER, tensors, EPS, weight=changed), changed
+    assert not supported(ADD_LAYER, tensors, EPS, x=replace(x, aligned=False))
+    call, _ = call_of("add_layer_norm", tensors, EPS)
+    for out in (replace(call.out, aligned=False), replace(call.out, dtype=F32)):
+        assert not supported(ADD_LAYER, tensors, EPS, out=out)
 
 
 def test_rows_and_warps_suit_the_width() -> None:
