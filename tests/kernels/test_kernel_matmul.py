@@ -185,8 +185,28 @@ def test_gelu_is_the_exact_one() -> None:
     out = torch.full(gate.shape, float("nan"), device=DEVICE)
     matmul.combination(out, both, None, None, 1, True, False).run()
     truth = F.gelu(gate.double())
-    assert (out - truth).abs().max() < 1e-6 * 2 + 1e-7 * truth.abs().max()
-    assert ((out - truth).abs() <= 2e-6 + 2e-7 * truth.abs()).all()
+    away = (out - truth).abs()
+    assert (away <= 6e-7 + 2e-7 * truth.abs()).all()
+    # Where GELU has all but gone, too, as far as fp16 has digits.
+    tail = (gate < -0.5) & (truth < -6e-5)
+    assert tail.sum() > 1000 and (away <= 3e-4 * truth.abs())[tail].all()
+
+
+@pytest.mark.parametrize("name", [*FORMS, "triton.gemv"])
+def test_a_gate_out_of_range(name: str) -> None:
+    """Infinities leave GELU as they came, or not at all; what is no number stays none."""
+    tensors, attrs = operands(2 if name == "triton.gemv" else 16, 32, 64, "bias", "geglu")
+    x, weight, bias, _ = tensors
+    assert x is not None and weight is not None and bias is not None
+    weight.zero_()
+    bias[:32] = 1
+    bias[32:35] = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    config = {"block_n": 1, "pdl": False} if name == "triton.gemv" else None
+    for programs in (0, 1) if name == "triton.matmul_tma" else (0,):
+        tile = config_of((64, 16, 0, 64), programs=programs)
+        result = run(name, tensors, attrs, config or tile)
+        assert (result[:, 0] == float("inf")).all() and (result[:, 1] == 0).all()
+        assert result[:, 2].isnan().all() and torch.isfinite(result[:, 3:]).all()
 
 
 def test_results_do_not_depend_on_what_ran_before() -> None:
