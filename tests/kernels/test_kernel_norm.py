@@ -348,12 +348,13 @@ def sums_of(*shape: int, dtype: torch.dtype = F16, **rest: Any) -> list[torch.Te
 @pytest.mark.parametrize("weight", [False, True])
 @pytest.mark.parametrize("width", [16, 80, 320, 1280])
 def test_a_residual_is_added_first(dtype: torch.dtype, weight: bool, width: int) -> None:
-    """Sum and norm have the bits that they have one after the other."""
+    """Sum and norm have the bits that they have one after the other; of fp32 the norm all but."""
     tensors = sums_of(2, 7, width, dtype=dtype, weight=weight, bias=weight)
     for config in variants(ADD_LAYER, tensors, EPS):
         total, norm = check(ADD_LAYER, tensors, EPS, config)
         assert torch.equal(total, tensors[0] + tensors[1])
-        assert torch.equal(norm, run(LAYER, [total, *tensors[2:]], EPS, config))
+        alone = run(LAYER, [total, *tensors[2:]], EPS, config)
+        assert torch.equal(norm, alone) or (dtype == F32 and error(norm, alone.double()) < 3e-7)
 
 
 def test_residuals_with_rows_apart() -> None:
