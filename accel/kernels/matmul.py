@@ -407,27 +407,36 @@ def _tiles(
 ):
     """One tile after another, as steps of a single loop: for the parameters see `_matmul`.
 
-    So the copies for the next tile are under way while one is finished. Accumulators begin as the
+    So the copies for the next tile are under way while one is finished. Where they come from must
+    not depend on the finishing, which therefore counts tiles by itself. Accumulators begin as the
     bias, which is on its way meanwhile too: it need not be added, nor they be cleared. (Triton does
     not let Hopper's tensor cores overwrite them instead, as they could.)
     """
     WIDTH: tl.constexpr = BLOCK_N * 2 if GEGLU else BLOCK_N
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N + TAIL_N)
     tiles, steps = tiles_m * tiles_n, tl.cdiv(K, BLOCK_K)
-    tile = tl.program_id(0)
-    m, n = _place(tile, tiles_m, tiles_n, GROUP)
-    m0, n0 = m * BLOCK_M, n * (BLOCK_N + TAIL_N)
+    programs = tl.num_programs(0)
+    done = tl.program_id(0)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    second = None
     if TAIL_N:
         second = tl.zeros((BLOCK_M, TAIL_N), tl.float32)
     if bias is not None:
-        acc = _repeated(_biases(bias, n0, N, GEGLU, BLOCK_N, EVEN_N), BLOCK_M)
+        n1 = _place(done, tiles_m, tiles_n, GROUP)[1] * (BLOCK_N + TAIL_N)
+        acc = _repeated(_biases(bias, n1, N, GEGLU, BLOCK_N, EVEN_N), BLOCK_M)
         if TAIL_N:
-            second = _repeated(_biases(bias, n0 + BLOCK_N, N, False, TAIL_N, EVEN_N), BLOCK_M)
+            second = _repeated(_biases(bias, n1 + BLOCK_N, N, False, TAIL_N, EVEN_N), BLOCK_M)
 
-    step = 0
-    for _ in tl.range(0, tl.cdiv(tiles - tile, tl.num_programs(0)) * steps):
+    tile = done - programs
+    step = steps - 1
+    m0 = 0
+    n0 = 0
+    for _ in tl.range(0, tl.cdiv(tiles - done, programs) * steps):
+        step = tl.where(step == steps - 1, 0, step + 1)
+        if step == 0:
+            tile += programs
+            m, n = _place(tile, tiles_m, tiles_n, GROUP)
+            m0 = m * BLOCK_M
+            n0 = n * (BLOCK_N + TAIL_N)
         k = step * BLOCK_K
         a = x.load([m0, k])
         if GEGLU:
@@ -436,37 +445,34 @@ def _tiles(
             acc = tl.dot(a, weight.load([n0, k]).T, acc)
         if TAIL_N:
             second = tl.dot(a, tail.load([n0 + BLOCK_N, k]).T, second)
-        step += 1
-        if step == steps:
-            tile = tl.minimum(tile + tl.num_programs(0), tiles - 1)  # one that is there
-            m, n = _place(tile, tiles_m, tiles_n, GROUP)
-            next_n0 = n * (BLOCK_N + TAIL_N)
+
+        if step == steps - 1:
+            own_m, own_n = _place(done, tiles_m, tiles_n, GROUP)
+            done += programs
             if bias is not None:
-                first_biases = _biases(bias, next_n0, N, GEGLU, BLOCK_N, EVEN_N)
+                # Where none follows, those of the last tile.
+                after = _place(tl.minimum(done, tiles - 1), tiles_m, tiles_n, GROUP)
+                n1 = after[1] * (BLOCK_N + TAIL_N)
+                b = _biases(bias, n1, N, GEGLU, BLOCK_N, EVEN_N)
                 if TAIL_N:
-                    next_tail = next_n0 + BLOCK_N
-                    tail_biases = _biases(bias, next_tail, N, False, TAIL_N, EVEN_N)
+                    tail_b = _biases(bias, n1 + BLOCK_N, N, False, TAIL_N, EVEN_N)
             if GEGLU:
-                hidden, gate = _halves(acc, BLOCK_M, WIDTH)
-                _finish(
-                    *(hidden, gate, None, residual, out, m0, n0, M, N, residual_stride),
-                    *(out_stride, GEGLU, BLOCK_M, BLOCK_N, TAIL_N, QUARTERS, EVEN_N),
-                )
+                first, gate = _halves(acc, BLOCK_M, WIDTH)
             else:
-                _finish(
-                    *(acc, second, None, residual, out, m0, n0, M, N, residual_stride),
-                    *(out_stride, GEGLU, BLOCK_M, BLOCK_N, TAIL_N, QUARTERS, EVEN_N),
-                )
+                first = acc
+            _finish(
+                *(first, gate if GEGLU else (second if TAIL_N else None), None, residual, out),
+                *(own_m * BLOCK_M, own_n * (BLOCK_N + TAIL_N), M, N, residual_stride, out_stride),
+                *(GEGLU, BLOCK_M, BLOCK_N, TAIL_N, QUARTERS, EVEN_N),
+            )
             if bias is not None:
-                acc = _repeated(first_biases, BLOCK_M)
+                acc = _repeated(b, BLOCK_M)
                 if TAIL_N:
-                    second = _repeated(tail_biases, BLOCK_M)
+                    second = _repeated(tail_b, BLOCK_M)
             else:
                 acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
                 if TAIL_N:
                     second = tl.zeros((BLOCK_M, TAIL_N), tl.float32)
-            m0, n0 = m * BLOCK_M, next_n0
-            step = 0
 
 
 @triton.jit(do_not_specialize=["M"])
