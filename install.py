@@ -31,6 +31,8 @@ MINIMUM_PYTHON = (3, 10)
 LEVELS = ("demo", "test")
 # What tests of kernels want, in the .venv alone; a CUDA build of torch says which version.
 TRITON = {"linux": ["triton"], "win32": ["triton-windows"]}
+# What many installations of torch bring still: kernels must compile with it too.
+OLDER_TRITON = {"linux": "triton==3.6.0"}
 CHECKS = (
     ("ruff check", ["ruff", "check", "."]),
     ("ruff format", ["ruff", "format", "--check", "."]),
@@ -103,6 +105,11 @@ def venv_python() -> Path:
     return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
+def older_triton() -> Path:
+    """Where the older Triton lies, apart from the one that is imported by default."""
+    return VENV / "older-triton"
+
+
 def say(line: str) -> None:
     """A progress line, in order with what child processes print."""
     print(f"switchyard: {line}", flush=True)
@@ -110,7 +117,8 @@ def say(line: str) -> None:
 
 def fingerprint() -> str:
     """Hash of all that is to be installed, for any level."""
-    wanted = (required(), *map(optional, LEVELS), TRITON.get(sys.platform, []))
+    older = OLDER_TRITON.get(sys.platform, "")
+    wanted = (required(), *map(optional, LEVELS), TRITON.get(sys.platform, []), [older])
     parts = ["\n".join(names) for names in wanted]
     parts.append((ROOT / "constraints.txt").read_text("utf-8"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -210,6 +218,9 @@ def make_venv(level: str) -> None:
     say(f"[2/2] installing torch and {len(packages) - 1} packages: minutes, gigabytes with CUDA")
     pip = [str(venv_python()), "-m", "pip", "install", "-c", str(ROOT / "constraints.txt")]
     run_step([*pip, *packages], "pip install")
+    if level == "test" and sys.platform in OLDER_TRITON:
+        apart = ["--no-deps", "--upgrade", "--target", str(older_triton())]
+        run_step([*pip[:4], *apart, OLDER_TRITON[sys.platform]], "pip install")
     write_stamp("ready", level)
     say("set-up complete")
 

@@ -23,6 +23,10 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
+TEST = ["pip", "pip"] if sys.platform in install.OLDER_TRITON else ["pip"]
+"""Steps of the set-up for tests: a second one where kernels are tried with an older Triton."""
+
+
 class Machine:
     """A copy of the files install.py reads, and a record of the steps it takes instead of them."""
 
@@ -151,13 +155,25 @@ def test_a_fresh_machine_gets_everything_once(machine: Machine) -> None:
 
 def test_test_adds_to_demo_and_demo_takes_nothing_away(machine: Machine) -> None:
     machine.make("demo")
-    assert machine.make("test") == ["pip"]
+    assert machine.make("test") == TEST
     assert {*install.optional("demo"), *install.optional("test")} < set(machine.steps[0])
     assert set(install.TRITON.get(sys.platform, [])) <= set(machine.steps[0])
     assert machine.make("demo") == []
     machine.constraints.write_text("torch==2.14.0\n")
-    assert machine.make("demo") == ["pip"]
+    assert machine.make("demo") == TEST
     assert "mypy" in machine.steps[0]
+
+
+def test_an_older_triton_lies_apart(machine: Machine) -> None:
+    machine.make("test")
+    older = install.OLDER_TRITON.get(sys.platform)
+    if older is None:
+        assert not any("--target" in step for step in machine.steps)
+        return
+    step = machine.steps[-1]
+    assert older in step and "--no-deps" in step
+    assert step[step.index("--target") + 1] == str(install.older_triton())
+    assert install.older_triton().parent == machine.venv
 
 
 def test_a_half_made_venv_is_made_anew(machine: Machine) -> None:
@@ -176,7 +192,7 @@ def test_an_update_that_stopped_is_made_anew(machine: Machine) -> None:
     with pytest.raises(install.SetupError):
         machine.make("test")
     machine.fail_at = ""
-    assert machine.make("test") == ["venv", "pip"]
+    assert machine.make("test") == ["venv", *TEST]
 
 
 @pytest.mark.parametrize("harm", ["damage the stamp", "remove python", "another python"])

@@ -5,8 +5,9 @@
 Runs in a process of its own, since the other tests of kernels run Triton's interpreter. The calls
 are those of the shipped plans, so that nothing is compiled that no network needs. Without --all,
 each kernel is compiled once for every kind of call (which optional tensors are there, which
-activation) with its first configuration, for chips that differ little from another one only once;
-with it, every configuration of every call.
+activation) with its first configuration, for chips that differ little from another one only once,
+and once in each of its forms (persistent or not, sums split or not, …); with it, every
+configuration of every call.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from accel import kernels  # noqa: E402
-from accel.kernels import Call, Launch, TensorSpec  # noqa: E402
+from accel.kernels import Call, Config, Launch, TensorSpec  # noqa: E402
 from accel.tuning.compiling import launches_of  # noqa: E402
 
 NETWORKS = (("sd15", 64, 64, 1), ("sd15-controlnet", 64, 64, 1), ("sdxl", 128, 128, 1))
@@ -60,6 +61,15 @@ def kind_of(call: Call) -> str:
     return " ".join([call.op, present, *attrs, upsampled, *narrow, *other])
 
 
+def form_of(config: Config) -> tuple[Any, ...]:
+    """What makes one configuration another piece of code than the next, sizes of tiles apart."""
+    return tuple(
+        value if isinstance(value, (str, bool)) else value > (name in ("split", "parts"))
+        for name, value in sorted(config.items())
+        if isinstance(value, (str, bool)) or name in ("programs", "tail_n", "split", "parts")
+    )
+
+
 def other_calls() -> Iterator[Call]:
     """Calls of operators that networks beside the shipped ones may make."""
     image = TensorSpec.of(torch.empty(2, 64, 64, 320, dtype=torch.float16, device="meta"))
@@ -81,15 +91,19 @@ def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> 
     seen = set()
     for capability in chips:
         taken: set[str] = set()
+        forms: set[Any] = set()
         for call in found.values():
             if capability not in ALIKE:
                 taken = set()
             for kernel, config in kernels.candidates(call, chip(capability)):
                 if kernel.launches is None or (names and kernel.name not in names):
                     continue
-                if not every and kernel.name in taken:
+                form = (kernel.name, form_of(config))
+                known = kernel.name in taken and (capability in ALIKE or form in forms)
+                if not every and known:
                     continue
                 taken.add(kernel.name)
+                forms.add(form)
                 for launch in launches_of(kernel, config, call):
                     code = (capability, kernel.name, launch.key())
                     if code not in seen:

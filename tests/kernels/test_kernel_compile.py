@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from harness import CHIPS
 
+import install
 from accel.kernels import kernels, load_triton
 
 REGISTERS = 64 << 10
@@ -21,11 +22,19 @@ STACK = 64
 """Bytes a thread may keep outside its registers: a few values put aside once, or a descriptor."""
 
 
-@pytest.fixture(scope="module")
-def variants() -> list[dict[str, Any]]:
-    """What offline.py says of each variant. Compiled elsewhere: here the interpreter is on."""
+@pytest.fixture(scope="module", params=["installed", "older"])
+def variants(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What offline.py says of each variant. Compiled elsewhere: here the interpreter is on.
+
+    With the Triton that is installed, and with an older one.
+    """
     script = Path(__file__).with_name("offline.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if request.param == "older":
+        older = Path(os.environ.get("OLDER_TRITON", install.older_triton()))
+        if not (older / "triton").is_dir():
+            pytest.skip(f"there is no older Triton in {older}: install.py test puts one there")
+        environment["PYTHONPATH"] = str(older)
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, env=environment
     )
