@@ -404,39 +404,45 @@ def _tiles(
     GROUP: tl.constexpr,
     QUARTERS: tl.constexpr,
     EVEN_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One tile after another, as steps of a single loop: for the parameters see `_matmul`.
 
-    So the copies for the next tile are under way while one is finished. Where they come from must
-    not depend on the finishing, which therefore counts tiles by itself. Accumulators begin as the
-    bias, which is on its way meanwhile too: it need not be added, nor they be cleared. (Triton does
-    not let Hopper's tensor cores overwrite them instead, as they could.)
+    So the copies for the next tile are under way while one is finished; where they come from must
+    not depend on the finishing. Accumulators begin as the bias, which is on its way meanwhile too:
+    it need not be added, nor they be cleared. (Triton does not let Hopper's tensor cores overwrite
+    them instead, as they could.) The first bias is read ahead of the launch before: a weight is no
+    launch's result.
     """
     WIDTH: tl.constexpr = BLOCK_N * 2 if GEGLU else BLOCK_N
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N + TAIL_N)
     tiles, steps = tiles_m * tiles_n, tl.cdiv(K, BLOCK_K)
-    programs = tl.num_programs(0)
-    done = tl.program_id(0)
+    tile = tl.program_id(0)
+    mine = tl.cdiv(tiles - tile, tl.num_programs(0))
+    next_m, next_n = _place(tile, tiles_m, tiles_n, GROUP)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     if TAIL_N:
         second = tl.zeros((BLOCK_M, TAIL_N), tl.float32)
     if bias is not None:
-        n1 = _place(done, tiles_m, tiles_n, GROUP)[1] * (BLOCK_N + TAIL_N)
+        n1 = next_n * (BLOCK_N + TAIL_N)
         acc = _repeated(_biases(bias, n1, N, GEGLU, BLOCK_N, EVEN_N), BLOCK_M)
         if TAIL_N:
             second = _repeated(_biases(bias, n1 + BLOCK_N, N, False, TAIL_N, EVEN_N), BLOCK_M)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
-    tile = done - programs
     step = steps - 1
     m0 = 0
     n0 = 0
-    for _ in tl.range(0, tl.cdiv(tiles - done, programs) * steps):
+    for _ in tl.range(0, mine * steps):
         step = tl.where(step == steps - 1, 0, step + 1)
         if step == 0:
-            tile += programs
-            m, n = _place(tile, tiles_m, tiles_n, GROUP)
-            m0 = m * BLOCK_M
-            n0 = n * (BLOCK_N + TAIL_N)
+            m0 = next_m * BLOCK_M
+            n0 = next_n * (BLOCK_N + TAIL_N)
+            # Where none follows, the last tile once more.
+            tile = tl.minimum(tile + tl.num_programs(0), tiles - 1)
+            next_m, next_n = _place(tile, tiles_m, tiles_n, GROUP)
         k = step * BLOCK_K
         a = x.load([m0, k])
         if GEGLU:
@@ -447,12 +453,8 @@ def _tiles(
             second = tl.dot(a, tail.load([n0 + BLOCK_N, k]).T, second)
 
         if step == steps - 1:
-            own_m, own_n = _place(done, tiles_m, tiles_n, GROUP)
-            done += programs
             if bias is not None:
-                # Where none follows, those of the last tile.
-                after = _place(tl.minimum(done, tiles - 1), tiles_m, tiles_n, GROUP)
-                n1 = after[1] * (BLOCK_N + TAIL_N)
+                n1 = next_n * (BLOCK_N + TAIL_N)
                 b = _biases(bias, n1, N, GEGLU, BLOCK_N, EVEN_N)
                 if TAIL_N:
                     tail_b = _biases(bias, n1 + BLOCK_N, N, False, TAIL_N, EVEN_N)
@@ -462,7 +464,7 @@ def _tiles(
                 first = acc
             _finish(
                 *(first, gate if GEGLU else (second if TAIL_N else None), None, residual, out),
-                *(own_m * BLOCK_M, own_n * (BLOCK_N + TAIL_N), M, N, residual_stride, out_stride),
+                *(m0, n0, M, N, residual_stride, out_stride),
                 *(GEGLU, BLOCK_M, BLOCK_N, TAIL_N, QUARTERS, EVEN_N),
             )
             if bias is not None:
@@ -512,15 +514,15 @@ def _matmul(
     for each, without an epilogue. EARLY: read bias and residual before the loop. QUARTERS: the
     epilogue takes the first columns in four parts.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if PERSISTENT:
         _tiles(
             *(x, weight, tail, bias, residual, out, M, N, K, residual_stride, out_stride),
-            *(GEGLU, BLOCK_M, BLOCK_N, TAIL_N, BLOCK_K, GROUP, QUARTERS, EVEN_N),
+            *(GEGLU, BLOCK_M, BLOCK_N, TAIL_N, BLOCK_K, GROUP, QUARTERS, EVEN_N, PDL),
         )
     else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         _tile(
             tl.program_id(0),
             x,

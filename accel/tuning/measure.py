@@ -79,10 +79,13 @@ def measure(
         )
         torch.cuda.synchronize(device)
         clock = Clock(device, hardware)
-        for call in calls:
-            results = _measure(call, hardware, device, clock)
-            yield call, _sustained(call, results, hardware, device, clock) if sustained else results
-        del clock
+        measured = ((call, _measure(call, hardware, device, clock)) for call in calls)
+        if sustained:  # after all else, which a GPU that is hot would not run at its full clock
+            for call, results in list(measured):
+                yield call, _sustained(call, results, hardware, device, clock)
+        else:
+            yield from measured
+        del clock, measured
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
