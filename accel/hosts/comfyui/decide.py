@@ -17,6 +17,7 @@ import re
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -183,6 +184,12 @@ def _drop_remains(layer: nn.Module) -> None:
 
 
 _read: weakref.WeakKeyDictionary[nn.Module, _Layers] = weakref.WeakKeyDictionary()
+
+
+def called_elsewhere(module: nn.Module) -> bool:
+    """Whether calls of the network may lead past its class's own forward. Takes no time."""
+    origin = getattr(module.forward, "__module__", None) or ""
+    return "forward" in vars(module) or not origin.startswith("comfy.")
 
 
 def network_state(module: nn.Module) -> str | None:
@@ -389,12 +396,17 @@ _MOST = 200  # functions looked into for one
 
 
 class _Code:
-    """What a function's code names, with that of every function it can be seen to call."""
+    """What a function's code names, with that of every function it can be seen to call.
 
-    def __init__(self, function: Any) -> None:
+    layers: ids of the network and its layers, for those that the function holds.
+    """
+
+    def __init__(self, function: Any, layers: AbstractSet[int] = frozenset()) -> None:
         self.names: set[str] = set()
         self.strings: set[str] = set()
         self.codes: set[CodeType] = set()
+        self._layers = layers
+        self._holds_layer = False
         self._seen: set[int] = set()
         self._visit(function)
 
@@ -404,9 +416,12 @@ class _Code:
         self._seen.add(id(value))
         if isinstance(value, functools.partial):
             for part in (value.func, *value.args, *value.keywords.values()):
+                self._see_layer(part)
                 self._visit(part)
         elif isinstance(value, MethodType):
             self._visit(value.__func__, type(value.__self__))
+            for part in (value.__self__, *getattr(value.__self__, "__dict__", {}).values()):
+                self._see_layer(part)
         elif isinstance(value, FunctionType):
             self._function(value, owner)
         elif callable(value) and not isinstance(value, type):
@@ -414,7 +429,15 @@ class _Code:
             if _package(kind) not in _KNOWN:
                 self._visit(getattr(kind, "__call__", None), kind)  # noqa: B004
                 for part in getattr(value, "__dict__", {}).values():
-                    self._visit_if_function(part)
+                    self._visit_part(part)
+
+    def _see_layer(self, value: Any) -> None:
+        owner = getattr(value, "__self__", None) if isinstance(value, MethodType) else value
+        self._holds_layer = self._holds_layer or id(owner) in self._layers
+
+    def _visit_part(self, value: Any) -> None:
+        self._see_layer(value)
+        self._visit_if_function(value)
 
     def _visit_if_function(self, value: Any) -> None:
         functions = (FunctionType, MethodType, functools.partial)
@@ -425,9 +448,11 @@ class _Code:
         named = self._code(function.__code__)
         for cell in function.__closure__ or ():
             try:
-                self._visit_if_function(cell.cell_contents)
+                self._visit_part(cell.cell_contents)
             except ValueError:  # not yet filled
                 continue
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._visit_part(value)
         for name in named:
             self._visit_if_function(function.__globals__.get(name))
             method = getattr(owner, name, None)
@@ -454,7 +479,9 @@ class _Code:
     @property
     def inside(self) -> bool:
         """Whether it works on the network's layers itself."""
-        return any(_INSIDE.fullmatch(name) for name in self.names | self.strings)
+        named = any(_INSIDE.fullmatch(name) for name in self.names | self.strings)
+        # As a name "forward" may be any module's; as a string it is about to be replaced.
+        return named or self._holds_layer or "forward" in self.strings
 
 
 _learned: set[CodeType] = set()
@@ -486,13 +513,17 @@ def _is_ours(function: Any) -> bool:
     return origin.startswith(__name__.rpartition(".")[0] + ".")
 
 
+def _foreign_functions(patcher: Any, model_options: Mapping[str, Any]) -> list[Any]:
+    """Of those of `_guidance` and `_around` the ones that are not ours, each once."""
+    found = chain(_guidance(model_options), _around(patcher, model_options))
+    return list({id(each): each for each in found if not _is_ours(each)}.values())
+
+
 def _outer_reasons(patcher: Any, model_options: Mapping[str, Any]) -> Iterator[Reason]:
-    seen: set[int] = set()
-    for function in chain(_guidance(model_options), _around(patcher, model_options)):
-        if id(function) in seen or _is_ours(function):
-            continue
-        seen.add(id(function))
-        code = _Code(function)
+    functions = _foreign_functions(patcher, model_options)
+    layers = set(map(id, patcher.model.diffusion_model.modules())) if functions else set()
+    for function in functions:
+        code = _Code(function, layers)
         if code.patches or code.codes & _learned:
             node = _node(function)
             yield Reason(f"{node or 'another pack'} runs the network again with patches", node)

@@ -119,6 +119,7 @@ def accelerated(model: Any, acceleration: Acceleration) -> Any:
         (WrappersMP.PREPARE_SAMPLING, acceleration.prepare_sampling),
         (WrappersMP.SAMPLER_SAMPLE, acceleration.sampler_sample),
         (WrappersMP.CALC_COND_BATCH, acceleration.calc_cond_batch),
+        (WrappersMP.APPLY_MODEL, acceleration.apply_model),
         (WrappersMP.DIFFUSION_MODEL, acceleration.diffusion_model),
     ):
         clone.remove_wrappers_with_key(kind, KEY)

@@ -2,8 +2,9 @@
 
 The host calls these wrappers from the outside in: OUTER_SAMPLE around everything, PREPARE_SAMPLING
 where models are loaded, SAMPLER_SAMPLE around the loop over the steps, CALC_COND_BATCH once a step,
-DIFFUSION_MODEL in place of the network. Nothing is decided later than it must be: options and
-conditioning are looked at before loading, so that a run of the host's own path is loaded for it.
+APPLY_MODEL around each call of the network, DIFFUSION_MODEL in its place. Nothing is decided later
+than it must be: options and conditioning are looked at before loading, so that a run of the host's
+own path is loaded for it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from .builder import builder
 from .decide import (
     ATTENTION,
     Reason,
+    called_elsewhere,
     exact_attention,
     learn,
     network_state,
@@ -358,18 +360,43 @@ class Acceleration:
             _see_prompts(sampling, conds, options)
         return executor(model, conds, x, timestep, options)
 
+    def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """See that the call leads to `diffusion_model`, or that the network has its weights."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            module = executor.class_obj.diffusion_model
+            module = getattr(module, "_orig_mod", module)  # one that torch.compile took in
+            sampling = self.sampling
+            if sampling is None or not called_elsewhere(module):
+                return executor.original(*args, **kwargs)
+            x = args[0] if args else kwargs["x"]
+            self._leave_if_replaced(sampling, module, x)
+            before, started = len(sampling.calls), time.perf_counter()
+            result = executor.original(*args, **kwargs)
+            if len(sampling.calls) == before:
+                sampling.calls.append(("host", tuple(x.shape), started))
+            return result
+
+        return _innermost(executor, run, args, kwargs)
+
+    def _leave_if_replaced(self, sampling: Sampling, module: nn.Module, x: Tensor) -> None:
+        binding = sampling.bindings.get(id(module))
+        if binding is not None:
+            try:
+                _look_again(module)
+            except UnsupportedModel as error:
+                learn(binding.patcher, sampling.options)
+                self._go_native(sampling, reason_of(error), x)
+
     @torch.compiler.disable
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """The network's forward, under whatever wrappers others have added inside ours."""
-        inner = executor.wrappers[executor.idx + 1 :]
         alone = len(executor.wrappers) == 1
 
         def run(*args: Any, **kwargs: Any) -> Any:
             return self._forward(executor.original, executor.class_obj, alone, args, kwargs)
 
-        return WrapperExecutor.new_class_executor(run, executor.class_obj, inner).execute(
-            *args, **kwargs
-        )
+        return _innermost(executor, run, args, kwargs)
 
     def _forward(
         self,
@@ -461,6 +488,16 @@ def psnr(image: Tensor, reference: Tensor) -> float:
     return min(200.0, 10 * math.log10(peak * peak / error)) if error and peak else 200.0
 
 
+def _innermost(
+    executor: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Have the wrappers that others have added inside ours executed around `run`."""
+    inner = executor.wrappers[executor.idx + 1 :]
+    return WrapperExecutor.new_class_executor(run, executor.class_obj, inner).execute(
+        *args, **kwargs
+    )
+
+
 def _make_room(model: Any) -> None:
     """Take the model's own weights off the device, before the host loads the engine.
 
@@ -536,8 +573,8 @@ def prompt_key(sampling: Sampling, options: Mapping[str, Any]) -> object | None:
     """What vouches for an unchanged prompt: this sampling's conds that make up the batch."""
     uuids = options.get("uuids")
     # Hooks on the conditioning bring wrappers of their own: the call has all there are.
-    outside = ((options.get("wrappers") or {}).get("apply_model") or {}).values()
-    if not sampling.prompts_vouched or not uuids or any(outside):
+    outside = (options.get("wrappers") or {}).get("apply_model")
+    if not sampling.prompts_vouched or not uuids or not _only_ours(outside):
         return None
     if any(sampling.prompts.get(uuid) is None for uuid in uuids):
         return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -134,6 +135,43 @@ def function_wrapper(model: Any) -> None:
     model.set_model_unet_function_wrapper(wrap)
 
 
+def forward_around(model: Any) -> None:
+    """The network's own `forward` replaced around each call, past the wrappers in it."""
+    network = model.model.diffusion_model
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = network._forward(*args, **kwargs) * 0.9
+        return result
+
+    def wrap(apply: Any, arguments: dict[str, Any]) -> Tensor:
+        with mock.patch.object(network, "forward", forward):
+            result: Tensor = apply(arguments["input"], arguments["timestep"], **arguments["c"])
+        return result
+
+    model.set_model_unet_function_wrapper(wrap)
+
+
+_calls: dict[str, Callable[..., Tensor]] = {}
+
+
+def _look_up_call(apply: Any, arguments: dict[str, Any]) -> Tensor:
+    return _calls["around"](apply, arguments)
+
+
+def hidden_forward_around(model: Any) -> None:
+    """The same, found in a table when it runs."""
+
+    class Catch:
+        def __init__(self) -> None:
+            self.model = model.model
+
+        def set_model_unet_function_wrapper(self, function: Any) -> None:
+            _calls["around"] = function
+
+    forward_around(Catch())
+    model.set_model_unet_function_wrapper(_look_up_call)
+
+
 def reentering(model: Any) -> None:
     """Perturbed guidance of an unknown pack: a third pass with a patched attention."""
     import comfy.samplers
@@ -208,9 +246,11 @@ FAKES: dict[str, Callable[[Any], None]] = {
         attention_replace,
         block_patch,
         callbacks,
+        forward_around,
         forward_patch,
         function_wrapper,
         harmless_cfg,
+        hidden_forward_around,
         hidden_reentering,
         injection,
         late_hook,
