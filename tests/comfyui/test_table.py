@@ -182,3 +182,19 @@ def test_what_is_put_into_the_network_after_the_decision(plain, fast):
     assert "out.1 (SiLU) has forward hooks" in run.reasons[0]["text"]
     assert relative_error(picture(row, fast), picture(row, plain)) < CLOSE
     assert journal().runs[-1].mode == "engine"
+
+
+def test_what_is_put_into_the_network_between_two_steps(plain, fast):
+    row = Row("none")
+    changed, reference = fast.clone(), plain.clone()
+    fakes.hook_between_steps(reference)
+    expected = picture(row, reference)
+    assert relative_error(picture(row, plain), expected) > 1e-3
+    fakes.hook_between_steps(changed)
+    try:
+        assert relative_error(picture(row, changed), expected) < CLOSE
+    finally:
+        decide._learned.clear()
+    run = journal().runs[-1]
+    assert (run.mode, run.engine_calls, run.host_calls) == ("mixed", 1, 2)
+    assert "out.1 (SiLU) has forward hooks" in run.reasons[0]["text"]

@@ -519,6 +519,12 @@ def _foreign_functions(patcher: Any, model_options: Mapping[str, Any]) -> list[A
     return list({id(each): each for each in found if not _is_ours(each)}.values())
 
 
+def watched(patcher: Any, model_options: Mapping[str, Any], conds: Any) -> bool:
+    """Whether code of others runs between the steps, and may reach into the network there."""
+    hooked = any(cond.get("hooks") is not None for given in conds.values() for cond in given or ())
+    return hooked or bool(_foreign_functions(patcher, model_options))
+
+
 def _outer_reasons(patcher: Any, model_options: Mapping[str, Any]) -> Iterator[Reason]:
     functions = _foreign_functions(patcher, model_options)
     layers = set(map(id, patcher.model.diffusion_model.modules())) if functions else set()

@@ -40,6 +40,7 @@ from .decide import (
     learn,
     network_state,
     pristine,
+    watched,
     why_host_call,
     why_host_run,
 )
@@ -113,6 +114,7 @@ class Sampling:
     reasons: list[Reason] = field(default_factory=list)
     engine: NetworkPatcher | None = None
     on_engine: bool = False
+    watched: bool = False  # others may reach into the network between its calls
     compares: bool = False
     calls: list[tuple[str, tuple[int, ...], float]] = field(default_factory=list)
     graphs_before: int = 0
@@ -279,6 +281,7 @@ class Acceleration:
             sampling.why(Reason(f"the model computes in {dtype}", None))
         if sampling.reasons:
             return None
+        sampling.watched = watched(model, options, conds)
         known = builder().find(structure) is not None
         plan = builder().request(structure, model.model.diffusion_model, wait=self.options.wait)
         run.captures = int(plan is not None and not known)
@@ -417,7 +420,7 @@ class Acceleration:
             key = _key(sampling, args, kwargs) if alone else None
             started = time.perf_counter()
             try:
-                if not sampling.calls:
+                if sampling.watched or not sampling.calls:
                     _look_again(module)
                 result = binding.call(args, kwargs, key)
             except UnsupportedModel as error:

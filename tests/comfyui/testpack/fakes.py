@@ -98,6 +98,29 @@ def late_hook(model: Any) -> None:
     model.add_callback_with_key(CallbacksMP.ON_CLEANUP, "fake", end)
 
 
+_layers: dict[str, Any] = {}
+
+
+def hook_between_steps(model: Any) -> None:
+    """A hook on a layer, set by a wrapper at the second call; the layer is found in a table."""
+    _layers["out"] = model.model.diffusion_model.out[1]
+    calls: list[int] = []
+
+    def wrap(executor: Any, *args: Any, **kw: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            halve = getattr(_layers["out"], "_".join(("register", "forward", "hook")))
+            _layers["handle"] = halve(lambda module, args, result: result * 0.5)
+        result: Tensor = executor(*args, **kw)
+        return result
+
+    def end(patcher: Any) -> None:
+        _layers.pop("handle").remove()
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "fake", wrap)
+    model.add_callback_with_key(CallbacksMP.ON_CLEANUP, "fake", end)
+
+
 def wrapper_context(model: Any) -> None:
     """A wrapper around the network that gives it another prompt at each step."""
 
@@ -252,6 +275,7 @@ FAKES: dict[str, Callable[[Any], None]] = {
         harmless_cfg,
         hidden_forward_around,
         hidden_reentering,
+        hook_between_steps,
         injection,
         late_hook,
         object_patch,
