@@ -61,10 +61,9 @@ def unsupported_model(patcher: Any) -> str | None:
         patcher_extension.WrappersMP, "PREPARE_SAMPLING"
     ):
         return "this ComfyUI is too old: it lacks wrappers around sampling"
-    for owner in (patcher, patcher.model):
-        foreign = next((kind for kind in type(owner).__mro__ if not _trusted(kind)), None)
-        if foreign is not None:
-            return f"{_pack(foreign) or 'another pack'} has its own way with it: {foreign.__name__}"
+    foreign = _foreign_class(patcher)
+    if foreign is not None:
+        return foreign
     model = patcher.model
     module = getattr(model, "diffusion_model", None)
     if not isinstance(module, nn.Module) or network_kind(module) != "unet":
@@ -93,6 +92,15 @@ def pristine(patcher: Any) -> Iterator[None]:
                 current = comfy.utils.set_attr(model, path, original)
                 stack.callback(comfy.utils.set_attr, model, path, current)
         yield
+
+
+def _foreign_class(patcher: Any) -> str | None:
+    """What is said of a MODEL whose class, or whose network's owner's, another pack wrote."""
+    for owner in (patcher, patcher.model):
+        foreign = next((kind for kind in type(owner).__mro__ if not _trusted(kind)), None)
+        if foreign is not None:
+            return f"{_pack(foreign) or 'another pack'} has its own way with it: {foreign.__name__}"
+    return None
 
 
 def _trusted(kind: type) -> bool:
@@ -254,12 +262,18 @@ _HARMLESS_OBJECTS = {"latent_format", "model_sampling"}
 
 
 def _changed_patcher(patcher: Any) -> Iterator[Reason]:
+    foreign = _foreign_class(patcher)
+    if foreign is not None:
+        yield Reason(foreign)
     for path, value in patcher.object_patches.items():
         if path in _HARMLESS_OBJECTS:
             continue
         node = _node(value)
         if path == "manual_cast_dtype":
-            yield Reason(f"the model is set to compute in {value}", "ModelComputeDtype")
+            # Select Model Device does it too, and leaves this.
+            known = not hasattr(patcher.model, "_select_base_load_device")
+            node = "ModelComputeDtype" if known else None
+            yield Reason(f"the model is set to compute in {value}", node)
         elif path.partition(".")[0] == "diffusion_model":
             layer = path.removeprefix("diffusion_model.").removesuffix(".forward")
             yield Reason(f"{node or 'another pack'} replaces a part of the network ({layer})", node)
@@ -361,6 +375,11 @@ def _changed_conds(conds: Any) -> Iterator[Reason]:
         hooks = getattr(given.get("hooks"), "hooks", ())
         for hook in hooks:
             yield from _hook(hook)
+
+
+def hooked(conds: Mapping[str, Any]) -> bool:
+    """Whether conditioning, as samplers have it, comes with hooks."""
+    return any(cond.get("hooks") is not None for given in conds.values() for cond in given or ())
 
 
 def _hook(hook: Any) -> Iterator[Reason]:
@@ -521,8 +540,7 @@ def _foreign_functions(patcher: Any, model_options: Mapping[str, Any]) -> list[A
 
 def watched(patcher: Any, model_options: Mapping[str, Any], conds: Any) -> bool:
     """Whether code of others runs between the steps, and may reach into the network there."""
-    hooked = any(cond.get("hooks") is not None for given in conds.values() for cond in given or ())
-    return hooked or bool(_foreign_functions(patcher, model_options))
+    return hooked(conds) or bool(_foreign_functions(patcher, model_options))
 
 
 def _outer_reasons(patcher: Any, model_options: Mapping[str, Any]) -> Iterator[Reason]:

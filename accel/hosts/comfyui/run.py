@@ -37,6 +37,7 @@ from .decide import (
     Reason,
     called_elsewhere,
     exact_attention,
+    hooked,
     learn,
     network_state,
     pristine,
@@ -269,7 +270,10 @@ class Acceleration:
         if sampling.compares:
             return None
         if getattr(model, "acceleration", None) is not self:
-            sampling.why(Reason("the host made a model of its own for LoRAs with hooks", None))
+            text = f"a node has made another kind of model of it: {type(model).__name__}"
+            if hooked(conds):
+                text = "the host made a model of its own for LoRAs with hooks"
+            sampling.why(Reason(text, None))
             return None
         structure = structure_of_model(model)
         run = sampling.run
