@@ -597,11 +597,15 @@ def test_while_its_engine_is_built_the_host_runs_it(load, net, monkeypatch, line
         result = sample(model, *applied(prompts(), fast))
         assert torch.equal(result, expected)
         assert lines == [("build", "building 41 % · host's path meanwhile")]
+        building.setattr(builder(), "find", lambda _: None)
         state.update(state="failed", error="it is too strange")
         sample(model, *applied(prompts(), fast))
         assert lines[1:] == [
             ("host", "host's path: its engine could not be built: it is too strange")
         ]
+        state.update(state="cancelled", error=None)
+        sample(model, *applied(prompts(), fast))
+        assert lines[2:] == [("host", "host's path: the build of its engine was cancelled")]
     assert engines() == []
     sample(model, *applied(prompts(), accelerate_controlnet(control, WAIT)))
     assert forwards() == [3]

@@ -18,6 +18,7 @@ import torch
 
 from accel.hosts.comfyui import decide
 from accel.hosts.comfyui import run as running
+from accel.hosts.comfyui.builder import builder
 from accel.hosts.comfyui.decide import Reason
 from accel.hosts.comfyui.journal import journal
 from accel.hosts.comfyui.panel import report
@@ -638,3 +639,11 @@ def test_a_plain_model_made_of_an_accelerated_one(load, prompt, hooks):
     made_by_node = f"a node has made another kind of model of it: {type(plain).__name__}"
     text = "the host made a model of its own for LoRAs with hooks" if hooks else made_by_node
     assert [reason["text"] for reason in last().reasons] == [text]
+
+
+def test_a_build_that_ends_while_it_is_asked_for_is_used(load, prompt, monkeypatch):
+    fast = accelerate(load(), Options())
+    sample(accelerate(fast, Options(wait=True)), *prompt)  # its plan is there from now on
+    monkeypatch.setattr(builder(), "request", lambda *_, **__: None)
+    sample(fast, *prompt)
+    assert on_engine()

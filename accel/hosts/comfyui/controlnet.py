@@ -27,10 +27,18 @@ from ...plan.schema import Plan
 from ...runtime.network import Seat
 from ...runtime.weights import weights_bytes
 from ...structure import Structure
-from .builder import builder
 from .journal import journal
 from .pool import NetworkPatcher, pool
-from .run import KEY, PRECISIONS, Options, Sampling, known_structure, prompt_key, reason_of
+from .run import (
+    KEY,
+    PRECISIONS,
+    Options,
+    Sampling,
+    known_structure,
+    prompt_key,
+    reason_of,
+    request_plan,
+)
 from .weights import PatchedSource, identity
 
 logger = logging.getLogger(__name__)
@@ -341,22 +349,18 @@ def _choose(net: Any) -> Part | None:
         reason = reason or "ComfyUI was started with --novram"
     if reason is None:
         structure = known_structure(net.control_model)
-        wait = net.switchyard_line.options.wait
-        plan = builder().request(structure, net.control_model, wait=wait)
-        if plan is not None:
-            part = _lineup().part(net.control_model_wrapped, structure, plan, _dtype(net))
-            if part is not None:
-                part.engine.begin(wait)
-                _leave_device(net.control_model_wrapped)
-                return part
-            reason = "the device has no room for its engine beside the model's"
-        else:
-            state = builder().status(str(structure.graph_key))
-            if state["state"] == "building":
-                done = f"building {100 * state['fraction']:.0f} %"
-                net.switchyard_line.show("build", f"{done} · host's path meanwhile")
-                return None
-            reason = f"its engine could not be built: {state['error'] or state['state']}"
+        options = net.switchyard_line.options
+        plan, built = request_plan(structure, net.control_model, options)
+        if plan is None:
+            done = f"building {100 * built:.0f} %"
+            net.switchyard_line.show("build", f"{done} · host's path meanwhile")
+            return None
+        part = _lineup().part(net.control_model_wrapped, structure, plan, _dtype(net))
+        if part is not None:
+            part.engine.begin(options.wait)
+            _leave_device(net.control_model_wrapped)
+            return part
+        reason = "the device has no room for its engine beside the model's"
     net.switchyard_line.show("host", f"host's path: {reason}")
     return None
 

@@ -287,25 +287,17 @@ class Acceleration:
             return None
         sampling.watched = watched(model, options, conds)
         known = builder().find(structure) is not None
-        plan = builder().request(structure, model.model.diffusion_model, wait=self.options.wait)
+        plan, built = request_plan(structure, model.model.diffusion_model, self.options)
         run.captures = int(plan is not None and not known)
         if plan is None:
-            self._note_build(sampling, structure)
+            run.mode = "building"
+            journal().status(self.options.node_id, "build", status_line(run, built))
             return None
         problem = _too_small(model, plan, dtype, noise_shape)
         if problem is not None:
             sampling.why(problem)
             return None
         return pool().network(structure, plan, model.load_device, dtype)
-
-    def _note_build(self, sampling: Sampling, structure: Structure) -> None:
-        state = builder().status(str(structure.graph_key))
-        if state["state"] == "building":
-            sampling.run.mode = "building"
-            line = status_line(sampling.run, state["fraction"])
-            journal().status(self.options.node_id, "build", line)
-        else:
-            sampling.why(Reason(f"its engine could not be built: {state['error']}", None))
 
     def _bind(self, sampling: Sampling, model: Any, loaded: list[Any]) -> None:
         """Bring in the weights for the model, and for its copies on other devices."""
@@ -470,6 +462,27 @@ def bring_in(patcher: Any, engine: NetworkPatcher) -> tuple[Seat, float]:
     assert config is not None
     source = PatchedSource(patcher, config, PREFIX, patcher.load_device, engine.model.title)
     return engine.seat(identity(patcher), source, patcher.patches_uuid)
+
+
+def request_plan(
+    structure: Structure, network: nn.Module, options: Options
+) -> tuple[Plan | None, float]:
+    """The plan, if it is at hand, and otherwise the fraction of its build that is done.
+
+    Raises `UnsupportedModel` where there will be none.
+    """
+    plan = builder().request(structure, network, wait=options.wait)
+    if plan is not None:
+        return plan, 1.0
+    state = builder().status(str(structure.graph_key))
+    if state["state"] == "building":
+        return None, float(state["fraction"])
+    plan = builder().find(structure)  # the build may have ended just now
+    if plan is not None:
+        return plan, 1.0
+    if state["state"] == "cancelled":
+        raise UnsupportedModel("the build of its engine was cancelled")
+    raise UnsupportedModel(f"its engine could not be built: {state['error'] or state['state']}")
 
 
 def structure_of_model(model: Any) -> Structure:
