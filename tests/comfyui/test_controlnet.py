@@ -460,6 +460,19 @@ def test_an_accelerated_model_reports_the_nets_reasons(load, net, monkeypatch):
     assert run.engine_calls == 3
 
 
+def test_a_speed_up_is_that_over_a_run_with_as_many_nets(load, net):
+    size = {"size": (24, 8), "steps": 5}  # at which no other test compares
+    model = accelerate(load(), Options(wait=True, compare=True, title="castle"))
+    sample(model, *applied(prompts(), net()), **size)
+    compared = journal().runs[-1]
+    assert compared.dims == [{"width": 64, "height": 192, "batch": 2, "controlnets": 1}]
+    assert journal().baseline(compared.graph_key, compared.dims[0], compared.gpu) > 0
+    sample(model, *applied(prompts(), net()), **size)
+    assert journal().runs[-1].speedup is not None
+    sample(model, *prompts(), **size)
+    assert journal().runs[-1].speedup is None
+
+
 def test_an_interrupt_ends_the_run_and_harms_no_later_one(load, net, monkeypatch):
     model, control = load(), net()
     fast = accelerate_controlnet(control, WAIT)

@@ -631,8 +631,12 @@ def _count(sampling: Sampling, end: float) -> None:
     calls, sampling.calls = sampling.calls, []
     alike = len({(path, dims) for path, dims, _ in calls}) == 1
     ms = (end - calls[1][2]) * 1e3 / (len(calls) - 1) if alike and len(calls) > 1 else None
+    controlnets = sampling.run.controlnets  # their time is part of a call's
     for path, (batch, _, height, width), _ in calls:
-        sampling.run.call(path, {"width": width * 8, "height": height * 8, "batch": batch}, ms)
+        dims = {"width": width * 8, "height": height * 8, "batch": batch}
+        if controlnets:
+            dims["controlnets"] = controlnets
+        sampling.run.call(path, dims, ms)
 
 
 def reason_of(error: Exception) -> Reason:
