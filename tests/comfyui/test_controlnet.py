@@ -473,6 +473,21 @@ def test_a_speed_up_is_that_over_a_run_with_as_many_nets(load, net):
     assert journal().runs[-1].speedup is None
 
 
+def test_a_comparison_is_with_the_hosts_own_nets(load, net, monkeypatch, lines):
+    original, ran = NetworkPatcher.run, []
+
+    def run(self: Any, *args: Any) -> Any:
+        ran.append(self.structure.kind)
+        return original(self, *args)
+
+    monkeypatch.setattr(NetworkPatcher, "run", run)
+    model = accelerate(load(), Options(wait=True, compare=True))
+    sample(model, *applied(prompts(), accelerate_controlnet(net(), WAIT)))
+    assert journal().runs[-1].compared_db > 80
+    assert ran == ["controlnet", "unet"] * 3
+    assert lines == [("engine", "engine")]
+
+
 def test_an_interrupt_ends_the_run_and_harms_no_later_one(load, net, monkeypatch):
     model, control = load(), net()
     fast = accelerate_controlnet(control, WAIT)

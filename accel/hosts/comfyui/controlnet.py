@@ -34,6 +34,7 @@ from .run import (
     PRECISIONS,
     Options,
     Sampling,
+    comparing,
     known_structure,
     prompt_key,
     reason_of,
@@ -342,6 +343,8 @@ def _sampling(options: Mapping[str, Any]) -> Sampling | None:
 
 def _choose(net: Any) -> Part | None:
     """The network's part in the sampling that is being set up; None for the host's path."""
+    if comparing.get():
+        return None
     net.switchyard_line.shown = ""
     reason = why_not(net)
     device = net.control_model_wrapped.load_device

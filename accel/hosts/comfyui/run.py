@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,9 @@ KEY = "switchyard"
 """Of our wrappers, attachments and additional models in the host's dictionaries."""
 
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32)
+
+comparing: ContextVar[bool] = ContextVar("comparing", default=False)
+"""Whether the sampling under way shows what the host makes of it, without any engine."""
 
 _structures: weakref.WeakKeyDictionary[nn.Module, Structure] = weakref.WeakKeyDictionary()
 
@@ -116,7 +120,6 @@ class Sampling:
     engine: NetworkPatcher | None = None
     on_engine: bool = False
     watched: bool = False  # others may reach into the network between its calls
-    compares: bool = False
     calls: list[tuple[str, tuple[int, ...], float]] = field(default_factory=list)
     graphs_before: int = 0
     # By cond uuid: the prompt's tensors, held; None once they have changed under it.
@@ -179,11 +182,13 @@ class Acceleration:
     def _compared(self) -> Iterator[Sampling]:
         """A sampling on the host's path that is no run of the user's: in no journal."""
         run = Run(id=0, started=time.time(), model=self.options.title)
-        sampling = Sampling(run, compares=True)
+        sampling = Sampling(run)
         self._samplings.append(sampling)
+        token = comparing.set(True)
         try:
             yield sampling
         finally:
+            comparing.reset(token)
             self._samplings.remove(sampling)
 
     @contextmanager
@@ -267,7 +272,7 @@ class Acceleration:
         self, sampling: Sampling, model: Any, options: Any, conds: Any, noise_shape: Any
     ) -> NetworkPatcher | None:
         """The engine that this run goes to; None, with the reasons noted, for the host's path."""
-        if sampling.compares:
+        if comparing.get():
             return None
         if getattr(model, "acceleration", None) is not self:
             text = f"a node has made another kind of model of it: {type(model).__name__}"
