@@ -460,6 +460,42 @@ def test_an_accelerated_model_reports_the_nets_reasons(load, net, monkeypatch):
     assert run.engine_calls == 3
 
 
+def test_what_the_device_has_no_room_for_is_a_reason_of_the_run(load, net, monkeypatch, lines):
+    model = accelerate(load(), Options(wait=True))
+    fast = accelerate_controlnet(net(), WAIT)
+    monkeypatch.setattr(controlnet, "_fits", lambda *_: False)
+    sample(model, *applied(prompts(), fast))
+    text = "the device has no room for its engine beside the model's"
+    assert journal().runs[-1].reasons == [{"text": text, "node": "Accelerate ControlNet"}]
+    assert journal().runs[-1].engine_calls == 3
+    assert lines == [("host", f"host's path: {text}")]
+
+
+def test_a_net_that_a_pack_rebuilt_is_said_to_be(load, net, lines):
+    """As ComfyUI-Advanced-ControlNet does with what is applied through its nodes."""
+    model, control = accelerate(load(), Options(wait=True)), net()
+    fast = accelerate_controlnet(control, WAIT)
+
+    class ControlNetAdvanced(comfy.controlnet.ControlNet):
+        __module__ = "advanced"
+
+        def copy(self: Any) -> Any:
+            copied = super().copy()
+            copied.__class__ = type(self)
+            return copied
+
+    made = ControlNetAdvanced(fast.control_model, load_device=fast.load_device)
+    made.control_model_wrapped = fast.control_model_wrapped
+    text = "another pack has its own way with it: ControlNetAdvanced"
+    for _ in range(2):
+        sample(model, *applied(prompts(), made))
+        assert journal().runs[-1].reasons == [{"text": text, "node": "Accelerate ControlNet"}]
+        assert journal().runs[-1].mode == "engine" and engines() == []
+    assert lines == [("host", f"host's path: {text}")] * 2
+    sample(model, *applied(prompts(), control))  # as the user's own choice it is no news
+    assert journal().runs[-1].reasons == [] and len(lines) == 2
+
+
 def test_a_speed_up_is_that_over_a_run_with_as_many_nets(load, net):
     size = {"size": (24, 8), "steps": 5}  # at which no other test compares
     model = accelerate(load(), Options(wait=True, compare=True, title="castle"))

@@ -61,7 +61,7 @@ def unsupported_model(patcher: Any) -> str | None:
         patcher_extension.WrappersMP, "PREPARE_SAMPLING"
     ):
         return "this ComfyUI is too old: it lacks wrappers around sampling"
-    foreign = _foreign_class(patcher)
+    foreign = foreign_class(patcher, patcher.model)
     if foreign is not None:
         return foreign
     model = patcher.model
@@ -94,9 +94,9 @@ def pristine(patcher: Any) -> Iterator[None]:
         yield
 
 
-def _foreign_class(patcher: Any) -> str | None:
-    """What is said of a MODEL whose class, or whose network's owner's, another pack wrote."""
-    for owner in (patcher, patcher.model):
+def foreign_class(*owners: Any) -> str | None:
+    """What is said of objects of which one is of a class that another pack wrote."""
+    for owner in owners:
         foreign = next((kind for kind in type(owner).__mro__ if not _trusted(kind)), None)
         if foreign is not None:
             return f"{_pack(foreign) or 'another pack'} has its own way with it: {foreign.__name__}"
@@ -262,7 +262,7 @@ _HARMLESS_OBJECTS = {"latent_format", "model_sampling"}
 
 
 def _changed_patcher(patcher: Any) -> Iterator[Reason]:
-    foreign = _foreign_class(patcher)
+    foreign = foreign_class(patcher, patcher.model)
     if foreign is not None:
         yield Reason(foreign)
     for path, value in patcher.object_patches.items():

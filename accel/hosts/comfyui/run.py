@@ -14,10 +14,11 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import comfy.model_management as management
@@ -38,6 +39,7 @@ from .decide import (
     Reason,
     called_elsewhere,
     exact_attention,
+    foreign_class,
     hooked,
     learn,
     network_state,
@@ -59,6 +61,11 @@ PRECISIONS = (torch.float16, torch.bfloat16, torch.float32)
 
 comparing: ContextVar[bool] = ContextVar("comparing", default=False)
 """Whether the sampling under way shows what the host makes of it, without any engine."""
+
+control_nets: weakref.WeakKeyDictionary[nn.Module, Callable[[str, Run], None]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Networks of accelerated CONTROL_NETs, and what tells their nodes why the host runs them."""
 
 _structures: weakref.WeakKeyDictionary[nn.Module, Structure] = weakref.WeakKeyDictionary()
 
@@ -266,7 +273,10 @@ class Acceleration:
         run.device = str(model.load_device)
         run.gpu = describe(model.load_device).name if model.load_device.type == "cuda" else "cpu"
         run.loras = max((len(patches) for patches in model.patches.values()), default=0)
-        run.controlnets = _controlnets(conds)
+        chains = list(_chains(conds))
+        run.controlnets = max(map(len, chains), default=0)
+        if not comparing.get():
+            _tell_rebuilt(chain.from_iterable(chains), run)
 
     def _engine_for(
         self, sampling: Sampling, model: Any, options: Any, conds: Any, noise_shape: Any
@@ -553,16 +563,28 @@ def _too_small(model: Any, plan: Plan, dtype: torch.dtype, noise_shape: Any) -> 
     )
 
 
-def _controlnets(conds: Any) -> int:
-    """ControlNets in the longest chain of the conditioning."""
-    longest = 0
-    for given in conds.values():
-        for cond in given:
-            length, control = 0, cond.get("control")
-            while control is not None:
-                length, control = length + 1, control.previous_controlnet
-            longest = max(longest, length)
-    return longest
+def _chains(conds: Any) -> Iterator[list[Any]]:
+    """The ControlNets of each conditioning, the last to be applied first."""
+    for cond in chain.from_iterable(conds.values()):
+        found, control = [], cond.get("control")
+        while control is not None:
+            found.append(control)
+            control = control.previous_controlnet
+        yield found
+
+
+def _tell_rebuilt(controls: Iterable[Any], run: Run) -> None:
+    """Say so where a pack has made a ControlNet of its own from an accelerated one."""
+    rebuilt: dict[nn.Module, str] = {}
+    for control in controls:
+        module = getattr(control, "control_model", None)
+        if not isinstance(module, nn.Module) or hasattr(control, "switchyard_line"):
+            continue
+        reason = foreign_class(control)
+        if reason is not None and module in control_nets:
+            rebuilt[module] = reason
+    for module, reason in rebuilt.items():  # positive and negative share them
+        control_nets[module](reason, run)
 
 
 def _see_prompts(sampling: Sampling, conds: Any, options: Any) -> None:
