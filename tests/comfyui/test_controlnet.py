@@ -324,6 +324,9 @@ def test_changed_nets_are_refused_by_name(net):
     def half(control: Any) -> None:
         control.manual_cast_dtype = torch.float64
 
+    def device(control: Any) -> None:
+        control.control_model_wrapped.load_device = torch.device("mps")
+
     assert why_not(net()) is None
     cases = (
         (quantised, "Kept"),
@@ -332,6 +335,7 @@ def test_changed_nets_are_refused_by_name(net):
         (part, "replaced"),
         (patcher, "GGUFPatcher"),
         (half, "float64"),
+        (device, "'mps' is not supported"),
     )
     for change, why in cases:
         control = net()

@@ -304,6 +304,14 @@ def test_patchers_and_models_of_other_packs(model, tmp_path):
         del sys.modules["test_gguf_pack"]
 
 
+def test_devices_without_an_engine(model):
+    text = "device 'mps' is not supported: use 'cuda' or 'cpu'"
+    assert unsupported_model(model) is None
+    model.load_device = torch.device("mps")
+    assert unsupported_model(model) == text
+    assert reasons(model) == [Reason(text)]  # one that was accelerated for another device
+
+
 def test_quantised_weights(tmp_path):
     if not hasattr(comfy.utils, "detect_layer_quantization"):
         pytest.skip("this version has no quantised layers")

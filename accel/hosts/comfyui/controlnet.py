@@ -27,6 +27,7 @@ from ...plan.schema import Plan
 from ...runtime.network import Seat
 from ...runtime.weights import weights_bytes
 from ...structure import Structure
+from .decide import unsupported_device
 from .journal import Run, journal
 from .pool import NetworkPatcher, pool
 from .run import (
@@ -91,7 +92,11 @@ def why_not(control_net: Any) -> str | None:
     dtype = _dtype(control_net)
     if dtype not in PRECISIONS:
         return f"it computes in {dtype}"
-    return _unsupported_patcher(patcher, module) or unsupported_state(module, patches_applied=True)
+    return (
+        _unsupported_patcher(patcher, module)
+        or unsupported_device(patcher)
+        or unsupported_state(module, patches_applied=True)
+    )
 
 
 def _unsupported_patcher(patcher: Any, module: nn.Module) -> str | None:

@@ -31,6 +31,8 @@ import comfy.utils
 from comfy import patcher_extension
 from torch import Tensor, nn
 
+from ...errors import DeviceUnavailable
+from ...hardware import require
 from ...models import unsupported_state
 from ...models.calls import HARMLESS_OPTIONS
 from ...models.unet_live import network_kind
@@ -70,6 +72,9 @@ def unsupported_model(patcher: Any) -> str | None:
         return f"{type(model).__name__} is not supported: Stable Diffusion 1, 2 and XL are"
     if _quantised(model, module):
         return "its weights are quantised"
+    device = unsupported_device(patcher)
+    if device is not None:
+        return device
     with pristine(patcher):
         return network_state(module)
 
@@ -92,6 +97,15 @@ def pristine(patcher: Any) -> Iterator[None]:
                 current = comfy.utils.set_attr(model, path, original)
                 stack.callback(comfy.utils.set_attr, model, path, current)
         yield
+
+
+def unsupported_device(patcher: Any) -> str | None:
+    """Why no engine runs on the device that a patcher's model is for, or None."""
+    try:
+        require(patcher.load_device)
+    except DeviceUnavailable as error:
+        return str(error)
+    return None
 
 
 def foreign_class(*owners: Any) -> str | None:
@@ -262,9 +276,9 @@ _HARMLESS_OBJECTS = {"latent_format", "model_sampling"}
 
 
 def _changed_patcher(patcher: Any) -> Iterator[Reason]:
-    foreign = foreign_class(patcher, patcher.model)
-    if foreign is not None:
-        yield Reason(foreign)
+    for problem in (foreign_class(patcher, patcher.model), unsupported_device(patcher)):
+        if problem is not None:
+            yield Reason(problem)
     for path, value in patcher.object_patches.items():
         if path in _HARMLESS_OBJECTS:
             continue

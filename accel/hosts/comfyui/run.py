@@ -271,12 +271,12 @@ class Acceleration:
     def _describe(self, sampling: Sampling, model: Any, conds: Any) -> None:
         run = sampling.run
         run.device = str(model.load_device)
-        run.gpu = describe(model.load_device).name if model.load_device.type == "cuda" else "cpu"
         run.loras = max((len(patches) for patches in model.patches.values()), default=0)
         chains = list(_chains(conds))
         run.controlnets = max(map(len, chains), default=0)
         if not comparing.get():
             _tell_rebuilt(chain.from_iterable(chains), run)
+        run.gpu = describe(model.load_device).name if model.load_device.type != "cpu" else "cpu"
 
     def _engine_for(
         self, sampling: Sampling, model: Any, options: Any, conds: Any, noise_shape: Any
