@@ -314,6 +314,22 @@ def test_the_models_own_weights_leave_before_the_engine_comes(load, prompt, monk
     assert on_engine() and beside == [0]
 
 
+def test_weights_that_were_read_onto_the_device_leave_it_first(load, monkeypatch):
+    """With --highvram; the host has loaded nothing yet, by its own account."""
+    plain = load()
+    fast = accelerate(plain, Options(wait=True))
+    network = plain.model.diffusion_model
+    name, weight = next(network.named_parameters())
+    left = []
+    monkeypatch.setattr(fast, "unpatch_model", lambda *args, **_: left.append(args))
+    running._make_room(fast)
+    assert left == []
+    there = torch.nn.Parameter(weight.to("meta"), requires_grad=False)
+    comfy.utils.set_attr(plain.model.diffusion_model, name, there)
+    running._make_room(fast)
+    assert left == [(torch.device("cpu"),)] and fast.loaded_size() == 0
+
+
 def test_unloading_brings_no_weights_to_the_device(load, prompt):
     plain = load()
     fast = accelerate(plain, Options(wait=True))

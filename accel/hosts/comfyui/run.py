@@ -536,11 +536,13 @@ def _innermost(
 def _make_room(model: Any) -> None:
     """Take the model's own weights off the device, before the host loads the engine.
 
-    The host loads first what a model brings along, so both would be there for a moment. A network
-    that something is injected into is left to the host, which ejects that before it comes to it.
+    The host loads first what a model brings along, so both would be there for a moment. With
+    --highvram they are there from the file's loading on. A network that something is injected into
+    is left to the host, which ejects that before it comes to it.
     """
     sharing = [other for other in management.loaded_models() if model.is_clone(other)]
-    if model.loaded_size() > 0 and not any(other.is_injected for other in sharing):
+    there = model.loaded_size() > 0 or model.weights_loaded()
+    if there and not any(other.is_injected for other in sharing):
         model.unload_weights()
         management.soft_empty_cache()
 
