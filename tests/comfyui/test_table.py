@@ -142,6 +142,22 @@ def test_what_shows_in_mid_run_only(plain, fast):
         decide._learned.clear()
 
 
+def test_what_no_longer_shows_is_forgotten(plain, fast):
+    row = Row("none")
+    changed = fast.clone()
+    fakes.hidden_reentering(changed)
+    perturbed = fakes._guidances["perturbed"]
+    modes = []
+    try:
+        for on in (True, True, False, False, True):
+            fakes._guidances["perturbed"] = perturbed if on else lambda args: args["denoised"]
+            picture(row, changed)
+            modes.append(journal().runs[-1].mode)
+        assert modes == ["mixed", "host", "host", "engine", "mixed"]
+    finally:
+        decide._learned.clear()
+
+
 def test_a_forward_that_shows_in_mid_run_only_has_its_weights(plain, fast):
     row = Row("none")
     changed, reference = fast.clone(), plain.clone()

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
@@ -43,11 +43,13 @@ class Reason:
     """Why something runs on the host's own path.
 
     text: one clause, such as "FreeU changes the up blocks". node: the name of the node that asked
-    for it, as the user sees it, or of its pack; None where that cannot be known.
+    for it, as the user sees it, or of its pack; None where that cannot be known. learned: what an
+    earlier run alone speaks against, for `forget`.
     """
 
     text: str
     node: str | None = None
+    learned: frozenset[CodeType] = field(default=frozenset(), compare=False, repr=False)
 
 
 # Whole MODELs.
@@ -562,9 +564,11 @@ def _outer_reasons(patcher: Any, model_options: Mapping[str, Any]) -> Iterator[R
     layers = set(map(id, patcher.model.diffusion_model.modules())) if functions else set()
     for function in functions:
         code = _Code(function, layers)
-        if code.patches or code.codes & _learned:
+        learned = frozenset(code.codes & _learned)
+        if code.patches or learned:
             node = _node(function)
-            yield Reason(f"{node or 'another pack'} runs the network again with patches", node)
+            text = f"{node or 'another pack'} runs the network again with patches"
+            yield Reason(text, node, frozenset() if code.patches else learned)
         elif code.inside:
             node = _node(function)
             yield Reason(f"{node or 'another pack'} works on the network's layers itself", node)
@@ -588,6 +592,11 @@ def learn(patcher: Any, model_options: Mapping[str, Any]) -> None:
         if len(senders) == 1:
             _learned.update(*senders)
             return
+
+
+def forget(learned: AbstractSet[CodeType]) -> None:
+    """Take back what a run from its beginning to its end did not confirm."""
+    _learned.difference_update(learned)
 
 
 def _own_codes(function: Any) -> set[CodeType]:

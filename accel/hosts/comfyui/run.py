@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
+from types import CodeType
 from typing import Any
 
 import comfy.model_management as management
@@ -40,6 +41,7 @@ from .decide import (
     called_elsewhere,
     exact_attention,
     foreign_class,
+    forget,
     hooked,
     learn,
     network_state,
@@ -124,6 +126,8 @@ class Sampling:
     options: Mapping[str, Any] = field(default_factory=dict)
     bindings: dict[int, Binding] = field(default_factory=dict)
     reasons: list[Reason] = field(default_factory=list)
+    # Where nothing else spoke against the engine: what earlier runs taught, until it shows again.
+    suspected: frozenset[CodeType] = frozenset()
     engine: NetworkPatcher | None = None
     on_engine: bool = False
     watched: bool = False  # others may reach into the network between its calls
@@ -172,6 +176,8 @@ class Acceleration:
         conds = {kind: [dict(cond) for cond in given] for kind, given in guider.conds.items()}
         with self._recorded() as sampling:
             result = executor(*args, **kwargs)
+        if sampling.run.host_calls:
+            forget(sampling.suspected)
         if self.options.compare and sampling.run.engine_calls:
             self.options.compare = False
             guider.conds = conds
@@ -299,6 +305,8 @@ class Acceleration:
         if dtype not in PRECISIONS:
             sampling.why(Reason(f"the model computes in {dtype}", None))
         if sampling.reasons:
+            if all(reason.learned for reason in sampling.reasons):
+                sampling.suspected = frozenset().union(*(r.learned for r in sampling.reasons))
             return None
         sampling.watched = watched(model, options, conds)
         known = builder().find(structure) is not None
@@ -383,6 +391,7 @@ class Acceleration:
             sampling = self.sampling
             if sampling is None or not called_elsewhere(module):
                 return executor.original(*args, **kwargs)
+            sampling.suspected = frozenset()
             x = args[0] if args else kwargs["x"]
             self._leave_if_replaced(sampling, module, x)
             before, started = len(sampling.calls), time.perf_counter()
@@ -447,6 +456,10 @@ class Acceleration:
         if sampling.engine is not None:
             with self._leaving:  # another device's thread may be loading what this one needs
                 pass
+        if sampling.suspected:
+            shown = why_host_call(_transformer_options(args, kwargs), kwargs)
+            if shown is not None or network_state(module) is not None:
+                sampling.suspected = frozenset()
         sampling.calls.append(("host", dims, time.perf_counter()))
         return original(*args, **kwargs)
 
