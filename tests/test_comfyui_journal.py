@@ -199,6 +199,7 @@ def test_a_call_on_no_known_path_is_refused(path: Path) -> None:
             "engine · 2.0x · 1 LoRA · 2 ControlNets",
         ),
         ({"mode": "engine"}, None, "engine"),
+        ({"mode": "engine", "finished": True}, None, "the network was not called"),
         (
             {"mode": "engine", "speedup": 2.04, "compiling": True},
             None,

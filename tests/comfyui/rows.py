@@ -312,6 +312,7 @@ CHANGED = [
             "attention_patch": "another pack changes the self-attention",
             "attention_replace": "another pack changes the cross-attention",
             "block_patch": "another pack changes the up blocks",
+            "forward_around": "another pack works on the network's layers itself",
             "forward_patch": "another pack replaces a part of the network (out.1)",
             "injection": "fake puts itself into the network's layers",
             "object_patch": "another pack replaces a part of the network (out.1)",

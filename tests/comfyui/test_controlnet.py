@@ -324,6 +324,9 @@ def test_changed_nets_are_refused_by_name(net):
     def half(control: Any) -> None:
         control.manual_cast_dtype = torch.float64
 
+    def device(control: Any) -> None:
+        control.control_model_wrapped.load_device = torch.device("mps")
+
     assert why_not(net()) is None
     cases = (
         (quantised, "Kept"),
@@ -332,6 +335,7 @@ def test_changed_nets_are_refused_by_name(net):
         (part, "replaced"),
         (patcher, "GGUFPatcher"),
         (half, "float64"),
+        (device, "'mps' is not supported"),
     )
     for change, why in cases:
         control = net()
@@ -458,6 +462,70 @@ def test_an_accelerated_model_reports_the_nets_reasons(load, net, monkeypatch):
     reason = {"text": "no memory is left for this test", "node": "Accelerate ControlNet"}
     assert reason in run.reasons
     assert run.engine_calls == 3
+
+
+def test_what_the_device_has_no_room_for_is_a_reason_of_the_run(load, net, monkeypatch, lines):
+    model = accelerate(load(), Options(wait=True))
+    fast = accelerate_controlnet(net(), WAIT)
+    monkeypatch.setattr(controlnet, "_fits", lambda *_: False)
+    sample(model, *applied(prompts(), fast))
+    text = "the device has no room for its engine beside the model's"
+    assert journal().runs[-1].reasons == [{"text": text, "node": "Accelerate ControlNet"}]
+    assert journal().runs[-1].engine_calls == 3
+    assert lines == [("host", f"host's path: {text}")]
+
+
+def test_a_net_that_a_pack_rebuilt_is_said_to_be(load, net, lines):
+    """As ComfyUI-Advanced-ControlNet does with what is applied through its nodes."""
+    model, control = accelerate(load(), Options(wait=True)), net()
+    fast = accelerate_controlnet(control, WAIT)
+
+    class ControlNetAdvanced(comfy.controlnet.ControlNet):
+        __module__ = "advanced"
+
+        def copy(self: Any) -> Any:
+            copied = super().copy()
+            copied.__class__ = type(self)
+            return copied
+
+    made = ControlNetAdvanced(fast.control_model, load_device=fast.load_device)
+    made.control_model_wrapped = fast.control_model_wrapped
+    text = "another pack has its own way with it: ControlNetAdvanced"
+    for _ in range(2):
+        sample(model, *applied(prompts(), made))
+        assert journal().runs[-1].reasons == [{"text": text, "node": "Accelerate ControlNet"}]
+        assert journal().runs[-1].mode == "engine" and engines() == []
+    assert lines == [("host", f"host's path: {text}")] * 2
+    sample(model, *applied(prompts(), control))  # as the user's own choice it is no news
+    assert journal().runs[-1].reasons == [] and len(lines) == 2
+
+
+def test_a_speed_up_is_that_over_a_run_with_as_many_nets(load, net):
+    size = {"size": (24, 8), "steps": 5}  # at which no other test compares
+    model = accelerate(load(), Options(wait=True, compare=True, title="castle"))
+    sample(model, *applied(prompts(), net()), **size)
+    compared = journal().runs[-1]
+    assert compared.dims == [{"width": 64, "height": 192, "batch": 2, "controlnets": 1}]
+    assert journal().baseline(compared.graph_key, compared.dims[0], compared.gpu) > 0
+    sample(model, *applied(prompts(), net()), **size)
+    assert journal().runs[-1].speedup is not None
+    sample(model, *prompts(), **size)
+    assert journal().runs[-1].speedup is None
+
+
+def test_a_comparison_is_with_the_hosts_own_nets(load, net, monkeypatch, lines):
+    original, ran = NetworkPatcher.run, []
+
+    def run(self: Any, *args: Any) -> Any:
+        ran.append(self.structure.kind)
+        return original(self, *args)
+
+    monkeypatch.setattr(NetworkPatcher, "run", run)
+    model = accelerate(load(), Options(wait=True, compare=True))
+    sample(model, *applied(prompts(), accelerate_controlnet(net(), WAIT)))
+    assert journal().runs[-1].compared_db > 80
+    assert ran == ["controlnet", "unet"] * 3
+    assert lines == [("engine", "engine")]
 
 
 def test_an_interrupt_ends_the_run_and_harms_no_later_one(load, net, monkeypatch):
@@ -597,11 +665,15 @@ def test_while_its_engine_is_built_the_host_runs_it(load, net, monkeypatch, line
         result = sample(model, *applied(prompts(), fast))
         assert torch.equal(result, expected)
         assert lines == [("build", "building 41 % · host's path meanwhile")]
+        building.setattr(builder(), "find", lambda _: None)
         state.update(state="failed", error="it is too strange")
         sample(model, *applied(prompts(), fast))
         assert lines[1:] == [
             ("host", "host's path: its engine could not be built: it is too strange")
         ]
+        state.update(state="cancelled", error=None)
+        sample(model, *applied(prompts(), fast))
+        assert lines[2:] == [("host", "host's path: the build of its engine was cancelled")]
     assert engines() == []
     sample(model, *applied(prompts(), accelerate_controlnet(control, WAIT)))
     assert forwards() == [3]

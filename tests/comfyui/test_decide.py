@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import sys
 
@@ -95,6 +96,53 @@ def test_a_call_names_the_patch_that_came_with_it(model, tmp_path):
     options = freeu.apply(model, tmp_path).model_options["transformer_options"]
     assert why_host_call(options, {}) == Reason("FreeU changes the up blocks", "FreeU")
     assert "num_video_frames" in why_host_call({}, {"num_video_frames": 4}).text
+
+
+class Holder:
+    """A pack's object that keeps what it is given."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def __call__(self, apply, arguments):
+        raise AssertionError("not to be called")
+
+    def wrap(self, apply, arguments):
+        raise AssertionError("not to be called")
+
+
+def _holding(kept):
+    """Functions that hold something, in every way in which it shows."""
+
+    def closure(apply, arguments):
+        return kept
+
+    def default(apply, arguments, layer=kept):
+        return layer
+
+    def argument(layer, apply, arguments):
+        return layer
+
+    return [
+        closure,
+        default,
+        functools.partial(argument, kept),
+        Holder(kept),
+        Holder(kept).wrap,
+    ]
+
+
+def test_functions_that_hold_a_layer_of_the_network(model):
+    network = model.model.diffusion_model
+    text = "another pack works on the network's layers itself"
+    for kept in (network, network.out[1], network.out[1].forward):
+        for function in _holding(kept):
+            model.set_model_unet_function_wrapper(function)
+            assert [reason.text for reason in reasons(model)] == [text], function
+    for kept in (torch.nn.SiLU(), model.model.model_sampling, len):
+        for function in _holding(kept):
+            model.set_model_unet_function_wrapper(function)
+            assert reasons(model) == [], function
 
 
 # Guidance that shows in mid-run only.
@@ -254,6 +302,14 @@ def test_patchers_and_models_of_other_packs(model, tmp_path):
         assert unsupported_model(model) == "ComfyUI-GGUF has its own way with it: GGUFModelPatcher"
     finally:
         del sys.modules["test_gguf_pack"]
+
+
+def test_devices_without_an_engine(model):
+    text = "device 'mps' is not supported: use 'cuda' or 'cpu'"
+    assert unsupported_model(model) is None
+    model.load_device = torch.device("mps")
+    assert unsupported_model(model) == text
+    assert reasons(model) == [Reason(text)]  # one that was accelerated for another device
 
 
 def test_quantised_weights(tmp_path):

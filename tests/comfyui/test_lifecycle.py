@@ -18,6 +18,7 @@ import torch
 
 from accel.hosts.comfyui import decide
 from accel.hosts.comfyui import run as running
+from accel.hosts.comfyui.builder import builder
 from accel.hosts.comfyui.decide import Reason
 from accel.hosts.comfyui.journal import journal
 from accel.hosts.comfyui.panel import report
@@ -313,6 +314,22 @@ def test_the_models_own_weights_leave_before_the_engine_comes(load, prompt, monk
     assert on_engine() and beside == [0]
 
 
+def test_weights_that_were_read_onto_the_device_leave_it_first(load, monkeypatch):
+    """With --highvram; the host has loaded nothing yet, by its own account."""
+    plain = load()
+    fast = accelerate(plain, Options(wait=True))
+    network = plain.model.diffusion_model
+    name, weight = next(network.named_parameters())
+    left = []
+    monkeypatch.setattr(fast, "unpatch_model", lambda *args, **_: left.append(args))
+    running._make_room(fast)
+    assert left == []
+    there = torch.nn.Parameter(weight.to("meta"), requires_grad=False)
+    comfy.utils.set_attr(plain.model.diffusion_model, name, there)
+    running._make_room(fast)
+    assert left == [(torch.device("cpu"),)] and fast.loaded_size() == 0
+
+
 def test_unloading_brings_no_weights_to_the_device(load, prompt):
     plain = load()
     fast = accelerate(plain, Options(wait=True))
@@ -603,3 +620,46 @@ def test_the_report_says_what_fp16_accumulation_does(load, prompt, monkeypatch, 
     setting = SimpleNamespace(allow_fp16_accumulation=on)
     monkeypatch.setattr(torch.backends.cuda, "matmul", setting)
     assert ("add in fp32" in report()) is on
+
+
+def test_a_class_of_another_pack_put_on_later_runs_on_the_hosts_path(load, prompt):
+    """It may keep other weights than the host's, as those for GGUF do."""
+    plain = load()
+    fast = accelerate(plain, Options(wait=True))
+    expected = sample(plain, *prompt)
+    other = fast.clone()
+    other.__class__ = type("GGUFModelPatcher", (type(fast),), {"__module__": "gguf_pack"})
+    assert torch.equal(sample(other, *prompt), expected)
+    assert (last().mode, last().engine_calls) == ("host", 0)
+    text = "another pack has its own way with it: GGUFModelPatcher"
+    assert last().reasons == [{"text": text, "node": None}]
+    sample(fast, *prompt)
+    assert on_engine()
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+def test_a_plain_model_made_of_an_accelerated_one(load, prompt, hooks):
+    """Under dynamic VRAM Select Model Device makes one for the CPU, the sampler one for hooks."""
+    plain = load()
+    other = accelerate(plain, Options(wait=True))
+    other.__class__ = type(plain)
+    if hooks:
+        prompt = [
+            comfy.hooks.set_hooks_for_conditioning(given, comfy.hooks.HookGroup())
+            for given in prompt
+        ]
+        prompt[0][0][1]["hooks"].add(
+            comfy.hooks.TransformerOptionsHook({}, comfy.hooks.EnumHookScope.HookedOnly)
+        )
+    assert torch.equal(sample(other, *prompt), sample(plain, *prompt))
+    made_by_node = f"a node has made another kind of model of it: {type(plain).__name__}"
+    text = "the host made a model of its own for LoRAs with hooks" if hooks else made_by_node
+    assert [reason["text"] for reason in last().reasons] == [text]
+
+
+def test_a_build_that_ends_while_it_is_asked_for_is_used(load, prompt, monkeypatch):
+    fast = accelerate(load(), Options())
+    sample(accelerate(fast, Options(wait=True)), *prompt)  # its plan is there from now on
+    monkeypatch.setattr(builder(), "request", lambda *_, **__: None)
+    sample(fast, *prompt)
+    assert on_engine()

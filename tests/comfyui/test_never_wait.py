@@ -115,6 +115,8 @@ def test_a_cancelled_build_is_begun_again_only_when_asked(fresh):
     assert build_of(fresh)["state"] == "cancelled" and not build_processes(fresh)
     fresh.run(workflow("second", first_run="don't wait"))
     assert build_of(fresh)["state"] == "cancelled" and not build_processes(fresh)
+    reasons = state(fresh)["last_run"]["reasons"]
+    assert reasons == [{"text": "the build of its engine was cancelled", "node": None}]
     with pytest.raises(ServerError, match="409"):
         fresh.post("/switchyard/builds/cancel", {"id": build["id"]})
     fresh.post("/switchyard/builds/retry", {"id": build["id"]})

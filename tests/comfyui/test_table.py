@@ -142,6 +142,49 @@ def test_what_shows_in_mid_run_only(plain, fast):
         decide._learned.clear()
 
 
+def test_what_no_longer_shows_is_forgotten(plain, fast):
+    row = Row("none")
+    changed = fast.clone()
+    fakes.hidden_reentering(changed)
+    perturbed = fakes._guidances["perturbed"]
+    modes = []
+    try:
+        for on in (True, True, False, False, True):
+            fakes._guidances["perturbed"] = perturbed if on else lambda args: args["denoised"]
+            picture(row, changed)
+            modes.append(journal().runs[-1].mode)
+        assert modes == ["mixed", "host", "host", "engine", "mixed"]
+    finally:
+        decide._learned.clear()
+
+
+def test_a_forward_that_shows_in_mid_run_only_has_its_weights(plain, fast):
+    row = Row("none")
+    changed, reference = fast.clone(), plain.clone()
+    fakes.hidden_forward_around(changed)
+    fakes.hidden_forward_around(reference)
+    expected = picture(row, reference)
+    assert relative_error(picture(row, plain), expected) > 1e-3
+    loaded = []
+
+    def call(apply, arguments):
+        result = fakes._look_up_call(apply, arguments)
+        loaded.append(plain.model.model_loaded_weight_memory)
+        return result
+
+    changed.set_model_unet_function_wrapper(call)
+    try:
+        for _ in range(2):
+            assert torch.equal(picture(row, changed), expected)
+            run = journal().runs[-1]
+            assert (run.mode, run.engine_calls, run.host_calls) == ("host", 0, 3)
+            assert all(loaded) and len(run.reasons) == 1
+        assert relative_error(picture(row, fast), picture(row, plain)) < CLOSE
+        assert journal().runs[-1].mode == "engine"
+    finally:
+        decide._learned.clear()
+
+
 def test_what_is_put_into_the_network_after_the_decision(plain, fast):
     row = Row("none")
     changed, reference = fast.clone(), plain.clone()
@@ -155,3 +198,19 @@ def test_what_is_put_into_the_network_after_the_decision(plain, fast):
     assert "out.1 (SiLU) has forward hooks" in run.reasons[0]["text"]
     assert relative_error(picture(row, fast), picture(row, plain)) < CLOSE
     assert journal().runs[-1].mode == "engine"
+
+
+def test_what_is_put_into_the_network_between_two_steps(plain, fast):
+    row = Row("none")
+    changed, reference = fast.clone(), plain.clone()
+    fakes.hook_between_steps(reference)
+    expected = picture(row, reference)
+    assert relative_error(picture(row, plain), expected) > 1e-3
+    fakes.hook_between_steps(changed)
+    try:
+        assert relative_error(picture(row, changed), expected) < CLOSE
+    finally:
+        decide._learned.clear()
+    run = journal().runs[-1]
+    assert (run.mode, run.engine_calls, run.host_calls) == ("mixed", 1, 2)
+    assert "out.1 (SiLU) has forward hooks" in run.reasons[0]["text"]

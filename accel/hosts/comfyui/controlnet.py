@@ -27,10 +27,21 @@ from ...plan.schema import Plan
 from ...runtime.network import Seat
 from ...runtime.weights import weights_bytes
 from ...structure import Structure
-from .builder import builder
-from .journal import journal
+from .decide import unsupported_device
+from .journal import Run, journal
 from .pool import NetworkPatcher, pool
-from .run import KEY, PRECISIONS, Options, Sampling, known_structure, prompt_key, reason_of
+from .run import (
+    KEY,
+    PRECISIONS,
+    Options,
+    Sampling,
+    comparing,
+    control_nets,
+    known_structure,
+    prompt_key,
+    reason_of,
+    request_plan,
+)
 from .weights import PatchedSource, identity
 
 logger = logging.getLogger(__name__)
@@ -81,7 +92,11 @@ def why_not(control_net: Any) -> str | None:
     dtype = _dtype(control_net)
     if dtype not in PRECISIONS:
         return f"it computes in {dtype}"
-    return _unsupported_patcher(patcher, module) or unsupported_state(module, patches_applied=True)
+    return (
+        _unsupported_patcher(patcher, module)
+        or unsupported_device(patcher)
+        or unsupported_state(module, patches_applied=True)
+    )
 
 
 def _unsupported_patcher(patcher: Any, module: nn.Module) -> str | None:
@@ -122,6 +137,17 @@ class _Line:
         if state in ("host", "off") and text not in self.logged:
             self.logged.add(text)
             logger.warning("%s: %s", self.options.title, text)
+
+    def host(self, reason: str, run: Run | None) -> None:
+        """Show why the host runs the network, and note it in the run of an accelerated MODEL."""
+        self.show("host", f"host's path: {reason}")
+        if run is not None:
+            run.why(reason, NODE)
+
+    def rebuilt(self, reason: str, run: Run) -> None:
+        """Another pack runs the network in a ControlNet of its own; a run begins."""
+        self.shown = ""
+        self.host(reason, run)
 
 
 @dataclass(eq=False)
@@ -229,6 +255,8 @@ class EngineMixin:
 
     switchyard_line: _Line
     switchyard_part: Part | None = None
+    # Why the host runs it in this sampling.
+    switchyard_reason: str | None = None
     # The hint of the last call, and what stands for it in keys.
     switchyard_hint: tuple[Any, object] = (None, None)
 
@@ -239,11 +267,12 @@ class EngineMixin:
     def get_models(self: Any) -> list[Any]:
         """What a sampling has to load: the engine in place of the network."""
         models = comfy.controlnet.ControlBase.get_models(self)
+        part, self.switchyard_reason = None, None
         try:
             part = _choose(self)
         except Exception as error:
-            part = None
-            self.switchyard_line.show("host", f"host's path: {reason_of(error).text}")
+            self.switchyard_reason = reason_of(error).text
+            self.switchyard_line.host(self.switchyard_reason, None)
         self.switchyard_part = part
         return [*models, self.control_model_wrapped if part is None else part.engine]
 
@@ -259,6 +288,10 @@ class EngineMixin:
         module = self.control_model
         if self.switchyard_part is not None and isinstance(module, nn.Module):
             self.control_model = _StandIn(self, module, transformer_options)
+        elif self.switchyard_reason is not None:
+            # The run is known from now on.
+            sampling = _sampling(transformer_options or {})
+            self.switchyard_line.host(self.switchyard_reason, sampling and sampling.run)
         try:
             return super().get_control(  # type: ignore[misc]
                 x_noisy, t, cond, batched_number, transformer_options
@@ -268,7 +301,8 @@ class EngineMixin:
 
     def cleanup(self: Any) -> None:
         """As the host does, after a sampling."""
-        self.switchyard_part, self.switchyard_hint = None, (None, None)
+        self.switchyard_part, self.switchyard_reason = None, None
+        self.switchyard_hint = (None, None)
         super().cleanup()  # type: ignore[misc]
 
 
@@ -282,6 +316,7 @@ def _accelerated(control_net: Any, line: _Line) -> Any:
         kind: Any = type(control_net)
         control_net.__class__ = _engine_class(kind)
     control_net.switchyard_line = line
+    control_nets[control_net.control_model] = line.rebuilt
     return control_net
 
 
@@ -306,10 +341,8 @@ class _StandIn:
         return self._module(*args, **kwargs)
 
     def _leave_engine(self, reason: str) -> None:
-        self._net.switchyard_line.show("host", f"host's path: {reason}")
         sampling = _sampling(self._options)
-        if sampling is not None:
-            sampling.run.why(reason, NODE)
+        self._net.switchyard_line.host(reason, sampling and sampling.run)
         self._net.switchyard_part.leave_engine()
 
     def _key(self, hint: object) -> object | None:
@@ -333,32 +366,32 @@ def _sampling(options: Mapping[str, Any]) -> Sampling | None:
 
 
 def _choose(net: Any) -> Part | None:
-    """The network's part in the sampling that is being set up; None for the host's path."""
+    """The network's part in the sampling that is being set up; None while its engine is built.
+
+    Raises `UnsupportedModel` where the host runs it.
+    """
+    if comparing.get():
+        return None
     net.switchyard_line.shown = ""
     reason = why_not(net)
     device = net.control_model_wrapped.load_device
     if device.type != "cpu" and management.vram_state == management.VRAMState.NO_VRAM:
         reason = reason or "ComfyUI was started with --novram"
-    if reason is None:
-        structure = known_structure(net.control_model)
-        wait = net.switchyard_line.options.wait
-        plan = builder().request(structure, net.control_model, wait=wait)
-        if plan is not None:
-            part = _lineup().part(net.control_model_wrapped, structure, plan, _dtype(net))
-            if part is not None:
-                part.engine.begin(wait)
-                _leave_device(net.control_model_wrapped)
-                return part
-            reason = "the device has no room for its engine beside the model's"
-        else:
-            state = builder().status(str(structure.graph_key))
-            if state["state"] == "building":
-                done = f"building {100 * state['fraction']:.0f} %"
-                net.switchyard_line.show("build", f"{done} · host's path meanwhile")
-                return None
-            reason = f"its engine could not be built: {state['error'] or state['state']}"
-    net.switchyard_line.show("host", f"host's path: {reason}")
-    return None
+    if reason is not None:
+        raise UnsupportedModel(reason)
+    structure = known_structure(net.control_model)
+    options = net.switchyard_line.options
+    plan, built = request_plan(structure, net.control_model, options)
+    if plan is None:
+        done = f"building {100 * built:.0f} %"
+        net.switchyard_line.show("build", f"{done} · host's path meanwhile")
+        return None
+    part = _lineup().part(net.control_model_wrapped, structure, plan, _dtype(net))
+    if part is None:
+        raise UnsupportedModel("the device has no room for its engine beside the model's")
+    part.engine.begin(options.wait)
+    _leave_device(net.control_model_wrapped)
+    return part
 
 
 def _leave_device(patcher: Any) -> None:

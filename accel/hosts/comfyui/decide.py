@@ -17,8 +17,9 @@ import re
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
@@ -30,6 +31,8 @@ import comfy.utils
 from comfy import patcher_extension
 from torch import Tensor, nn
 
+from ...errors import DeviceUnavailable
+from ...hardware import require
 from ...models import unsupported_state
 from ...models.calls import HARMLESS_OPTIONS
 from ...models.unet_live import network_kind
@@ -40,11 +43,13 @@ class Reason:
     """Why something runs on the host's own path.
 
     text: one clause, such as "FreeU changes the up blocks". node: the name of the node that asked
-    for it, as the user sees it, or of its pack; None where that cannot be known.
+    for it, as the user sees it, or of its pack; None where that cannot be known. learned: what an
+    earlier run alone speaks against, for `forget`.
     """
 
     text: str
     node: str | None = None
+    learned: frozenset[CodeType] = field(default=frozenset(), compare=False, repr=False)
 
 
 # Whole MODELs.
@@ -60,16 +65,18 @@ def unsupported_model(patcher: Any) -> str | None:
         patcher_extension.WrappersMP, "PREPARE_SAMPLING"
     ):
         return "this ComfyUI is too old: it lacks wrappers around sampling"
-    for owner in (patcher, patcher.model):
-        foreign = next((kind for kind in type(owner).__mro__ if not _trusted(kind)), None)
-        if foreign is not None:
-            return f"{_pack(foreign) or 'another pack'} has its own way with it: {foreign.__name__}"
+    foreign = foreign_class(patcher, patcher.model)
+    if foreign is not None:
+        return foreign
     model = patcher.model
     module = getattr(model, "diffusion_model", None)
     if not isinstance(module, nn.Module) or network_kind(module) != "unet":
         return f"{type(model).__name__} is not supported: Stable Diffusion 1, 2 and XL are"
     if _quantised(model, module):
         return "its weights are quantised"
+    device = unsupported_device(patcher)
+    if device is not None:
+        return device
     with pristine(patcher):
         return network_state(module)
 
@@ -92,6 +99,24 @@ def pristine(patcher: Any) -> Iterator[None]:
                 current = comfy.utils.set_attr(model, path, original)
                 stack.callback(comfy.utils.set_attr, model, path, current)
         yield
+
+
+def unsupported_device(patcher: Any) -> str | None:
+    """Why no engine runs on the device that a patcher's model is for, or None."""
+    try:
+        require(patcher.load_device)
+    except DeviceUnavailable as error:
+        return str(error)
+    return None
+
+
+def foreign_class(*owners: Any) -> str | None:
+    """What is said of objects of which one is of a class that another pack wrote."""
+    for owner in owners:
+        foreign = next((kind for kind in type(owner).__mro__ if not _trusted(kind)), None)
+        if foreign is not None:
+            return f"{_pack(foreign) or 'another pack'} has its own way with it: {foreign.__name__}"
+    return None
 
 
 def _trusted(kind: type) -> bool:
@@ -185,6 +210,12 @@ def _drop_remains(layer: nn.Module) -> None:
 _read: weakref.WeakKeyDictionary[nn.Module, _Layers] = weakref.WeakKeyDictionary()
 
 
+def called_elsewhere(module: nn.Module) -> bool:
+    """Whether calls of the network may lead past its class's own forward. Takes no time."""
+    origin = getattr(module.forward, "__module__", None) or ""
+    return "forward" in vars(module) or not origin.startswith("comfy.")
+
+
 def network_state(module: nn.Module) -> str | None:
     """Why this network would not compute what its architecture and weights say, or None.
 
@@ -247,12 +278,18 @@ _HARMLESS_OBJECTS = {"latent_format", "model_sampling"}
 
 
 def _changed_patcher(patcher: Any) -> Iterator[Reason]:
+    for problem in (foreign_class(patcher, patcher.model), unsupported_device(patcher)):
+        if problem is not None:
+            yield Reason(problem)
     for path, value in patcher.object_patches.items():
         if path in _HARMLESS_OBJECTS:
             continue
         node = _node(value)
         if path == "manual_cast_dtype":
-            yield Reason(f"the model is set to compute in {value}", "ModelComputeDtype")
+            # Select Model Device does it too, and leaves this.
+            known = not hasattr(patcher.model, "_select_base_load_device")
+            node = "ModelComputeDtype" if known else None
+            yield Reason(f"the model is set to compute in {value}", node)
         elif path.partition(".")[0] == "diffusion_model":
             layer = path.removeprefix("diffusion_model.").removesuffix(".forward")
             yield Reason(f"{node or 'another pack'} replaces a part of the network ({layer})", node)
@@ -356,6 +393,11 @@ def _changed_conds(conds: Any) -> Iterator[Reason]:
             yield from _hook(hook)
 
 
+def hooked(conds: Mapping[str, Any]) -> bool:
+    """Whether conditioning, as samplers have it, comes with hooks."""
+    return any(cond.get("hooks") is not None for given in conds.values() for cond in given or ())
+
+
 def _hook(hook: Any) -> Iterator[Reason]:
     kind = getattr(getattr(hook, "hook_type", None), "value", None)
     if kind == "weight":
@@ -389,12 +431,17 @@ _MOST = 200  # functions looked into for one
 
 
 class _Code:
-    """What a function's code names, with that of every function it can be seen to call."""
+    """What a function's code names, with that of every function it can be seen to call.
 
-    def __init__(self, function: Any) -> None:
+    layers: ids of the network and its layers, for those that the function holds.
+    """
+
+    def __init__(self, function: Any, layers: AbstractSet[int] = frozenset()) -> None:
         self.names: set[str] = set()
         self.strings: set[str] = set()
         self.codes: set[CodeType] = set()
+        self._layers = layers
+        self._holds_layer = False
         self._seen: set[int] = set()
         self._visit(function)
 
@@ -404,9 +451,12 @@ class _Code:
         self._seen.add(id(value))
         if isinstance(value, functools.partial):
             for part in (value.func, *value.args, *value.keywords.values()):
+                self._see_layer(part)
                 self._visit(part)
         elif isinstance(value, MethodType):
             self._visit(value.__func__, type(value.__self__))
+            for part in (value.__self__, *getattr(value.__self__, "__dict__", {}).values()):
+                self._see_layer(part)
         elif isinstance(value, FunctionType):
             self._function(value, owner)
         elif callable(value) and not isinstance(value, type):
@@ -414,7 +464,15 @@ class _Code:
             if _package(kind) not in _KNOWN:
                 self._visit(getattr(kind, "__call__", None), kind)  # noqa: B004
                 for part in getattr(value, "__dict__", {}).values():
-                    self._visit_if_function(part)
+                    self._visit_part(part)
+
+    def _see_layer(self, value: Any) -> None:
+        owner = getattr(value, "__self__", None) if isinstance(value, MethodType) else value
+        self._holds_layer = self._holds_layer or id(owner) in self._layers
+
+    def _visit_part(self, value: Any) -> None:
+        self._see_layer(value)
+        self._visit_if_function(value)
 
     def _visit_if_function(self, value: Any) -> None:
         functions = (FunctionType, MethodType, functools.partial)
@@ -425,9 +483,11 @@ class _Code:
         named = self._code(function.__code__)
         for cell in function.__closure__ or ():
             try:
-                self._visit_if_function(cell.cell_contents)
+                self._visit_part(cell.cell_contents)
             except ValueError:  # not yet filled
                 continue
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._visit_part(value)
         for name in named:
             self._visit_if_function(function.__globals__.get(name))
             method = getattr(owner, name, None)
@@ -454,7 +514,9 @@ class _Code:
     @property
     def inside(self) -> bool:
         """Whether it works on the network's layers itself."""
-        return any(_INSIDE.fullmatch(name) for name in self.names | self.strings)
+        named = any(_INSIDE.fullmatch(name) for name in self.names | self.strings)
+        # As a name "forward" may be any module's; as a string it is about to be replaced.
+        return named or self._holds_layer or "forward" in self.strings
 
 
 _learned: set[CodeType] = set()
@@ -486,16 +548,27 @@ def _is_ours(function: Any) -> bool:
     return origin.startswith(__name__.rpartition(".")[0] + ".")
 
 
+def _foreign_functions(patcher: Any, model_options: Mapping[str, Any]) -> list[Any]:
+    """Of those of `_guidance` and `_around` the ones that are not ours, each once."""
+    found = chain(_guidance(model_options), _around(patcher, model_options))
+    return list({id(each): each for each in found if not _is_ours(each)}.values())
+
+
+def watched(patcher: Any, model_options: Mapping[str, Any], conds: Any) -> bool:
+    """Whether code of others runs between the steps, and may reach into the network there."""
+    return hooked(conds) or bool(_foreign_functions(patcher, model_options))
+
+
 def _outer_reasons(patcher: Any, model_options: Mapping[str, Any]) -> Iterator[Reason]:
-    seen: set[int] = set()
-    for function in chain(_guidance(model_options), _around(patcher, model_options)):
-        if id(function) in seen or _is_ours(function):
-            continue
-        seen.add(id(function))
-        code = _Code(function)
-        if code.patches or code.codes & _learned:
+    functions = _foreign_functions(patcher, model_options)
+    layers = set(map(id, patcher.model.diffusion_model.modules())) if functions else set()
+    for function in functions:
+        code = _Code(function, layers)
+        learned = frozenset(code.codes & _learned)
+        if code.patches or learned:
             node = _node(function)
-            yield Reason(f"{node or 'another pack'} runs the network again with patches", node)
+            text = f"{node or 'another pack'} runs the network again with patches"
+            yield Reason(text, node, frozenset() if code.patches else learned)
         elif code.inside:
             node = _node(function)
             yield Reason(f"{node or 'another pack'} works on the network's layers itself", node)
@@ -519,6 +592,11 @@ def learn(patcher: Any, model_options: Mapping[str, Any]) -> None:
         if len(senders) == 1:
             _learned.update(*senders)
             return
+
+
+def forget(learned: AbstractSet[CodeType]) -> None:
+    """Take back what a run from its beginning to its end did not confirm."""
+    _learned.difference_update(learned)
 
 
 def _own_codes(function: Any) -> set[CodeType]:

@@ -174,6 +174,8 @@ def status_line(run: Run, fraction: float | None = None) -> str:
     why = _reasons_text(run.reasons)
     if run.mode == "host":
         return f"host's path: {why}" if why else "host's path"
+    if run.finished and not run.steps:  # interrupted before, or nothing to do
+        return "the network was not called"
     parts = ["engine"]
     if run.mode == "mixed":
         parts = [f"engine for {run.engine_calls} of {run.steps} calls"]

@@ -67,14 +67,15 @@ class EngineMixin:
         With --highvram the device is also where the host puts weights that it unloads.
         """
         offload_device = self.offload_device
-        if unpatch_all and not self._weights_loaded():
+        if unpatch_all and not self.weights_loaded():
             self.offload_device = CPU
         try:
             return super().detach(unpatch_all)  # type: ignore[misc]
         finally:
             self.offload_device = offload_device
 
-    def _weights_loaded(self: Any) -> bool:
+    def weights_loaded(self: Any) -> bool:
+        """Whether weights are on the device, or patched."""
         model = self.model
         loaded = model.model_loaded_weight_memory > 0 or model.model_lowvram or self.backup
         return bool(loaded) or next(model.diffusion_model.parameters()).device != CPU
@@ -84,7 +85,7 @@ class EngineMixin:
         if hasattr(self, "is_dynamic") and self.is_dynamic():
             # Pages of the device, and the small weights beside them; the file stays mapped.
             self.partially_unload(None, 1e32)
-        elif self._weights_loaded():
+        elif self.weights_loaded():
             self.unpatch_model(CPU, unpatch_weights=True)
 
 
@@ -119,6 +120,7 @@ def accelerated(model: Any, acceleration: Acceleration) -> Any:
         (WrappersMP.PREPARE_SAMPLING, acceleration.prepare_sampling),
         (WrappersMP.SAMPLER_SAMPLE, acceleration.sampler_sample),
         (WrappersMP.CALC_COND_BATCH, acceleration.calc_cond_batch),
+        (WrappersMP.APPLY_MODEL, acceleration.apply_model),
         (WrappersMP.DIFFUSION_MODEL, acceleration.diffusion_model),
     ):
         clone.remove_wrappers_with_key(kind, KEY)

@@ -2,8 +2,9 @@
 
 The host calls these wrappers from the outside in: OUTER_SAMPLE around everything, PREPARE_SAMPLING
 where models are loaded, SAMPLER_SAMPLE around the loop over the steps, CALC_COND_BATCH once a step,
-DIFFUSION_MODEL in place of the network. Nothing is decided later than it must be: options and
-conditioning are looked at before loading, so that a run of the host's own path is loaded for it.
+APPLY_MODEL around each call of the network, DIFFUSION_MODEL in its place. Nothing is decided later
+than it must be: options and conditioning are looked at before loading, so that a run of the host's
+own path is loaded for it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import chain
+from types import CodeType
 from typing import Any
 
 import comfy.model_management as management
@@ -34,10 +38,15 @@ from .builder import builder
 from .decide import (
     ATTENTION,
     Reason,
+    called_elsewhere,
     exact_attention,
+    foreign_class,
+    forget,
+    hooked,
     learn,
     network_state,
     pristine,
+    watched,
     why_host_call,
     why_host_run,
 )
@@ -51,6 +60,14 @@ KEY = "switchyard"
 """Of our wrappers, attachments and additional models in the host's dictionaries."""
 
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32)
+
+comparing: ContextVar[bool] = ContextVar("comparing", default=False)
+"""Whether the sampling under way shows what the host makes of it, without any engine."""
+
+control_nets: weakref.WeakKeyDictionary[nn.Module, Callable[[str, Run], None]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Networks of accelerated CONTROL_NETs, and what tells their nodes why the host runs them."""
 
 _structures: weakref.WeakKeyDictionary[nn.Module, Structure] = weakref.WeakKeyDictionary()
 
@@ -109,9 +126,11 @@ class Sampling:
     options: Mapping[str, Any] = field(default_factory=dict)
     bindings: dict[int, Binding] = field(default_factory=dict)
     reasons: list[Reason] = field(default_factory=list)
+    # Where nothing else spoke against the engine: what earlier runs taught, until it shows again.
+    suspected: frozenset[CodeType] = frozenset()
     engine: NetworkPatcher | None = None
     on_engine: bool = False
-    compares: bool = False
+    watched: bool = False  # others may reach into the network between its calls
     calls: list[tuple[str, tuple[int, ...], float]] = field(default_factory=list)
     graphs_before: int = 0
     # By cond uuid: the prompt's tensors, held; None once they have changed under it.
@@ -157,6 +176,8 @@ class Acceleration:
         conds = {kind: [dict(cond) for cond in given] for kind, given in guider.conds.items()}
         with self._recorded() as sampling:
             result = executor(*args, **kwargs)
+        if sampling.run.host_calls:
+            forget(sampling.suspected)
         if self.options.compare and sampling.run.engine_calls:
             self.options.compare = False
             guider.conds = conds
@@ -174,11 +195,13 @@ class Acceleration:
     def _compared(self) -> Iterator[Sampling]:
         """A sampling on the host's path that is no run of the user's: in no journal."""
         run = Run(id=0, started=time.time(), model=self.options.title)
-        sampling = Sampling(run, compares=True)
+        sampling = Sampling(run)
         self._samplings.append(sampling)
+        token = comparing.set(True)
         try:
             yield sampling
         finally:
+            comparing.reset(token)
             self._samplings.remove(sampling)
 
     @contextmanager
@@ -254,18 +277,24 @@ class Acceleration:
     def _describe(self, sampling: Sampling, model: Any, conds: Any) -> None:
         run = sampling.run
         run.device = str(model.load_device)
-        run.gpu = describe(model.load_device).name if model.load_device.type == "cuda" else "cpu"
         run.loras = max((len(patches) for patches in model.patches.values()), default=0)
-        run.controlnets = _controlnets(conds)
+        chains = list(_chains(conds))
+        run.controlnets = max(map(len, chains), default=0)
+        if not comparing.get():
+            _tell_rebuilt(chain.from_iterable(chains), run)
+        run.gpu = describe(model.load_device).name if model.load_device.type != "cpu" else "cpu"
 
     def _engine_for(
         self, sampling: Sampling, model: Any, options: Any, conds: Any, noise_shape: Any
     ) -> NetworkPatcher | None:
         """The engine that this run goes to; None, with the reasons noted, for the host's path."""
-        if sampling.compares:
+        if comparing.get():
             return None
         if getattr(model, "acceleration", None) is not self:
-            sampling.why(Reason("the host made a model of its own for LoRAs with hooks", None))
+            text = f"a node has made another kind of model of it: {type(model).__name__}"
+            if hooked(conds):
+                text = "the host made a model of its own for LoRAs with hooks"
+            sampling.why(Reason(text, None))
             return None
         structure = structure_of_model(model)
         run = sampling.run
@@ -276,27 +305,22 @@ class Acceleration:
         if dtype not in PRECISIONS:
             sampling.why(Reason(f"the model computes in {dtype}", None))
         if sampling.reasons:
+            if all(reason.learned for reason in sampling.reasons):
+                sampling.suspected = frozenset().union(*(r.learned for r in sampling.reasons))
             return None
+        sampling.watched = watched(model, options, conds)
         known = builder().find(structure) is not None
-        plan = builder().request(structure, model.model.diffusion_model, wait=self.options.wait)
+        plan, built = request_plan(structure, model.model.diffusion_model, self.options)
         run.captures = int(plan is not None and not known)
         if plan is None:
-            self._note_build(sampling, structure)
+            run.mode = "building"
+            journal().status(self.options.node_id, "build", status_line(run, built))
             return None
         problem = _too_small(model, plan, dtype, noise_shape)
         if problem is not None:
             sampling.why(problem)
             return None
         return pool().network(structure, plan, model.load_device, dtype)
-
-    def _note_build(self, sampling: Sampling, structure: Structure) -> None:
-        state = builder().status(str(structure.graph_key))
-        if state["state"] == "building":
-            sampling.run.mode = "building"
-            line = status_line(sampling.run, state["fraction"])
-            journal().status(self.options.node_id, "build", line)
-        else:
-            sampling.why(Reason(f"its engine could not be built: {state['error']}", None))
 
     def _bind(self, sampling: Sampling, model: Any, loaded: list[Any]) -> None:
         """Bring in the weights for the model, and for its copies on other devices."""
@@ -358,18 +382,44 @@ class Acceleration:
             _see_prompts(sampling, conds, options)
         return executor(model, conds, x, timestep, options)
 
+    def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """See that the call leads to `diffusion_model`, or that the network has its weights."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            module = executor.class_obj.diffusion_model
+            module = getattr(module, "_orig_mod", module)  # one that torch.compile took in
+            sampling = self.sampling
+            if sampling is None or not called_elsewhere(module):
+                return executor.original(*args, **kwargs)
+            sampling.suspected = frozenset()
+            x = args[0] if args else kwargs["x"]
+            self._leave_if_replaced(sampling, module, x)
+            before, started = len(sampling.calls), time.perf_counter()
+            result = executor.original(*args, **kwargs)
+            if len(sampling.calls) == before:
+                sampling.calls.append(("host", tuple(x.shape), started))
+            return result
+
+        return _innermost(executor, run, args, kwargs)
+
+    def _leave_if_replaced(self, sampling: Sampling, module: nn.Module, x: Tensor) -> None:
+        binding = sampling.bindings.get(id(module))
+        if binding is not None:
+            try:
+                _look_again(module)
+            except UnsupportedModel as error:
+                learn(binding.patcher, sampling.options)
+                self._go_native(sampling, reason_of(error), x)
+
     @torch.compiler.disable
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """The network's forward, under whatever wrappers others have added inside ours."""
-        inner = executor.wrappers[executor.idx + 1 :]
         alone = len(executor.wrappers) == 1
 
         def run(*args: Any, **kwargs: Any) -> Any:
             return self._forward(executor.original, executor.class_obj, alone, args, kwargs)
 
-        return WrapperExecutor.new_class_executor(run, executor.class_obj, inner).execute(
-            *args, **kwargs
-        )
+        return _innermost(executor, run, args, kwargs)
 
     def _forward(
         self,
@@ -390,7 +440,7 @@ class Acceleration:
             key = _key(sampling, args, kwargs) if alone else None
             started = time.perf_counter()
             try:
-                if not sampling.calls:
+                if sampling.watched or not sampling.calls:
                     _look_again(module)
                 result = binding.call(args, kwargs, key)
             except UnsupportedModel as error:
@@ -406,6 +456,10 @@ class Acceleration:
         if sampling.engine is not None:
             with self._leaving:  # another device's thread may be loading what this one needs
                 pass
+        if sampling.suspected:
+            shown = why_host_call(_transformer_options(args, kwargs), kwargs)
+            if shown is not None or network_state(module) is not None:
+                sampling.suspected = frozenset()
         sampling.calls.append(("host", dims, time.perf_counter()))
         return original(*args, **kwargs)
 
@@ -438,6 +492,27 @@ def bring_in(patcher: Any, engine: NetworkPatcher) -> tuple[Seat, float]:
     return engine.seat(identity(patcher), source, patcher.patches_uuid)
 
 
+def request_plan(
+    structure: Structure, network: nn.Module, options: Options
+) -> tuple[Plan | None, float]:
+    """The plan, if it is at hand, and otherwise the fraction of its build that is done.
+
+    Raises `UnsupportedModel` where there will be none.
+    """
+    plan = builder().request(structure, network, wait=options.wait)
+    if plan is not None:
+        return plan, 1.0
+    state = builder().status(str(structure.graph_key))
+    if state["state"] == "building":
+        return None, float(state["fraction"])
+    plan = builder().find(structure)  # the build may have ended just now
+    if plan is not None:
+        return plan, 1.0
+    if state["state"] == "cancelled":
+        raise UnsupportedModel("the build of its engine was cancelled")
+    raise UnsupportedModel(f"its engine could not be built: {state['error'] or state['state']}")
+
+
 def structure_of_model(model: Any) -> Structure:
     """The structure of a MODEL's denoiser. Raises `UnsupportedModel`."""
     module = model.model.diffusion_model
@@ -461,14 +536,26 @@ def psnr(image: Tensor, reference: Tensor) -> float:
     return min(200.0, 10 * math.log10(peak * peak / error)) if error and peak else 200.0
 
 
+def _innermost(
+    executor: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Have the wrappers that others have added inside ours executed around `run`."""
+    inner = executor.wrappers[executor.idx + 1 :]
+    return WrapperExecutor.new_class_executor(run, executor.class_obj, inner).execute(
+        *args, **kwargs
+    )
+
+
 def _make_room(model: Any) -> None:
     """Take the model's own weights off the device, before the host loads the engine.
 
-    The host loads first what a model brings along, so both would be there for a moment. A network
-    that something is injected into is left to the host, which ejects that before it comes to it.
+    The host loads first what a model brings along, so both would be there for a moment. With
+    --highvram they are there from the file's loading on. A network that something is injected into
+    is left to the host, which ejects that before it comes to it.
     """
     sharing = [other for other in management.loaded_models() if model.is_clone(other)]
-    if model.loaded_size() > 0 and not any(other.is_injected for other in sharing):
+    there = model.loaded_size() > 0 or model.weights_loaded()
+    if there and not any(other.is_injected for other in sharing):
         model.unload_weights()
         management.soft_empty_cache()
 
@@ -491,16 +578,28 @@ def _too_small(model: Any, plan: Plan, dtype: torch.dtype, noise_shape: Any) -> 
     )
 
 
-def _controlnets(conds: Any) -> int:
-    """ControlNets in the longest chain of the conditioning."""
-    longest = 0
-    for given in conds.values():
-        for cond in given:
-            length, control = 0, cond.get("control")
-            while control is not None:
-                length, control = length + 1, control.previous_controlnet
-            longest = max(longest, length)
-    return longest
+def _chains(conds: Any) -> Iterator[list[Any]]:
+    """The ControlNets of each conditioning, the last to be applied first."""
+    for cond in chain.from_iterable(conds.values()):
+        found, control = [], cond.get("control")
+        while control is not None:
+            found.append(control)
+            control = control.previous_controlnet
+        yield found
+
+
+def _tell_rebuilt(controls: Iterable[Any], run: Run) -> None:
+    """Say so where a pack has made a ControlNet of its own from an accelerated one."""
+    rebuilt: dict[nn.Module, str] = {}
+    for control in controls:
+        module = getattr(control, "control_model", None)
+        if not isinstance(module, nn.Module) or hasattr(control, "switchyard_line"):
+            continue
+        reason = foreign_class(control)
+        if reason is not None and module in control_nets:
+            rebuilt[module] = reason
+    for module, reason in rebuilt.items():  # positive and negative share them
+        control_nets[module](reason, run)
 
 
 def _see_prompts(sampling: Sampling, conds: Any, options: Any) -> None:
@@ -536,8 +635,8 @@ def prompt_key(sampling: Sampling, options: Mapping[str, Any]) -> object | None:
     """What vouches for an unchanged prompt: this sampling's conds that make up the batch."""
     uuids = options.get("uuids")
     # Hooks on the conditioning bring wrappers of their own: the call has all there are.
-    outside = ((options.get("wrappers") or {}).get("apply_model") or {}).values()
-    if not sampling.prompts_vouched or not uuids or any(outside):
+    outside = (options.get("wrappers") or {}).get("apply_model")
+    if not sampling.prompts_vouched or not uuids or not _only_ours(outside):
         return None
     if any(sampling.prompts.get(uuid) is None for uuid in uuids):
         return None
@@ -574,8 +673,12 @@ def _count(sampling: Sampling, end: float) -> None:
     calls, sampling.calls = sampling.calls, []
     alike = len({(path, dims) for path, dims, _ in calls}) == 1
     ms = (end - calls[1][2]) * 1e3 / (len(calls) - 1) if alike and len(calls) > 1 else None
+    controlnets = sampling.run.controlnets  # their time is part of a call's
     for path, (batch, _, height, width), _ in calls:
-        sampling.run.call(path, {"width": width * 8, "height": height * 8, "batch": batch}, ms)
+        dims = {"width": width * 8, "height": height * 8, "batch": batch}
+        if controlnets:
+            dims["controlnets"] = controlnets
+        sampling.run.call(path, dims, ms)
 
 
 def reason_of(error: Exception) -> Reason:

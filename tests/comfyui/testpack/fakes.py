@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -97,6 +98,29 @@ def late_hook(model: Any) -> None:
     model.add_callback_with_key(CallbacksMP.ON_CLEANUP, "fake", end)
 
 
+_layers: dict[str, Any] = {}
+
+
+def hook_between_steps(model: Any) -> None:
+    """A hook on a layer, set by a wrapper at the second call; the layer is found in a table."""
+    _layers["out"] = model.model.diffusion_model.out[1]
+    calls: list[int] = []
+
+    def wrap(executor: Any, *args: Any, **kw: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            halve = getattr(_layers["out"], "_".join(("register", "forward", "hook")))
+            _layers["handle"] = halve(lambda module, args, result: result * 0.5)
+        result: Tensor = executor(*args, **kw)
+        return result
+
+    def end(patcher: Any) -> None:
+        _layers.pop("handle").remove()
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "fake", wrap)
+    model.add_callback_with_key(CallbacksMP.ON_CLEANUP, "fake", end)
+
+
 def wrapper_context(model: Any) -> None:
     """A wrapper around the network that gives it another prompt at each step."""
 
@@ -132,6 +156,43 @@ def function_wrapper(model: Any) -> None:
         return result
 
     model.set_model_unet_function_wrapper(wrap)
+
+
+def forward_around(model: Any) -> None:
+    """The network's own `forward` replaced around each call, past the wrappers in it."""
+    network = model.model.diffusion_model
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = network._forward(*args, **kwargs) * 0.9
+        return result
+
+    def wrap(apply: Any, arguments: dict[str, Any]) -> Tensor:
+        with mock.patch.object(network, "forward", forward):
+            result: Tensor = apply(arguments["input"], arguments["timestep"], **arguments["c"])
+        return result
+
+    model.set_model_unet_function_wrapper(wrap)
+
+
+_calls: dict[str, Callable[..., Tensor]] = {}
+
+
+def _look_up_call(apply: Any, arguments: dict[str, Any]) -> Tensor:
+    return _calls["around"](apply, arguments)
+
+
+def hidden_forward_around(model: Any) -> None:
+    """The same, found in a table when it runs."""
+
+    class Catch:
+        def __init__(self) -> None:
+            self.model = model.model
+
+        def set_model_unet_function_wrapper(self, function: Any) -> None:
+            _calls["around"] = function
+
+    forward_around(Catch())
+    model.set_model_unet_function_wrapper(_look_up_call)
 
 
 def reentering(model: Any) -> None:
@@ -208,10 +269,13 @@ FAKES: dict[str, Callable[[Any], None]] = {
         attention_replace,
         block_patch,
         callbacks,
+        forward_around,
         forward_patch,
         function_wrapper,
         harmless_cfg,
+        hidden_forward_around,
         hidden_reentering,
+        hook_between_steps,
         injection,
         late_hook,
         object_patch,
