@@ -78,6 +78,39 @@ def test_a_prompt_needs_to_set_nothing(server):
     assert list(inputs["required"]) == ["unet_name"]
 
 
+def test_a_report_is_about_the_samplings_that_lead_to_it(server):
+    files = [f"tiny-sd15-{letter}.safetensors" for letter in "ab"]
+    server.ensure(*(f"checkpoints/{file}" for file in files))
+
+    def first_lines(fake: bool = False, **options: Any) -> list[list[str]]:
+        """Of the reports after the first sampler and after both: what they tell of."""
+        graph = Graph()
+        prompts = graph.prompt("tiny-sd15", 1), graph.prompt("tiny-sd15", 2)
+        latent, reports = graph.latent(), []
+        for letter in "ab":
+            model = graph.checkpoint("tiny-sd15", letter)
+            if fake and letter == "a":
+                model = graph.add("TestFake", model=model, kind="foreign_class")
+            model = graph.add("SwitchyardAccelerate", model=model, **options)
+            latent = graph.sample(model, *prompts, latent, f"chain-{letter}", steps=2)
+            reports.append(graph.add("SwitchyardReport", anything=latent))
+        # The same MODEL in a sampler that no report looks at.
+        other = graph.sample(model, *prompts, latent, "chain-other", steps=1)
+        graph.add("TestSave", samples=other, record="chain-end")
+        outputs = server.run(graph.workflow).outputs
+        texts = [outputs[report[0]]["text"][0].split("\n\n") for report in reports]
+        return [[part.splitlines()[0] for part in text[:-1]] for text in texts]
+
+    first, both = first_lines(first_run="wait")
+    assert [line.split(": ")[0] for line in first] == files[:1]
+    assert [line.split(": ")[0] for line in both] == files
+    # Of a MODEL that is not accelerated any more, the run before says nothing.
+    first, both = first_lines(fake=True, first_run="wait")
+    (line,) = first
+    assert "not accelerated" in line and "GGUFModelPatcher" in line
+    assert both[0] == line and both[1].startswith(files[1])
+
+
 @pytest.fixture
 def metadata(monkeypatch: pytest.MonkeyPatch) -> Any:
     # The real server's module cannot be imported into this process on every version of the host.

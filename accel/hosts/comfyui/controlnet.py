@@ -341,8 +341,8 @@ def _choose(net: Any) -> Part | None:
         reason = reason or "ComfyUI was started with --novram"
     if reason is None:
         structure = known_structure(net.control_model)
-        wait = net.switchyard_line.options.wait
-        plan = builder().request(structure, net.control_model, wait=wait)
+        wait, node_id = net.switchyard_line.options.wait, net.switchyard_line.options.node_id
+        plan = builder().request(structure, net.control_model, wait, node_id)
         if plan is not None:
             part = _lineup().part(net.control_model_wrapped, structure, plan, _dtype(net))
             if part is not None:

@@ -200,6 +200,8 @@ class Acceleration:
                 run.vram_bytes = sampling.engine.loaded_size()
                 run.compiling = sampling.engine.compiling
             journal().finish(run, error)
+            if run.mode == "building":  # the build may have ended since, and goes on telling
+                builder().show(str(run.graph_key), options.node_id)
 
     def _tell_comparison(
         self, engine: Sampling, host: Sampling, result: Tensor, expected: Tensor
@@ -278,7 +280,9 @@ class Acceleration:
         if sampling.reasons:
             return None
         known = builder().find(structure) is not None
-        plan = builder().request(structure, model.model.diffusion_model, wait=self.options.wait)
+        plan = builder().request(
+            structure, model.model.diffusion_model, self.options.wait, self.options.node_id
+        )
         run.captures = int(plan is not None and not known)
         if plan is None:
             self._note_build(sampling, structure)
