@@ -176,6 +176,7 @@ def test_the_nodes_line_follows_the_build(load, tmp_path, monkeypatch, ends):
     if ends == "later":
         until(lambda: any(line.startswith("building 41 %") for line in lines))
         end()
+        until(lambda: "could not be built" in lines[-1])
     stop()
     builder.close()
     assert lines[-1] == "host's path: its engine could not be built: no"
