@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +24,12 @@ from support import family_config
 from accel import __version__
 from accel.cache import DiskCache
 from accel.compiler import open_cache
+from accel.hardware import Hardware
 from accel.hosts.comfyui import catalog, routes
 from accel.hosts.comfyui.builder import Builder, BuildRefused
 from accel.hosts.comfyui.journal import Journal
 from accel.hosts.comfyui.routes import Panel
+from accel.tuning import profile
 
 web = pytest.importorskip("aiohttp.web")
 test_utils = pytest.importorskip("aiohttp.test_utils")
@@ -115,7 +118,7 @@ def test_the_state_of_a_fresh_install(panel: Panel) -> None:
     assert state["last_run"] is None and state["builds"] == []
     assert state["totals"] == {"saved_seconds": 0, "runs": 0, "engine_calls": 0}
     assert set(state["host"]) == {"comfyui", "dynamic_vram", "torch"}
-    assert state["gpu"]["name"] and state["gpu"]["profile"] is None
+    assert state["gpu"]["name"]
     assert {
         *("id", "family", "title", "structure", "bytes", "source", "sizes", "last_used"),
         *("loaded", "vram_mib", "deletable"),
@@ -322,12 +325,47 @@ def test_a_device_without_engines_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     torch = pytest.importorskip("torch")
     management = SimpleNamespace(get_torch_device=lambda: torch.device("mps"))
     monkeypatch.setitem(sys.modules, "comfy.model_management", management)  # type: ignore[arg-type]
-    routes.gpu.cache_clear()
+    routes._hardware.cache_clear()
     try:
         found = routes.gpu()
     finally:
-        routes.gpu.cache_clear()
+        routes._hardware.cache_clear()
     assert found["name"] == "mps" and "not supported" in found["problem"]
+
+
+def test_the_gpu_says_how_many_calls_were_timed_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "profile_cache", lambda: kept)
+    kept = DiskCache(tmp_path, 1 << 30, "profile")
+    hardware = Hardware(
+        name="NVIDIA H100 80GB HBM3",
+        kind="cuda",
+        capability=(9, 0),
+        multiprocessors=132,
+        memory_bytes=80 << 30,
+        l2_bytes=None,
+        driver=None,
+        torch="2.9.0",
+        cuda="12.8",
+        cudnn=None,
+        triton=None,
+    )
+
+    def timed(**changes: Any) -> int:
+        described = replace(hardware, **changes)
+        monkeypatch.setattr(routes, "_hardware", lambda: (described.name, described, None))
+        calls: int = routes.gpu()["timed_calls"]
+        return calls
+
+    shipped = timed()
+    assert shipped > 100
+    assert timed(name="another GPU") == 0
+    own = profile.Profile(replace(hardware, name="another GPU"), kept)
+    own.add({"a call": profile.Entry("kernel", {}, 1.0)})
+    assert timed(name="another GPU") == 1
+    assert timed() == shipped
+    assert timed(name="a CPU", kind="cpu", capability=None) == 0
 
 
 def test_the_host_is_described_from_what_it_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

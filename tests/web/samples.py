@@ -46,7 +46,7 @@ STATE: dict[str, Any] = {
         "name": "NVIDIA GeForce RTX 4090",
         "capability": "8.9",
         "vram_mib": 24564,
-        "profile": "rtx4090",
+        "timed_calls": 1431,
     },
     "host": {"comfyui": "0.33.0", "dynamic_vram": True, "torch": "2.13.0"},
     "engines": [

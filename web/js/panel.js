@@ -258,7 +258,9 @@ export class Panel {
             ? [
                   gpu.vram_mib && size(gpu.vram_mib * 1024 * 1024),
                   t("gpu.capability", { capability: gpu.capability }),
-                  gpu.profile ? t("gpu.profile", { profile: gpu.profile }) : t("gpu.noProfile"),
+                  gpu.timed_calls
+                      ? t("gpu.timed", { n: number(gpu.timed_calls) })
+                      : t("gpu.notTimed"),
               ]
             : [gpu?.problem ?? t(gpu ? "gpu.cpu" : "gpu.noneWhy")];
         return [

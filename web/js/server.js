@@ -50,8 +50,8 @@ import { api } from "../../../scripts/api.js";
  * @typedef {Object} State
  * @property {string} version
  * @property {{name: string, capability: string | null, vram_mib: number | null,
- *             profile: string | null, problem?: string | null} | null} gpu `problem`: why no
- *     engine runs there
+ *             timed_calls: number, problem?: string | null} | null} gpu timed_calls: operators' calls
+ *     whose kernels were timed on such a GPU. problem: why no engine runs there
  * @property {{comfyui: string, dynamic_vram: boolean, torch: string}} host
  * @property {Engine[]} engines
  * @property {Build[]} builds

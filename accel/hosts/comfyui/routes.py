@@ -29,6 +29,7 @@ from ... import __version__
 from .journal import BEGIN_EVENT, GRAPH_KEY, Journal, journal
 
 if TYPE_CHECKING:  # torch and the compiler are not imported before they are needed
+    from ...hardware import Hardware
     from .builder import Builder
     from .catalog import Catalog, Engines, Prefetcher
 
@@ -51,7 +52,7 @@ class Panel:
     at the first request.
 
     names, locate: the host's lists of model files, and their paths.
-    networks: the engines in memory.
+    networks, forget: the engines in memory, and what frees those of a graph key.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Panel:
         networks: Callable[[], list[Mapping[str, Any]]],
         builder: Builder | None = None,
         journal: Journal | None = None,
+        forget: Callable[[str], None] = lambda key: None,
     ) -> None:
         self._names, self._locate, self._networks = names, locate, networks
+        self._forget = forget
         self._own_builder, self._own_journal = builder, journal
         self._lock = threading.Lock()
         self._catalog: Catalog | None = None
@@ -124,8 +127,10 @@ class Panel:
         return {"runs": [run.to_json() for run in list(self.journal.runs)[::-1]]}
 
     def delete(self, key: str) -> dict[str, Any]:
-        """The answer to POST engines/delete."""
-        return {"deleted": True, "freed_bytes": self.engines.delete(key)}
+        """The answer to POST engines/delete. What it holds in memory is freed as well."""
+        freed = self.engines.delete(key)
+        self._forget(key)
+        return {"deleted": True, "freed_bytes": freed}
 
     def cancel(self, key: str) -> dict[str, Any]:
         """The answer to POST builds/cancel."""
@@ -154,7 +159,9 @@ def register(server: Any, panel: Panel | None = None) -> None:
     if panel is None:
         import folder_paths
 
-        panel = Panel(folder_paths.get_filename_list, folder_paths.get_full_path, networks)
+        panel = Panel(
+            folder_paths.get_filename_list, folder_paths.get_full_path, networks, forget=forget
+        )
     add_routes(server.routes, panel)
     panel.journal.subscribe(_reader_ahead(server, panel))
 
@@ -179,6 +186,13 @@ def networks() -> list[Mapping[str, Any]]:
     return [] if pool is None else list(pool.pool().networks())
 
 
+def forget(graph_key: str) -> None:
+    """Free the memory of a structure's engines, if it has any."""
+    pool = sys.modules.get(f"{__package__}.pool")
+    if pool is not None:
+        pool.pool().forget(graph_key)
+
+
 def host() -> dict[str, Any]:
     """Versions of the host and of torch, and whether its memory is dynamic."""
     memory = sys.modules.get("comfy.memory_management")
@@ -189,9 +203,25 @@ def host() -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=1)  # neither changes while the host runs, and the driver is slow to ask
 def gpu() -> dict[str, Any]:
-    """The device that the host computes on. `problem`: why no engine can run there."""
+    """The device that the host computes on. `problem`: why no engine can run there.
+
+    timed_calls: calls of operators whose kernels were timed on such a GPU, by us or here.
+    """
+    from ...tuning.profile import Profile, profile_cache
+
+    name, hardware, problem = _hardware()
+    found: dict[str, Any] = {"capability": None, "vram_mib": None, "timed_calls": 0}
+    if hardware is not None and hardware.capability is not None:
+        found["capability"] = ".".join(map(str, hardware.capability))
+        found["vram_mib"] = hardware.memory_bytes >> 20
+        found["timed_calls"] = len(Profile(hardware, profile_cache()))
+    return {**found, "name": name, "problem": problem}
+
+
+@lru_cache(maxsize=1)  # neither changes while the host runs, and the driver is slow to ask
+def _hardware() -> tuple[str, Hardware | None, str | None]:
+    """The device that the host computes on: its name, and facts or why no engine can run there."""
     import torch
 
     from ...errors import DeviceUnavailable
@@ -202,15 +232,11 @@ def gpu() -> dict[str, Any]:
         device = management.get_torch_device()
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, Any] = {"capability": None, "vram_mib": None, "profile": None}
     try:
         hardware = describe(device)
     except DeviceUnavailable as error:
-        return {**found, "name": str(device), "problem": str(error)}
-    if hardware.capability is not None:
-        found["capability"] = ".".join(map(str, hardware.capability))
-        found["vram_mib"] = hardware.memory_bytes >> 20
-    return {**found, "name": hardware.name, "problem": None}
+        return str(device), None, str(error)
+    return hardware.name, hardware, None
 
 
 def _reader_ahead(server: Any, panel: Panel) -> Callable[[str, dict[str, Any]], None]:
