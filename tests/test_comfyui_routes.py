@@ -386,7 +386,13 @@ def host_server(waiting: list[Any]) -> Any:
         currently_running={},
         queue=[(0, f"id{i}", prompt, {}, []) for i, prompt in enumerate(waiting)],
     )
-    return SimpleNamespace(routes=web.RouteTableDef(), prompt_queue=queue)
+    arrived: list[Callable[[Any], Any]] = []
+    return SimpleNamespace(
+        routes=web.RouteTableDef(),
+        prompt_queue=queue,
+        arrived=arrived,
+        add_on_prompt_handler=arrived.append,
+    )
 
 
 def test_routes_are_registered_once(panel: Panel) -> None:
@@ -413,6 +419,28 @@ def test_when_a_sampling_begins_the_next_prompts_file_is_read(
         time.sleep(0.01)
     journal.finish(run)
     assert [Path(path).name for path in read] == ["one.safetensors"]
+
+
+def test_a_prompt_that_is_queued_during_a_sampling_is_read_ahead_too(
+    panel: Panel, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = threading.Event()
+    monkeypatch.setattr(routes, "QUEUED_SECONDS", 0.05)
+    monkeypatch.setattr(catalog.Prefetcher, "_read", lambda self, path: read.set())
+    server = host_server([])
+    routes.register(server, panel)
+    (arrive,) = server.arrived
+    run = journal.begin("a")
+    prompt = {"1": {"inputs": {"ckpt_name": "one.safetensors"}}}
+    assert arrive({"prompt": prompt}) == {"prompt": prompt}
+    server.prompt_queue.queue.append((0, "id", prompt, {}, []))
+    assert read.wait(20)
+    journal.finish(run)
+    # Without a sampling, nothing that is queued is any of its business.
+    read.clear()
+    server.prompt_queue.queue[:] = [(0, "another", prompt, {}, [])]
+    arrive({"prompt": prompt})
+    assert not read.wait(1)
 
 
 def test_importing_the_routes_costs_the_host_nothing() -> None:
@@ -452,7 +480,9 @@ def test_the_routes_answer_inside_comfyui(tmp_path: Path) -> None:
         folder_paths.folder_names_and_paths["checkpoints"] = (
             [{str(models)!r}], {{".safetensors"}}
         )
-        server = SimpleNamespace(routes=web.RouteTableDef(), prompt_queue=None)
+        server = SimpleNamespace(
+            routes=web.RouteTableDef(), prompt_queue=None, add_on_prompt_handler=print
+        )
         routes.register(server)
         app = web.Application()
         app.add_routes(server.routes)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aiohttp import web
 
 from ... import __version__
-from .journal import BEGIN_EVENT, GRAPH_KEY, Journal, journal
+from .journal import BEGIN_EVENT, GRAPH_KEY, RUN_EVENT, Journal, journal
 
 if TYPE_CHECKING:  # torch and the compiler are not imported before they are needed
     from ...hardware import Hardware
@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "/switchyard"
 LONGEST_BODY = 1024
+
+QUEUED_SECONDS = 1.0
+"""After this time a prompt that has arrived is in the queue."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -163,7 +166,7 @@ def register(server: Any, panel: Panel | None = None) -> None:
             folder_paths.get_filename_list, folder_paths.get_full_path, networks, forget=forget
         )
     add_routes(server.routes, panel)
-    panel.journal.subscribe(_reader_ahead(server, panel))
+    _ReaderAhead(server, panel)
 
 
 def add_routes(routes: web.RouteTableDef, panel: Panel) -> None:
@@ -239,20 +242,38 @@ def _hardware() -> tuple[str, Hardware | None, str | None]:
     return hardware.name, hardware, None
 
 
-def _reader_ahead(server: Any, panel: Panel) -> Callable[[str, dict[str, Any]], None]:
-    """Starts to read the next prompt's files when a sampling begins."""
-    made: list[Prefetcher] = []
+class _ReaderAhead:
+    """Starts to read the next prompt's files when a sampling begins, or one is queued meanwhile."""
 
-    def listen(event: str, data: dict[str, Any]) -> None:
-        if event != BEGIN_EVENT:
+    def __init__(self, server: Any, panel: Panel) -> None:
+        self._queue, self._locate = server.prompt_queue, panel._locate
+        self._sampling: set[int] = set()
+        self._prefetcher: Prefetcher | None = None
+        panel.journal.subscribe(self._listen)
+        server.add_on_prompt_handler(self._on_prompt)
+
+    def _listen(self, event: str, data: dict[str, Any]) -> None:
+        if event == BEGIN_EVENT:
+            self._sampling.add(data["id"])
+            self._look()
+        elif event == RUN_EVENT:
+            self._sampling.discard(data["id"])
+
+    def _on_prompt(self, json_data: dict[str, Any]) -> dict[str, Any]:
+        # The server has yet to check the prompt, and to put it into the queue.
+        timer = threading.Timer(QUEUED_SECONDS, self._look)
+        timer.daemon = True
+        timer.start()
+        return json_data
+
+    def _look(self) -> None:
+        if not self._sampling:
             return
-        if not made:
+        if self._prefetcher is None:
             from .catalog import Prefetcher
 
-            made.append(Prefetcher(server.prompt_queue, panel._locate))
-        made[0].look()
-
-    return listen
+            self._prefetcher = Prefetcher(self._queue, self._locate)
+        self._prefetcher.look()
 
 
 def _reading(read: Callable[[], dict[str, Any]]) -> Handler:
