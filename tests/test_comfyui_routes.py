@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from comfyui.server import installations, why_not
@@ -33,6 +34,7 @@ from accel.tuning import profile
 
 web = pytest.importorskip("aiohttp.web")
 test_utils = pytest.importorskip("aiohttp.test_utils")
+URL = pytest.importorskip("yarl").URL
 
 ROOT = Path(__file__).parents[1]
 KEY = "a" * 32
@@ -403,6 +405,36 @@ def test_routes_are_registered_once(panel: Panel) -> None:
     assert sorted(paths) == sorted(
         f"/switchyard/{name}" for name in ("state", "checkpoints", "runs", *ACTIONS)
     )
+
+
+@pytest.mark.parametrize("name", ["My pack", "速 {1}", "a+b%20\\d"])
+def test_scripts_are_served_from_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name / "web"
+    (folder / "js").mkdir(parents=True)
+    (folder / "js" / "panel.js").write_text("export {};")
+    (tmp_path / name / "secret.js").write_text("")
+    (tmp_path / "link.js").write_text("")
+    (folder / "link.js").symlink_to(tmp_path / "link.js")
+    table = web.RouteTableDef()
+    routes.serve_scripts(table, folder)
+    app = web.Application()
+    app.add_routes(table)
+
+    async def ask() -> list[int]:
+        base = f"/extensions/{quote(name)}"
+        paths = ["js/panel.js", "js/none.js", "js", "..%2Fsecret.js", "%2e%2e/secret.js", "link.js"]
+        async with test_utils.TestClient(test_utils.TestServer(app)) as client:
+            answers = [await client.get(URL(f"{base}/{p}", encoded=True)) for p in paths]
+            other = await client.get("/extensions/another/js/panel.js")
+            return [answer.status for answer in [*answers, other]]
+
+    assert asyncio.run(ask()) == [200, 404, 404, 404, 404, 404, 404]
+
+
+def test_a_folder_with_a_plain_name_is_the_hosts_to_serve(tmp_path: Path) -> None:
+    table = web.RouteTableDef()
+    routes.serve_scripts(table, tmp_path / "comfyui-switchyard" / "web")
+    assert not list(table)
 
 
 def test_when_a_sampling_begins_the_next_prompts_file_is_read(

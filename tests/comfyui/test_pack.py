@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +56,9 @@ def test_it_loads_from_any_folder_quickly_and_quietly(server, tmp_path, models_f
         assert {"en", "zh"} <= set(installed.get("/i18n"))
         scripts = [path for path in installed.get("/extensions") if "My%20switch-yard/" in path]
         assert len([path for path in scripts if path.endswith("/switchyard.js")]) == 1
+        for path in (*scripts, "/extensions/My%20switch-yard/docs/SwitchyardReport.md"):
+            with urllib.request.urlopen(installed.url + path) as answer:
+                assert answer.status == 200 and answer.read(), path
     said = [line for line in installed.log.splitlines() if name in line or "witchyard" in line]
     (line,) = said  # the host's own
     seconds = re.search(r"([\d.]+) seconds: ", line)

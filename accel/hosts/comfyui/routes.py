@@ -21,7 +21,9 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 from aiohttp import web
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:  # torch and the compiler are not imported before they are nee
 logger = logging.getLogger(__name__)
 
 PREFIX = "/switchyard"
+WEB = Path(__file__).parents[3] / "web"
 LONGEST_BODY = 1024
 
 QUEUED_SECONDS = 1.0
@@ -166,6 +169,7 @@ def register(server: Any, panel: Panel | None = None) -> None:
             folder_paths.get_filename_list, folder_paths.get_full_path, networks, forget=forget
         )
     add_routes(server.routes, panel)
+    serve_scripts(server.routes, WEB)
     _ReaderAhead(server, panel)
 
 
@@ -240,6 +244,28 @@ def _hardware() -> tuple[str, Hardware | None, str | None]:
     except DeviceUnavailable as error:
         return str(device), None, str(error)
     return hardware.name, hardware, None
+
+
+def serve_scripts(table: web.RouteTableDef, folder: Path) -> None:
+    """Serve the pack's scripts and help where the host's own route for them does not match.
+
+    It never does where the name of the pack's folder is written otherwise in an address, as a space
+    is. `folder` lies in the pack's.
+    """
+    name = folder.parent.name
+    if quote(name) == name:
+        return
+    root = folder.resolve()
+    # As code points: a brace or a backslash means something in a route, or in its expression. Of an
+    # address only the percent sign is not decoded before it is matched.
+    escaped = "".join(f"\\U{ord(character):08x}" for character in name.replace("%", "%25"))
+
+    @table.get(f"/extensions/{{pack:{escaped}}}/{{path:.+}}")
+    async def serve(request: web.Request) -> web.StreamResponse:
+        path = (root / request.match_info["path"]).resolve()
+        if not path.is_relative_to(root) or not path.is_file():
+            raise web.HTTPNotFound
+        return web.FileResponse(path)
 
 
 class _ReaderAhead:
