@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from .accelerate import FIRST_RUN, WAITING
 from .schema import schema
 
-PRECISIONS = ["default", "fp8_e4m3fn", "fp8_e5m2"]
+PRECISIONS = ["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"]
 
 
 class LoadCheckpoint(io.ComfyNode):  # type: ignore[misc]
