@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import queue
 import re
@@ -116,18 +117,62 @@ def test_a_report_is_about_the_samplings_that_lead_to_it(server):
 
 
 @pytest.fixture
-def metadata(monkeypatch: pytest.MonkeyPatch) -> Any:
+def panel(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, as a process without the pack's nodes imports it."""
     # The real server's module cannot be imported into this process on every version of the host.
-    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=None))
+    host = SimpleNamespace(PromptServer=SimpleNamespace(instance=None))
+    monkeypatch.setitem(sys.modules, "server", host)
     monkeypatch.delitem(sys.modules, "accel.hosts.comfyui.panel", raising=False)
-    from accel.hosts.comfyui.panel import _Metadata
-
+    module = importlib.import_module("accel.hosts.comfyui.panel")
     monkeypatch.delitem(sys.modules, "accel.hosts.comfyui.panel")
+    return module
+
+
+def test_a_line_goes_to_the_client_that_queued_the_node(panel, monkeypatch, tmp_path):
+    from comfy_execution.utils import CurrentNodeContext
+
+    from accel.hosts.comfyui.journal import Journal
+
+    kept = Journal(tmp_path / "journal.json")
+    sent: list[tuple[Any, ...]] = []
+    texts: list[tuple[Any, ...]] = []
+    server = SimpleNamespace(
+        client_id="one",
+        prompt_queue=None,
+        add_on_prompt_handler=lambda handler: None,
+        send_sync=lambda event, data, sid=None: sent.append((event, sid)),
+        send_progress_text=lambda text, node, sid=None: texts.append((text, node, sid)),
+    )
+    panel.PromptServer.instance = server
+    monkeypatch.setattr(panel, "journal", lambda: kept)
+    monkeypatch.setattr(panel.routes, "register", lambda server: None)
+    panel.start()
+    with CurrentNodeContext("prompt", "9"):
+        kept.status("5", "build", "building 10 %")
+    server.client_id = "two"
+    with CurrentNodeContext("another", "9"):
+        kept.status("6", "host", "host's path")
+    kept.status("5", "build", "building 41 %")  # from a thread that builds
+    assert texts == [
+        ("building 10 %", "5", "one"),
+        ("host's path", "6", "two"),
+        ("building 41 %", "5", "one"),
+    ]
+    assert sent == [("switchyard.status", client) for client in ("one", "two", "one")]
+    server.client_id = None  # a program that does not listen
+    with CurrentNodeContext("third", "9"):
+        kept.status("5", "off", "not accelerated")
+    kept.emit("switchyard.build", {})
+    assert len(texts) == 3 and sent[3:] == [("switchyard.build", None)]
+
+
+@pytest.fixture
+def metadata(panel: Any) -> Any:
     waiting: list[Any] = []
     prompts = SimpleNamespace(mutex=threading.RLock(), currently_running={}, queue=waiting)
     handlers: queue.Queue[Any] = queue.Queue()
     server = SimpleNamespace(prompt_queue=prompts, add_on_prompt_handler=handlers.put)
-    found = _Metadata(server)
+    found = panel._Metadata(server)
     return SimpleNamespace(add=found.add, queue=prompts, arrive=handlers.get())
 
 

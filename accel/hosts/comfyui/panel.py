@@ -42,18 +42,34 @@ def start() -> None:
         return
     routes.register(server)
     metadata = _Metadata(server)
-    nodes = _nodes()
+    nodes, clients = _nodes(), _Clients(server)
 
     def tell(event: str, data: dict[str, Any]) -> None:
         """Send an event to the front end. Safe from any thread."""
         nodes.note(event, data)
-        server.send_sync(event, data)
-        if event == STATUS_EVENT:
-            server.send_progress_text(data["text"], data["node_id"])
+        if event != STATUS_EVENT:
+            server.send_sync(event, data)
+        elif (client := clients.of(data["node_id"])) is not None:
+            server.send_sync(event, data, client)
+            server.send_progress_text(data["text"], data["node_id"], client)
         if event == RUN_EVENT:
             metadata.add(data)
 
     journal().subscribe(tell)
+
+
+class _Clients:
+    """Whose nodes they are: ids mean something in the workflow alone that was queued."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+        self._known: dict[str, str | None] = {}
+
+    def of(self, node_id: str) -> str | None:
+        """The client that queued a node's prompt; a build tells of a node long after it."""
+        if get_executing_context() is not None:
+            self._known[node_id] = self._server.client_id
+        return self._known.get(node_id)
 
 
 class _Metadata:
