@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from .accelerate import FIRST_RUN, WAITING
 from .schema import schema
 
-PRECISIONS = ["default", "fp8_e4m3fn", "fp8_e5m2"]
+PRECISIONS = ["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"]
 
 
 class LoadCheckpoint(io.ComfyNode):  # type: ignore[misc]
@@ -23,8 +23,8 @@ class LoadCheckpoint(io.ComfyNode):  # type: ignore[misc]
             node_id="SwitchyardLoadCheckpoint",
             display_name="Load Checkpoint (Accelerated)",
             category="Switchyard",
-            description="Load Checkpoint and Accelerate Model in one. The weights go straight from "
-            "the file to the engine.",
+            description="Load Checkpoint and Accelerate Model in one. The weights of a "
+            ".safetensors file go straight to the engine.",
             search_aliases=["switchyard", "load checkpoint", "faster", "model loader"],
             inputs=[
                 io.Combo.Input("ckpt_name", options=folder_paths.get_filename_list("checkpoints")),
@@ -54,8 +54,8 @@ class LoadDiffusionModel(io.ComfyNode):  # type: ignore[misc]
             node_id="SwitchyardLoadDiffusionModel",
             display_name="Load Diffusion Model (Accelerated)",
             category="Switchyard",
-            description="Load Diffusion Model and Accelerate Model in one. The weights go straight "
-            "from the file to the engine.",
+            description="Load Diffusion Model and Accelerate Model in one. The weights of a "
+            ".safetensors file go straight to the engine.",
             search_aliases=["switchyard", "unet loader", "faster", "model loader"],
             inputs=[
                 io.Combo.Input(

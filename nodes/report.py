@@ -10,7 +10,7 @@ from .schema import schema
 
 
 class EngineReport(io.ComfyNode):  # type: ignore[misc]
-    """Passes anything through; its text says what the last sampling ran on, and how fast."""
+    """Passes anything through; its text says what the samplings before it ran on, and how fast."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -27,6 +27,7 @@ class EngineReport(io.ComfyNode):  # type: ignore[misc]
                 io.AnyType.Output(display_name="anything"),
                 io.String.Output(display_name="report"),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             is_output_node=True,
         )
 
@@ -35,5 +36,5 @@ class EngineReport(io.ComfyNode):  # type: ignore[misc]
         """The same thing, and the report."""
         from ..accel.hosts.comfyui.panel import report
 
-        text = report()
+        text = report(cls.hidden.prompt, cls.hidden.unique_id)
         return io.NodeOutput(anything, text, ui=ui.PreviewText(text))

@@ -26,6 +26,7 @@ from accel.compiler import open_cache
 from accel.hosts.comfyui import builder as module
 from accel.hosts.comfyui.build_process import comfyui_arguments
 from accel.hosts.comfyui.builder import Builder, BuildRefused, title_of
+from accel.hosts.comfyui.journal import BEGIN_EVENT, STATUS_EVENT, Journal
 from accel.models import FAMILIES, UNetConfig, parameters
 from accel.plan.schema import Plan
 from accel.structure import Structure, structure_of
@@ -129,10 +130,7 @@ def test_an_unknown_structure_is_built_by_another_process_and_cached(
     assert builder.find(structure) is None
     assert builder.request(structure, Diffusers()) is None
     assert state(builder, structure) == "building"
-    steps: list[float] = []
-    plan = builder.request(
-        structure, Diffusers(), wait=True, progress=lambda done, text: steps.append(done)
-    )
+    plan = builder.request(structure, Diffusers(), wait=True)
     assert isinstance(plan, Plan)
     assert plan.structure["graph_key"] == key
     assert builder.status(key) == {
@@ -141,7 +139,8 @@ def test_an_unknown_structure_is_built_by_another_process_and_cached(
         "text": "ready",
         "error": None,
     }
-    assert steps == sorted(steps) and len(steps) > 2
+    steps = [data["fraction"] for data in heard]
+    assert steps == sorted(steps) and len(set(steps)) > 2
     stored = cache.get(key, "plan")
     assert stored is not None and Plan.from_json(stored) == plan
     assert heard[0]["state"] == "building" and heard[-1]["state"] == "ready"
@@ -222,6 +221,77 @@ def test_the_plan_arrives_even_where_nothing_can_be_stored(tmp_path: Path, tiny_
     assert builder.request(structure, Network(), wait=True) == tiny_plan
     assert builder.request(structure, Network()) == tiny_plan
     assert state(builder, structure) == "ready"
+
+
+# What the nodes say.
+
+
+@pytest.fixture
+def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
+    """Node, state and text of every line."""
+    journal = Journal(tmp_path / "journal.json")
+    monkeypatch.setattr(module, "journal", lambda: journal)
+    monkeypatch.setattr(module, "EVENT_SECONDS", 0.0)
+    found: list[tuple[str, str, str]] = []
+
+    def listen(event: str, data: dict[str, Any]) -> None:
+        if event == STATUS_EVENT:
+            found.append((data["node_id"], data["state"], data["text"]))
+
+    journal.subscribe(listen)
+    return found
+
+
+BY_AND_BY = """
+    for percent in 10, 41:
+        say(progress=percent / 100, text="tracing")
+        while not os.path.exists(request["cache_dir"] + f"/after-{percent}"):
+            time.sleep(0.02)
+"""
+
+
+def test_the_lines_of_the_nodes_follow_the_build_to_its_end(
+    make: Make, cache: DiskCache, lines: list[tuple[str, str, str]], tiny_plan: Plan
+) -> None:
+    cache.root.mkdir()
+    answer = cache.root / "answer"
+    answer.write_text(json.dumps({"plan": tiny_plan.to_json(), "source": "built"}))
+    builder = make(BY_AND_BY + f"    print(open({str(answer)!r}).read())")
+    structure = tiny_structure()
+    for node in ("5", "6", "7", None):
+        assert builder.request(structure, Network(), node_id=node) is None
+    waiting = threading.Thread(
+        target=lambda: builder.request(structure, Network(), wait=True, node_id="8")
+    )
+    waiting.start()
+    until(lambda: ("5", "build", "building 10 % · host's path meanwhile") in lines)
+    until(lambda: ("8", "build", "building 10 %") in lines)
+    # What a node says of another run, or of none, stays.
+    builder.note(BEGIN_EVENT, {"id": 1, "model": "other", "node_id": "6"})
+    builder.note(STATUS_EVENT, {"node_id": "7", "state": "off", "text": "not accelerated"})
+    lines.clear()
+    (cache.root / "after-10").touch()
+    until(lambda: len(lines) == 2)
+    (cache.root / "after-41").touch()
+    waiting.join()
+    until(lambda: len(lines) == 4)
+    assert sorted(lines) == [
+        ("5", "build", "building 41 % · host's path meanwhile"),
+        ("5", "engine", "engine ready: used from the next run"),
+        ("8", "build", "building 41 %"),
+        ("8", "engine", "engine ready"),
+    ]
+    builder.show(str(structure.graph_key), "5")
+    assert lines.pop() == ("5", "engine", "engine ready: used from the next run")
+    assert builder.request(structure, Network(), node_id="5") == tiny_plan
+    builder.show(str(structure.graph_key), "5")
+    assert len(lines) == 4
+
+
+def test_a_line_says_how_the_build_failed(make: Make, lines: list[tuple[str, str, str]]) -> None:
+    builder, structure = make("say(error='no', kind='failed')"), tiny_structure()
+    assert builder.request(structure, Network(), wait=True, node_id="5") is None
+    assert lines[-1] == ("5", "host", "host's path: its engine could not be built: no")
 
 
 # Endings.

@@ -11,9 +11,11 @@ import textwrap
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from comfyui.server import installations, why_not
@@ -23,13 +25,16 @@ from support import family_config
 from accel import __version__
 from accel.cache import DiskCache
 from accel.compiler import open_cache
+from accel.hardware import Hardware
 from accel.hosts.comfyui import catalog, routes
 from accel.hosts.comfyui.builder import Builder, BuildRefused
 from accel.hosts.comfyui.journal import Journal
 from accel.hosts.comfyui.routes import Panel
+from accel.tuning import profile
 
 web = pytest.importorskip("aiohttp.web")
 test_utils = pytest.importorskip("aiohttp.test_utils")
+URL = pytest.importorskip("yarl").URL
 
 ROOT = Path(__file__).parents[1]
 KEY = "a" * 32
@@ -115,7 +120,7 @@ def test_the_state_of_a_fresh_install(panel: Panel) -> None:
     assert state["last_run"] is None and state["builds"] == []
     assert state["totals"] == {"saved_seconds": 0, "runs": 0, "engine_calls": 0}
     assert set(state["host"]) == {"comfyui", "dynamic_vram", "torch"}
-    assert state["gpu"]["name"] and state["gpu"]["profile"] is None
+    assert state["gpu"]["name"]
     assert {
         *("id", "family", "title", "structure", "bytes", "source", "sizes", "last_used"),
         *("loaded", "vram_mib", "deletable"),
@@ -322,12 +327,47 @@ def test_a_device_without_engines_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     torch = pytest.importorskip("torch")
     management = SimpleNamespace(get_torch_device=lambda: torch.device("mps"))
     monkeypatch.setitem(sys.modules, "comfy.model_management", management)  # type: ignore[arg-type]
-    routes.gpu.cache_clear()
+    routes._hardware.cache_clear()
     try:
         found = routes.gpu()
     finally:
-        routes.gpu.cache_clear()
+        routes._hardware.cache_clear()
     assert found["name"] == "mps" and "not supported" in found["problem"]
+
+
+def test_the_gpu_says_how_many_calls_were_timed_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "profile_cache", lambda: kept)
+    kept = DiskCache(tmp_path, 1 << 30, "profile")
+    hardware = Hardware(
+        name="NVIDIA H100 80GB HBM3",
+        kind="cuda",
+        capability=(9, 0),
+        multiprocessors=132,
+        memory_bytes=80 << 30,
+        l2_bytes=None,
+        driver=None,
+        torch="2.9.0",
+        cuda="12.8",
+        cudnn=None,
+        triton=None,
+    )
+
+    def timed(**changes: Any) -> int:
+        described = replace(hardware, **changes)
+        monkeypatch.setattr(routes, "_hardware", lambda: (described.name, described, None))
+        calls: int = routes.gpu()["timed_calls"]
+        return calls
+
+    shipped = timed()
+    assert shipped > 100
+    assert timed(name="another GPU") == 0
+    own = profile.Profile(replace(hardware, name="another GPU"), kept)
+    own.add({"a call": profile.Entry("kernel", {}, 1.0)})
+    assert timed(name="another GPU") == 1
+    assert timed() == shipped
+    assert timed(name="a CPU", kind="cpu", capability=None) == 0
 
 
 def test_the_host_is_described_from_what_it_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +388,13 @@ def host_server(waiting: list[Any]) -> Any:
         currently_running={},
         queue=[(0, f"id{i}", prompt, {}, []) for i, prompt in enumerate(waiting)],
     )
-    return SimpleNamespace(routes=web.RouteTableDef(), prompt_queue=queue)
+    arrived: list[Callable[[Any], Any]] = []
+    return SimpleNamespace(
+        routes=web.RouteTableDef(),
+        prompt_queue=queue,
+        arrived=arrived,
+        add_on_prompt_handler=arrived.append,
+    )
 
 
 def test_routes_are_registered_once(panel: Panel) -> None:
@@ -359,6 +405,36 @@ def test_routes_are_registered_once(panel: Panel) -> None:
     assert sorted(paths) == sorted(
         f"/switchyard/{name}" for name in ("state", "checkpoints", "runs", *ACTIONS)
     )
+
+
+@pytest.mark.parametrize("name", ["My pack", "速 {1}", "a+b%20\\d"])
+def test_scripts_are_served_from_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name / "web"
+    (folder / "js").mkdir(parents=True)
+    (folder / "js" / "panel.js").write_text("export {};")
+    (tmp_path / name / "secret.js").write_text("")
+    (tmp_path / "link.js").write_text("")
+    (folder / "link.js").symlink_to(tmp_path / "link.js")
+    table = web.RouteTableDef()
+    routes.serve_scripts(table, folder)
+    app = web.Application()
+    app.add_routes(table)
+
+    async def ask() -> list[int]:
+        base = f"/extensions/{quote(name)}"
+        paths = ["js/panel.js", "js/none.js", "js", "..%2Fsecret.js", "%2e%2e/secret.js", "link.js"]
+        async with test_utils.TestClient(test_utils.TestServer(app)) as client:
+            answers = [await client.get(URL(f"{base}/{p}", encoded=True)) for p in paths]
+            other = await client.get("/extensions/another/js/panel.js")
+            return [answer.status for answer in [*answers, other]]
+
+    assert asyncio.run(ask()) == [200, 404, 404, 404, 404, 404, 404]
+
+
+def test_a_folder_with_a_plain_name_is_the_hosts_to_serve(tmp_path: Path) -> None:
+    table = web.RouteTableDef()
+    routes.serve_scripts(table, tmp_path / "comfyui-switchyard" / "web")
+    assert not list(table)
 
 
 def test_when_a_sampling_begins_the_next_prompts_file_is_read(
@@ -375,6 +451,28 @@ def test_when_a_sampling_begins_the_next_prompts_file_is_read(
         time.sleep(0.01)
     journal.finish(run)
     assert [Path(path).name for path in read] == ["one.safetensors"]
+
+
+def test_a_prompt_that_is_queued_during_a_sampling_is_read_ahead_too(
+    panel: Panel, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = threading.Event()
+    monkeypatch.setattr(routes, "QUEUED_SECONDS", 0.05)
+    monkeypatch.setattr(catalog.Prefetcher, "_read", lambda self, path: read.set())
+    server = host_server([])
+    routes.register(server, panel)
+    (arrive,) = server.arrived
+    run = journal.begin("a")
+    prompt = {"1": {"inputs": {"ckpt_name": "one.safetensors"}}}
+    assert arrive({"prompt": prompt}) == {"prompt": prompt}
+    server.prompt_queue.queue.append((0, "id", prompt, {}, []))
+    assert read.wait(20)
+    journal.finish(run)
+    # Without a sampling, nothing that is queued is any of its business.
+    read.clear()
+    server.prompt_queue.queue[:] = [(0, "another", prompt, {}, [])]
+    arrive({"prompt": prompt})
+    assert not read.wait(1)
 
 
 def test_importing_the_routes_costs_the_host_nothing() -> None:
@@ -414,7 +512,9 @@ def test_the_routes_answer_inside_comfyui(tmp_path: Path) -> None:
         folder_paths.folder_names_and_paths["checkpoints"] = (
             [{str(models)!r}], {{".safetensors"}}
         )
-        server = SimpleNamespace(routes=web.RouteTableDef(), prompt_queue=None)
+        server = SimpleNamespace(
+            routes=web.RouteTableDef(), prompt_queue=None, add_on_prompt_handler=print
+        )
         routes.register(server)
         app = web.Application()
         app.add_routes(server.routes)

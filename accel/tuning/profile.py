@@ -23,6 +23,7 @@ import xxhash
 from ..cache import DiskCache
 from ..hardware import Hardware
 from ..kernels.registry import Config
+from ..settings import settings
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ class Profile:
             family, rows = family_of(call)
             self._families.setdefault(family, {})[rows] = call
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def get(self, call: str) -> Entry | None:
         """What is known of a call, by its key."""
         return self._entries.get(call)
@@ -96,6 +100,11 @@ class Profile:
         """The measurements of this machine, as a file under `tuning_profiles/` holds them."""
         entries = {call: entry.to_json() for call, entry in sorted(self._measured.items())}
         return {"version": PROFILE_VERSION, "meta": self._meta, "entries": entries}
+
+
+def profile_cache(root: Path | None = None) -> DiskCache:
+    """Where the measurements of this machine are kept, by default in the user's cache folder."""
+    return DiskCache(root, settings().cache_bytes, f"profile{PROFILE_VERSION}")
 
 
 _TENSOR = re.compile(r"(\d+(?:x\d+)+)(:\w+\S*)")

@@ -18,14 +18,13 @@ from pathlib import Path
 import torch
 
 from .. import kernels
-from ..cache import DiskCache
 from ..errors import OutOfMemory
 from ..hardware import Hardware, describe
 from ..kernels.registry import Call, Config, Kernel
 from ..settings import settings
 from .compiling import Compiler, launches_of
 from .measure import Measurement, measure
-from .profile import PROFILE_VERSION, Entry, Profile
+from .profile import Entry, Profile, profile_cache
 
 logger = logging.getLogger(__name__)
 
@@ -314,8 +313,7 @@ def selector_for(
     with _selectors_lock:
         if key not in _selectors:
             hardware = describe(device)
-            cache = DiskCache(root, settings().cache_bytes, f"profile{PROFILE_VERSION}")
-            kept = cache if device.type == "cuda" else None
+            kept = profile_cache(root) if device.type == "cuda" else None
             if key[:2] not in _compilers:
                 _compilers[key[:2]] = Compiler(hardware, device, kept)
             _selectors[key] = Selector(

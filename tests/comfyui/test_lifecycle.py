@@ -24,6 +24,7 @@ from accel.hosts.comfyui.journal import journal
 from accel.hosts.comfyui.panel import report
 from accel.hosts.comfyui.patcher import accelerate, accelerated
 from accel.hosts.comfyui.pool import NetworkPatcher, pool
+from accel.hosts.comfyui.routes import Panel, forget, networks
 from accel.hosts.comfyui.run import Acceleration, Options
 from accel.tuning import Selector
 
@@ -192,8 +193,12 @@ def test_what_the_panel_deletes_is_given_back_to_the_driver(load, prompt, monkey
     engine, gone = engine_of(fast), []
     weights = weakref.ref(engine.network.weights)
     monkeypatch.setattr(management, "soft_empty_cache", lambda *_: gone.append(weights() is None))
-    pool().forget(engine.structure.graph_key)
+    panel = Panel(lambda folder: [], lambda folder, name: None, networks, forget=forget)
+    monkeypatch.setattr(panel.engines, "delete", lambda key: 1234)  # another test wants the file
+    answer = panel.delete(engine.structure.graph_key)
+    assert answer == {"deleted": True, "freed_bytes": 1234}
     assert gone == [True]
+    assert engine.structure.graph_key not in {n["graph_key"] for n in networks() if n["loaded"]}
 
 
 def in_step(model, step, action):

@@ -59,20 +59,29 @@ def test_a_file_read_again_finds_its_weights_in_the_engine(path):
     assert network.network._epoch == before
 
 
-@pytest.mark.parametrize("dtype", ["default", "fp8_e4m3fn"])
-def test_diffusion_models_in_the_precision_asked_for(dtype, models_folder, tmp_path, path):
-    import comfy.sd
+@pytest.fixture
+def alone(tmp_path, path):
+    """The denoiser alone as a file."""
     import comfy.utils
     from safetensors.torch import save_file
 
     state = comfy.utils.load_torch_file(path)
     prefix = "model.diffusion_model."
     network = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    alone = tmp_path / "unet.safetensors"
-    save_file({key: value.contiguous() for key, value in network.items()}, str(alone))
-    given = {"dtype": torch.float8_e4m3fn} if dtype != "default" else {}
-    plain = comfy.sd.load_diffusion_model(str(alone), model_options=given)
-    fast = load_diffusion_model(str(alone), dtype, Options(wait=True))
+    file = tmp_path / "unet.safetensors"
+    save_file({key: value.contiguous() for key, value in network.items()}, str(file))
+    return str(file)
+
+
+@pytest.mark.parametrize("dtype", ["default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"])
+def test_diffusion_models_in_the_precision_asked_for(dtype, alone):
+    import comfy.sd
+
+    types = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+    own = types.get(dtype.removesuffix("_fast"))
+    given = {} if own is None else {"dtype": own}
+    plain = comfy.sd.load_diffusion_model(alone, model_options=given)
+    fast = load_diffusion_model(alone, dtype, Options(wait=True))
     prompt = conditioning(KIND, 1), conditioning(KIND, 2)
     expected = sample(plain, *prompt)
     assert relative_error(sample(fast, *prompt), expected) < 1e-4
@@ -81,3 +90,14 @@ def test_diffusion_models_in_the_precision_asked_for(dtype, models_folder, tmp_p
         next(fast.model.diffusion_model.parameters()).dtype
         == next(plain.model.diffusion_model.parameters()).dtype
     )
+
+
+def test_where_the_device_multiplies_in_fp8_the_fast_choice_stays_the_hosts(alone, monkeypatch):
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda device=None: True)
+    fast = load_diffusion_model(alone, "fp8_e4m3fn_fast", Options(wait=True))
+    layers = {type(layer).__qualname__ for layer in fast.model.diffusion_model.modules()}
+    assert "fp8_ops.Linear" in layers and not isinstance(fast, EngineMixin)
+    kept = load_diffusion_model(alone, "fp8_e4m3fn", Options(wait=True))
+    assert isinstance(kept, EngineMixin)

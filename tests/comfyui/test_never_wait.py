@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +13,15 @@ from typing import Any
 import psutil
 import pytest
 
+from accel.compiler import open_cache
+from accel.hosts.comfyui import run
+from accel.hosts.comfyui.builder import Builder
 from accel.hosts.comfyui.catalog import Prefetcher
+from accel.hosts.comfyui.journal import STATUS_EVENT, journal
+from accel.hosts.comfyui.patcher import accelerate
+from accel.hosts.comfyui.run import Options
 
-from .host import relative_error
+from .host import conditioning, relative_error, sample
 from .server import Installation, Server, ServerError
 from .workflows import Graph, Workflow
 
@@ -139,6 +146,42 @@ def test_no_build_outlives_the_server(fresh):
     (process,) = until(lambda: build_processes(fresh))
     psutil.Process(fresh.pid).kill()
     process.wait(30)
+
+
+ENDS_WHEN_TOLD = """
+import json, os, sys, time
+request = json.loads(sys.stdin.readline())
+print(json.dumps({"progress": 0.41, "text": "tracing"}), flush=True)
+while not os.path.exists(request["cache_dir"] + "/end"):
+    time.sleep(0.02)
+print(json.dumps({"error": "no", "kind": "resources"}), flush=True)
+"""
+
+
+@pytest.mark.parametrize("ends", ["while it samples", "later"])
+def test_the_nodes_line_follows_the_build(load, tmp_path, monkeypatch, ends):
+    builder = Builder(open_cache(tmp_path, 1 << 30), command=[sys.executable, "-c", ENDS_WHEN_TOLD])
+    monkeypatch.setattr(run, "builder", lambda: builder)
+    lines: list[str] = []
+    stop = journal().subscribe(
+        lambda event, data: lines.append(data["text"]) if event == STATUS_EVENT else None
+    )
+    model = accelerate(load(), Options(node_id="5"))
+
+    def end(*step: Any) -> None:
+        (tmp_path / "end").touch()
+        until(lambda: builder.builds()[0]["state"] == "failed")
+
+    if ends == "while it samples":
+        model.set_model_sampler_post_cfg_function(lambda args: (end(), args["denoised"])[1])
+    sample(model, conditioning(KIND, 1), conditioning(KIND, 2), steps=1)
+    if ends == "later":
+        until(lambda: any(line.startswith("building 41 %") for line in lines))
+        end()
+        until(lambda: "could not be built" in lines[-1])
+    stop()
+    builder.close()
+    assert lines[-1] == "host's path: its engine could not be built: no"
 
 
 def test_the_panel_lists_the_models_folder(server):

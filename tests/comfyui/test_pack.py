@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import queue
 import re
 import shutil
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +57,9 @@ def test_it_loads_from_any_folder_quickly_and_quietly(server, tmp_path, models_f
         assert {"en", "zh"} <= set(installed.get("/i18n"))
         scripts = [path for path in installed.get("/extensions") if "My%20switch-yard/" in path]
         assert len([path for path in scripts if path.endswith("/switchyard.js")]) == 1
+        for path in (*scripts, "/extensions/My%20switch-yard/docs/SwitchyardReport.md"):
+            with urllib.request.urlopen(installed.url + path) as answer:
+                assert answer.status == 200 and answer.read(), path
     said = [line for line in installed.log.splitlines() if name in line or "witchyard" in line]
     (line,) = said  # the host's own
     seconds = re.search(r"([\d.]+) seconds: ", line)
@@ -78,19 +83,96 @@ def test_a_prompt_needs_to_set_nothing(server):
     assert list(inputs["required"]) == ["unet_name"]
 
 
-@pytest.fixture
-def metadata(monkeypatch: pytest.MonkeyPatch) -> Any:
-    # The real server's module cannot be imported into this process on every version of the host.
-    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=None))
-    monkeypatch.delitem(sys.modules, "accel.hosts.comfyui.panel", raising=False)
-    from accel.hosts.comfyui.panel import _Metadata
+def test_a_report_is_about_the_samplings_that_lead_to_it(server):
+    files = [f"tiny-sd15-{letter}.safetensors" for letter in "ab"]
+    server.ensure(*(f"checkpoints/{file}" for file in files))
 
+    def first_lines(fake: bool = False, **options: Any) -> list[list[str]]:
+        """Of the reports after the first sampler and after both: what they tell of."""
+        graph = Graph()
+        prompts = graph.prompt("tiny-sd15", 1), graph.prompt("tiny-sd15", 2)
+        latent, reports = graph.latent(), []
+        for letter in "ab":
+            model = graph.checkpoint("tiny-sd15", letter)
+            if fake and letter == "a":
+                model = graph.add("TestFake", model=model, kind="foreign_class")
+            model = graph.add("SwitchyardAccelerate", model=model, **options)
+            latent = graph.sample(model, *prompts, latent, f"chain-{letter}", steps=2)
+            reports.append(graph.add("SwitchyardReport", anything=latent))
+        # The same MODEL in a sampler that no report looks at.
+        other = graph.sample(model, *prompts, latent, "chain-other", steps=1)
+        graph.add("TestSave", samples=other, record="chain-end")
+        outputs = server.run(graph.workflow).outputs
+        texts = [outputs[report[0]]["text"][0].split("\n\n") for report in reports]
+        return [[part.splitlines()[0] for part in text[:-1]] for text in texts]
+
+    first, both = first_lines(first_run="wait")
+    assert [line.split(": ")[0] for line in first] == files[:1]
+    assert [line.split(": ")[0] for line in both] == files
+    # Of a MODEL that is not accelerated any more, the run before says nothing.
+    first, both = first_lines(fake=True, first_run="wait")
+    (line,) = first
+    assert "not accelerated" in line and "GGUFModelPatcher" in line
+    assert both[0] == line and both[1].startswith(files[1])
+
+
+@pytest.fixture
+def panel(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, as a process without the pack's nodes imports it."""
+    # The real server's module cannot be imported into this process on every version of the host.
+    host = SimpleNamespace(PromptServer=SimpleNamespace(instance=None))
+    monkeypatch.setitem(sys.modules, "server", host)
+    monkeypatch.delitem(sys.modules, "accel.hosts.comfyui.panel", raising=False)
+    module = importlib.import_module("accel.hosts.comfyui.panel")
     monkeypatch.delitem(sys.modules, "accel.hosts.comfyui.panel")
+    return module
+
+
+def test_a_line_goes_to_the_client_that_queued_the_node(panel, monkeypatch, tmp_path):
+    from comfy_execution.utils import CurrentNodeContext
+
+    from accel.hosts.comfyui.journal import Journal
+
+    kept = Journal(tmp_path / "journal.json")
+    sent: list[tuple[Any, ...]] = []
+    texts: list[tuple[Any, ...]] = []
+    server = SimpleNamespace(
+        client_id="one",
+        prompt_queue=None,
+        add_on_prompt_handler=lambda handler: None,
+        send_sync=lambda event, data, sid=None: sent.append((event, sid)),
+        send_progress_text=lambda text, node, sid=None: texts.append((text, node, sid)),
+    )
+    panel.PromptServer.instance = server
+    monkeypatch.setattr(panel, "journal", lambda: kept)
+    monkeypatch.setattr(panel.routes, "register", lambda server: None)
+    panel.start()
+    with CurrentNodeContext("prompt", "9"):
+        kept.status("5", "build", "building 10 %")
+    server.client_id = "two"
+    with CurrentNodeContext("another", "9"):
+        kept.status("6", "host", "host's path")
+    kept.status("5", "build", "building 41 %")  # from a thread that builds
+    assert texts == [
+        ("building 10 %", "5", "one"),
+        ("host's path", "6", "two"),
+        ("building 41 %", "5", "one"),
+    ]
+    assert sent == [("switchyard.status", client) for client in ("one", "two", "one")]
+    server.client_id = None  # a program that does not listen
+    with CurrentNodeContext("third", "9"):
+        kept.status("5", "off", "not accelerated")
+    kept.emit("switchyard.build", {})
+    assert len(texts) == 3 and sent[3:] == [("switchyard.build", None)]
+
+
+@pytest.fixture
+def metadata(panel: Any) -> Any:
     waiting: list[Any] = []
     prompts = SimpleNamespace(mutex=threading.RLock(), currently_running={}, queue=waiting)
     handlers: queue.Queue[Any] = queue.Queue()
     server = SimpleNamespace(prompt_queue=prompts, add_on_prompt_handler=handlers.put)
-    found = _Metadata(server)
+    found = panel._Metadata(server)
     return SimpleNamespace(add=found.add, queue=prompts, arrive=handlers.get())
 
 

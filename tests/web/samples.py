@@ -35,6 +35,9 @@ RUN: dict[str, Any] = {
     "captures": 0,
     "vram_bytes": 6 * 2**30,
     "swaps_ms": 84.0,
+    "compiling": False,
+    "compared_db": None,
+    "error": None,
     "node_id": "5",
     "saved_seconds": 3.1,
     "speedup": 3.1,
@@ -46,7 +49,7 @@ STATE: dict[str, Any] = {
         "name": "NVIDIA GeForce RTX 4090",
         "capability": "8.9",
         "vram_mib": 24564,
-        "profile": "rtx4090",
+        "timed_calls": 1431,
     },
     "host": {"comfyui": "0.33.0", "dynamic_vram": True, "torch": "2.13.0"},
     "engines": [

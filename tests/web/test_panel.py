@@ -30,7 +30,7 @@ def test_shows_gpu_engines_checkpoints_builds_and_time_saved(desk: Desk, routes:
     panel.get_by_text("NVIDIA GeForce RTX 4090").wait_for()
     said = panel.inner_text()
     for expected in (
-        "24 GiB · compute 8.9 · tuned: rtx4090",
+        "24 GiB · compute 8.9 · kernels timed for this GPU: 1,431 calls",
         "1 h 23 min",
         "runs: 212 · steps on the engine: 4,240",
         "building 41 %",
@@ -160,11 +160,34 @@ def test_builds_are_followed_cancelled_and_tried_again(desk: Desk, routes: Route
 def test_a_run_arrives_while_the_panel_is_open(desk: Desk, routes: Routes) -> None:
     panel = desk.open_panel()
     panel.get_by_text("FreeU_V2", exact=True).wait_for()
-    fine = RUN | {"mode": "engine", "reasons": [], "engine_calls": 20, "host_calls": 0, "id": 8}
+    engine = RUN | {"mode": "engine", "reasons": [], "engine_calls": 20, "host_calls": 0, "id": 8}
+    fine = engine | {"graphs": 0, "captures": 0, "swaps_ms": 0.02}
     routes.state["last_run"] = fine
     desk.run(EMIT, ["switchyard.run", fine])
     panel.get_by_text("Nothing slowed it down").wait_for()
     assert panel.get_by_text("FreeU_V2", exact=True).count() == 0
+
+
+@pytest.mark.parametrize(
+    ("happened", "said"),
+    [
+        ({"compiling": True}, "Kernels for this GPU are being compiled"),
+        ({"swaps_ms": 840.0}, "weights brought in: 840 ms"),
+        ({"graphs": 2}, "CUDA graphs captured: 2"),
+        ({"captures": 1}, "networks traced: 1"),
+        ({"error": "the server went away"}, "It ended early: the server went away"),
+    ],
+)
+def test_what_slows_a_run_on_the_engine_is_said(
+    desk: Desk, routes: Routes, happened: dict[str, Any], said: str
+) -> None:
+    engine = RUN | {"mode": "engine", "reasons": [], "engine_calls": 20, "host_calls": 0}
+    fine = {"graphs": 0, "captures": 0, "swaps_ms": 0.02}
+    routes.state["last_run"] = engine | fine | happened | {"compared_db": 71.4}
+    panel = desk.open_panel()
+    panel.get_by_text(said).wait_for()
+    assert "71 dB from the host's own" in panel.inner_text()
+    assert "Nothing slowed it down" not in panel.inner_text()
 
 
 def test_render_may_repeat_and_closing_leaves_nothing_behind(desk: Desk, routes: Routes) -> None:

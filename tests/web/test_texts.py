@@ -82,6 +82,19 @@ def test_every_node_has_help_and_definitions(node: str) -> None:
         assert [name for name in inputs if f"**{name}**" not in text] == []
 
 
+@pytest.mark.parametrize("node", NODES)
+def test_help_pages_say_as_much_in_both_languages(node: str) -> None:
+    docs = ROOT / "web" / "docs"
+    shapes = []
+    for page in (docs / f"{node}.md", docs / node / "zh.md"):
+        lines = page.read_text("utf-8").splitlines()
+        kinds = [re.match(r"(#+|-|\| \*\*\w+\*\*|\|)?", line) for line in lines if line]
+        shapes.append([kind[0] for kind in kinds if kind])
+        # What the node says itself stands there in English, in both.
+        shapes[-1] += [text for line in lines for text in re.findall(r"^- \*\*([^*]+)\*\*", line)]
+    assert shapes[0] == shapes[1]
+
+
 def test_scripts_never_parse_text_as_html_and_fetch_nothing_from_elsewhere() -> None:
     forbidden = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(")
     for path in [*SCRIPTS, *(ROOT / "web").rglob("*.css")]:

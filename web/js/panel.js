@@ -258,7 +258,9 @@ export class Panel {
             ? [
                   gpu.vram_mib && size(gpu.vram_mib * 1024 * 1024),
                   t("gpu.capability", { capability: gpu.capability }),
-                  gpu.profile ? t("gpu.profile", { profile: gpu.profile }) : t("gpu.noProfile"),
+                  gpu.timed_calls
+                      ? t("gpu.timed", { n: number(gpu.timed_calls) })
+                      : t("gpu.notTimed"),
               ]
             : [gpu?.problem ?? t(gpu ? "gpu.cpu" : "gpu.noneWhy")];
         return [
@@ -364,8 +366,13 @@ export class Panel {
             run.controlnets > 0 && `${run.controlnets} ControlNet`,
             run.graphs > 0 && t("run.graphs", { n: run.graphs }),
             run.captures > 0 && t("run.captures", { n: run.captures }),
+            run.swaps_ms >= 1 && t("run.swaps", { ms: number(run.swaps_ms) }),
             run.vram_bytes > 0 && t("run.vram", { size: size(run.vram_bytes) }),
+            typeof run.compared_db === "number" &&
+                t("run.compared", { db: number(run.compared_db) }),
         ];
+        const slowed = run.error || run.compiling || run.graphs || run.captures;
+        const fine = run.mode !== "engine" || !(slowed || run.swaps_ms >= 1);
         return [
             h(
                 "div",
@@ -380,7 +387,9 @@ export class Panel {
                       { class: "sy-reasons" },
                       run.reasons.map((reason) => this.reason(reason)),
                   )
-                : h("p", { class: "sy-dim" }, t(`run.fine.${run.mode}`)),
+                : fine && h("p", { class: "sy-dim" }, t(`run.fine.${run.mode}`)),
+            run.compiling && h("p", { class: "sy-dim" }, t("run.compiling")),
+            run.error && h("p", { class: "sy-why" }, t("run.error", { error: run.error })),
         ];
     }
 

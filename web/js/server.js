@@ -44,14 +44,18 @@ import { api } from "../../../scripts/api.js";
  * @property {number} graphs CUDA graphs captured during this run
  * @property {number} captures networks captured during this run
  * @property {number} vram_bytes
+ * @property {number} swaps_ms bringing in weights
+ * @property {boolean} compiling whether libraries stood in for kernels
+ * @property {number | null} compared_db
+ * @property {string | null} error what ended it early
  * @property {number | null} saved_seconds
  * @property {number | null} speedup
  *
  * @typedef {Object} State
  * @property {string} version
  * @property {{name: string, capability: string | null, vram_mib: number | null,
- *             profile: string | null, problem?: string | null} | null} gpu `problem`: why no
- *     engine runs there
+ *             timed_calls: number, problem?: string | null} | null} gpu timed_calls: calls of
+ *     operators that were timed on such a GPU. problem: why no engine runs there
  * @property {{comfyui: string, dynamic_vram: boolean, torch: string}} host
  * @property {Engine[]} engines
  * @property {Build[]} builds

@@ -35,12 +35,9 @@ from ...errors import InvalidPlan
 from ...models import FAMILIES, Family, parameters
 from ...plan.schema import Plan
 from ...structure import Structure, structure_of
-from .journal import BUILD_EVENT, journal
+from .journal import BEGIN_EVENT, BUILD_EVENT, STATUS_EVENT, journal
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[float, str], None]
-"""Called with the fraction done, 0 to 1, and what is being done."""
 
 STALL_SECONDS = 1200.0
 """A process that says nothing for this long is given up; it may wait 900 s for another's build."""
@@ -76,6 +73,8 @@ class _Build:
     text: str = "waiting for another build"
     error: str | None = None
     plan: Plan | None = None
+    # Nodes whose lines tell of it, and whether the prompt of each waits.
+    nodes: dict[str | None, bool] = field(default_factory=dict)
     ended: threading.Event = field(default_factory=threading.Event)
     unwanted: threading.Event = field(default_factory=threading.Event)
 
@@ -133,28 +132,38 @@ class Builder:
         structure: Structure,
         network: nn.Module,
         wait: bool = False,
-        progress: Progress | None = None,
+        node_id: str | None = None,
     ) -> Plan | None:
         """The plan if it is at hand; else start or join its build, and None.
 
         network: the live module. Only where its class comes from is looked at.
         wait: return only when the build has ended, with None if it failed or was cancelled. The
         host's interrupt ends the wait with the host's own exception, and not the build.
+        node_id: the node whose line says how far the build is, and how it ended.
         Nothing is built that failed or was cancelled before; `status` says so.
         """
+        self._forget_node(node_id)
         plan = self.find(structure)
         if plan is not None:
             return plan
         build = self._start(structure, _is_diffusers(network))
-        if not wait or build is None:
+        if build is None:
             return None
-        told = None
+        with self._lock:
+            build.nodes[node_id] = wait
+        self.show(str(structure.graph_key), node_id)
+        if not wait:
+            return None
         while not build.ended.wait(POLL_SECONDS):
             throw_if_interrupted()
-            if progress is not None and (build.fraction, build.text) != told:
-                told = (build.fraction, build.text)
-                progress(*told)
         return build.plan
+
+    def show(self, graph_key: str, node_id: str | None) -> None:
+        """Say on a node's line where the build that it asked for is now."""
+        with self._lock:
+            build = self._builds.get(graph_key)
+        if build is not None and node_id in build.nodes:
+            journal().status(node_id, *_line_of(build, build.nodes[node_id]))
 
     def status(self, graph_key: str) -> dict[str, Any]:
         """{"state", "fraction", "text", "error"}.
@@ -255,6 +264,16 @@ class Builder:
         for build in builds:
             build.ended.wait(KILL_SECONDS + 10 * POLL_SECONDS)
 
+    def note(self, event: str, data: dict[str, Any]) -> None:
+        """A listener of the journal: a node that goes on to something else has another line."""
+        if event == BEGIN_EVENT or (event == STATUS_EVENT and data["state"] == "off"):
+            self._forget_node(data["node_id"])
+
+    def _forget_node(self, node_id: str | None) -> None:
+        with self._lock:
+            for build in self._builds.values():
+                build.nodes.pop(node_id, None)
+
     def _start(self, structure: Structure, diffusers: bool) -> _Build | None:
         """The running build of a structure, started if need be; None if it shall not be built."""
         key = _key(structure)
@@ -271,14 +290,14 @@ class Builder:
                 build.ended.set()
         if error is not None:
             logger.warning("%s is not built again: %s", build.title, error)
-            self._notify(build.to_json())
+            self._tell(build)
             return None
         threading.Thread(target=self._run, args=(build,), daemon=True).start()
         return build
 
     def _run(self, build: _Build) -> None:
         """The thread of a build: its turn, its process, its end."""
-        self._notify(build.to_json())
+        self._tell(build)
         result: dict[str, Any] = {"error": "cancelled", "kind": "cancelled"}
         try:
             while not build.unwanted.is_set():
@@ -320,9 +339,17 @@ class Builder:
                     build.state, build.text, build.error = "failed", "failed", result["error"]
             if build.state == "failed":
                 logger.warning("%s could not be built: %s", build.title, build.error)
-            self._notify(build.to_json())
+            self._tell(build)
         finally:
             build.ended.set()
+
+    def _tell(self, build: _Build) -> None:
+        """Tell of a build's state, and say it on the nodes that asked for it."""
+        self._notify(build.to_json())
+        with self._lock:
+            nodes = dict(build.nodes)
+        for node_id, waits in nodes.items():
+            journal().status(node_id, *_line_of(build, waits))
 
     def _converse(self, build: _Build) -> dict[str, Any]:
         """Run the process of a build and follow it to its last answer."""
@@ -364,7 +391,7 @@ class Builder:
                     build.text = str(answer["text"])
                     if heard - told > EVENT_SECONDS:
                         told = heard
-                        self._notify(build.to_json())
+                        self._tell(build)
 
     def _request(self, build: _Build) -> dict[str, Any]:
         assert build.structure.config is not None
@@ -417,6 +444,7 @@ class Builder:
 def builder() -> Builder:
     """The process's builder; its builds end with the process."""
     found = Builder()
+    journal().subscribe(found.note)
     atexit.register(found.close)
     return found
 
@@ -439,6 +467,18 @@ def title_of(structure: Structure) -> str:
             return family.title
     kind = {"unet": "UNet", "controlnet": "ControlNet"}.get(structure.kind, "network")
     return f"{kind} of no published family ({structure.shape_key[:6]})"
+
+
+def _line_of(build: _Build, waits: bool) -> tuple[str, str]:
+    """State and text of the line on a node that asked for a build."""
+    if build.state == "building":
+        done = f"building {100 * build.fraction:.0f} %"
+        return "build", done if waits else f"{done} · host's path meanwhile"
+    if build.state == "ready":
+        return "engine", "engine ready" if waits else "engine ready: used from the next run"
+    if build.state == "cancelled":
+        return "host", "host's path: the build of its engine was cancelled"
+    return "host", f"host's path: its engine could not be built: {build.error}"
 
 
 def _shape_key_of(entry: Entry) -> str | None:

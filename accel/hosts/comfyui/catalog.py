@@ -281,10 +281,7 @@ class Engines:
         return sorted(engines, key=lambda engine: -(engine["last_used"] or 0.0))
 
     def delete(self, graph_key: str) -> int:
-        """Delete a built engine's file; bytes freed. What runs on it goes on until unloaded.
-
-        Raises EngineRefused.
-        """
+        """Delete a built engine's file; bytes freed. Raises EngineRefused."""
         with self._deleting:  # what two ask for at once is freed once
             return self._delete(graph_key)
 

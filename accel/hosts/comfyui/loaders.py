@@ -35,10 +35,14 @@ def load_checkpoint(path: str, options: Options) -> tuple[Any, Any, Any]:
 def load_diffusion_model(path: str, weight_dtype: str, options: Options) -> Any:
     """MODEL (accelerated where it can be) of a diffusion model file.
 
-    weight_dtype: "default", or the name of a float8 type that the weights are kept in.
+    weight_dtype: "default", or the name of a float8 type that the weights are kept in. With "_fast"
+    the host multiplies in it as well, where the device can; such a MODEL is not accelerated.
     """
-    dtypes = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-    model_options = {"dtype": dtypes[weight_dtype]} if weight_dtype in dtypes else {}
+    model_options: dict[str, Any] = {}
+    if weight_dtype != "default":
+        model_options["dtype"] = getattr(torch, f"float8_{weight_dtype.split('_')[1]}")
+    if weight_dtype.endswith("_fast"):
+        model_options["fp8_optimizations"] = True
     model = comfy.sd.load_diffusion_model(path, model_options=model_options)
     return _accelerated(model, path, options)
 

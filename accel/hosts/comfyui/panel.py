@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import uuid
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import comfy.model_management as management
 import torch
+from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from . import routes
-from .journal import RUN_EVENT, STATUS_EVENT, Run, journal
+from .journal import BEGIN_EVENT, KEPT_RUNS, RUN_EVENT, STATUS_EVENT, Run, journal
 from .pool import pool
 
 logger = logging.getLogger(__name__)
@@ -22,6 +26,9 @@ RECEIPT = "switchyard"
 
 NODES = "Switchyard"
 """What the ids of the pack's nodes begin with."""
+
+REPORT = "SwitchyardReport"
+"""The pack's one node that accelerates nothing."""
 
 KEPT_ENDED = 16
 """Prompts that are not in the queue: the server may still be checking them."""
@@ -35,16 +42,34 @@ def start() -> None:
         return
     routes.register(server)
     metadata = _Metadata(server)
+    nodes, clients = _nodes(), _Clients(server)
 
     def tell(event: str, data: dict[str, Any]) -> None:
         """Send an event to the front end. Safe from any thread."""
-        server.send_sync(event, data)
-        if event == STATUS_EVENT:
-            server.send_progress_text(data["text"], data["node_id"])
+        nodes.note(event, data)
+        if event != STATUS_EVENT:
+            server.send_sync(event, data)
+        elif (client := clients.of(data["node_id"])) is not None:
+            server.send_sync(event, data, client)
+            server.send_progress_text(data["text"], data["node_id"], client)
         if event == RUN_EVENT:
             metadata.add(data)
 
     journal().subscribe(tell)
+
+
+class _Clients:
+    """Whose nodes they are: ids mean something in the workflow alone that was queued."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+        self._known: dict[str, str | None] = {}
+
+    def of(self, node_id: str) -> str | None:
+        """The client that queued a node's prompt; a build tells of a node long after it."""
+        if get_executing_context() is not None:
+            self._known[node_id] = self._server.client_id
+        return self._known.get(node_id)
 
 
 class _Metadata:
@@ -117,12 +142,100 @@ def receipt(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def report(last: Run | None = None) -> str:
-    """The last run, and the engines in memory, as lines of text."""
-    run = last or (journal().runs[-1] if journal().runs else None)
-    if run is None:
+class _Nodes:
+    """What the runs' records do not hold: which node sampled, and which came back unaccelerated."""
+
+    def __init__(self) -> None:
+        self._samplers: dict[int, str] = {}
+        self._off: dict[str, _Off] = {}
+
+    def note(self, event: str, data: dict[str, Any]) -> None:
+        """Remember what an event says, in the thread of the node that is being executed."""
+        if event == BEGIN_EVENT:
+            self._off.pop(_root(data["node_id"]), None)
+            executing = get_executing_context()
+            if executing is not None:
+                self._samplers[data["id"]] = _root(executing.node_id)
+                for old in list(self._samplers)[:-KEPT_RUNS]:
+                    del self._samplers[old]
+        elif event == STATUS_EVENT and data["state"] == "off":
+            last = max(self._samplers, default=0)
+            self._off[_root(data["node_id"])] = _Off(data["text"], last)
+
+    def off(self, nodes: Collection[str]) -> dict[str, _Off]:
+        """Those of `nodes` that gave out what they were given."""
+        return {node: self._off[node] for node in nodes if node in self._off}
+
+    def runs(self, samplers: Collection[str], nodes: Collection[str], since: int) -> list[Run]:
+        """The last run of each of `samplers`: later than run `since`, or of a MODEL of `nodes`.
+
+        The host may have taken a MODEL from its cache that another node has made.
+        """
+        found = {}
+        for run in list(journal().runs):
+            sampler = self._samplers.get(run.id)
+            if sampler in samplers and (run.id > since or _root(run.node_id) in nodes):
+                found[sampler] = run
+        return sorted(found.values(), key=lambda run: run.id)
+
+
+@dataclass(frozen=True)
+class _Off:
+    """Why a node does not accelerate, and the last run before it said so."""
+
+    line: str
+    last_run: int
+
+
+@cache
+def _nodes() -> _Nodes:
+    return _Nodes()
+
+
+def _root(node_id: str | None) -> str:
+    """The node of the prompt itself, of one that it has put in its own place."""
+    return str(node_id).partition(".")[0]
+
+
+def report(prompt: Any = None, node_id: str | None = None) -> str:
+    """What the samplings before a node ran on, and the engines in memory, as lines of text.
+
+    prompt, node_id: the prompt in API form, and the node in it. Of a node that no accelerated one
+    leads to, the last run of all.
+    """
+    before = _upstream(prompt, node_id)
+    ours = [node for node in before if _kind(prompt[node]).startswith(NODES)]
+    ours = [node for node in ours if _kind(prompt[node]) != REPORT]
+    off = _nodes().off(ours)
+    parts = [[f"node {node}: {said.line}"] for node, said in off.items()]
+    if ours:
+        since = max((said.last_run for said in off.values()), default=0)
+        runs = _nodes().runs(before, [node for node in ours if node not in off], since)
+    else:
+        runs = list(journal().runs)[-1:]
+        parts = [["no accelerated node leads here; the last run of all:"]]
+    if not runs and not off:
         return "Nothing has been sampled yet through an accelerated MODEL."
-    return "\n".join([*_run_lines(run.to_json()), "", *_memory_lines()])
+    parts += [*(_run_lines(run.to_json()) for run in runs), _memory_lines()]
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _upstream(prompt: Any, node_id: str | None) -> list[str]:
+    """The nodes that what comes into a node depends on, the nearest first."""
+    found: dict[str, None] = {}
+    waiting = deque([node_id])
+    while prompt and waiting:
+        inputs = prompt.get(waiting.popleft(), {}).get("inputs", {})
+        links = [link for link in inputs.values() if isinstance(link, list) and link]
+        sources = [str(link[0]) for link in links]
+        new = [source for source in sources if source in prompt and source not in found]
+        found.update(dict.fromkeys(new))
+        waiting.extend(new)
+    return list(found)
+
+
+def _kind(node: Any) -> str:
+    return str(node.get("class_type"))
 
 
 def _run_lines(run: dict[str, Any]) -> list[str]:

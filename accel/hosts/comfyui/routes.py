@@ -21,21 +21,28 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 from aiohttp import web
 
 from ... import __version__
-from .journal import BEGIN_EVENT, GRAPH_KEY, Journal, journal
+from .journal import BEGIN_EVENT, GRAPH_KEY, RUN_EVENT, Journal, journal
 
 if TYPE_CHECKING:  # torch and the compiler are not imported before they are needed
+    from ...hardware import Hardware
     from .builder import Builder
     from .catalog import Catalog, Engines, Prefetcher
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "/switchyard"
+WEB = Path(__file__).parents[3] / "web"
 LONGEST_BODY = 1024
+
+QUEUED_SECONDS = 1.0
+"""After this time a prompt that has arrived is in the queue."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -51,7 +58,7 @@ class Panel:
     at the first request.
 
     names, locate: the host's lists of model files, and their paths.
-    networks: the engines in memory.
+    networks, forget: the engines in memory, and what frees those of a graph key.
     """
 
     def __init__(
@@ -61,8 +68,10 @@ class Panel:
         networks: Callable[[], list[Mapping[str, Any]]],
         builder: Builder | None = None,
         journal: Journal | None = None,
+        forget: Callable[[str], None] = lambda key: None,
     ) -> None:
         self._names, self._locate, self._networks = names, locate, networks
+        self._forget = forget
         self._own_builder, self._own_journal = builder, journal
         self._lock = threading.Lock()
         self._catalog: Catalog | None = None
@@ -124,8 +133,10 @@ class Panel:
         return {"runs": [run.to_json() for run in list(self.journal.runs)[::-1]]}
 
     def delete(self, key: str) -> dict[str, Any]:
-        """The answer to POST engines/delete."""
-        return {"deleted": True, "freed_bytes": self.engines.delete(key)}
+        """The answer to POST engines/delete. What it holds in memory is freed as well."""
+        freed = self.engines.delete(key)
+        self._forget(key)
+        return {"deleted": True, "freed_bytes": freed}
 
     def cancel(self, key: str) -> dict[str, Any]:
         """The answer to POST builds/cancel."""
@@ -154,9 +165,12 @@ def register(server: Any, panel: Panel | None = None) -> None:
     if panel is None:
         import folder_paths
 
-        panel = Panel(folder_paths.get_filename_list, folder_paths.get_full_path, networks)
+        panel = Panel(
+            folder_paths.get_filename_list, folder_paths.get_full_path, networks, forget=forget
+        )
     add_routes(server.routes, panel)
-    panel.journal.subscribe(_reader_ahead(server, panel))
+    serve_scripts(server.routes, WEB)
+    _ReaderAhead(server, panel)
 
 
 def add_routes(routes: web.RouteTableDef, panel: Panel) -> None:
@@ -179,6 +193,13 @@ def networks() -> list[Mapping[str, Any]]:
     return [] if pool is None else list(pool.pool().networks())
 
 
+def forget(graph_key: str) -> None:
+    """Free the memory of a structure's engines, if it has any."""
+    pool = sys.modules.get(f"{__package__}.pool")
+    if pool is not None:
+        pool.pool().forget(graph_key)
+
+
 def host() -> dict[str, Any]:
     """Versions of the host and of torch, and whether its memory is dynamic."""
     memory = sys.modules.get("comfy.memory_management")
@@ -189,9 +210,25 @@ def host() -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=1)  # neither changes while the host runs, and the driver is slow to ask
 def gpu() -> dict[str, Any]:
-    """The device that the host computes on. `problem`: why no engine can run there."""
+    """The device that the host computes on. `problem`: why no engine can run there.
+
+    timed_calls: calls of operators whose kernels were timed on such a GPU, by us or here.
+    """
+    from ...tuning.profile import Profile, profile_cache
+
+    name, hardware, problem = _hardware()
+    found: dict[str, Any] = {"capability": None, "vram_mib": None, "timed_calls": 0}
+    if hardware is not None and hardware.capability is not None:
+        found["capability"] = ".".join(map(str, hardware.capability))
+        found["vram_mib"] = hardware.memory_bytes >> 20
+        found["timed_calls"] = len(Profile(hardware, profile_cache()))
+    return {**found, "name": name, "problem": problem}
+
+
+@lru_cache(maxsize=1)  # neither changes while the host runs, and the driver is slow to ask
+def _hardware() -> tuple[str, Hardware | None, str | None]:
+    """The device that the host computes on: its name, and facts or why no engine can run there."""
     import torch
 
     from ...errors import DeviceUnavailable
@@ -202,31 +239,67 @@ def gpu() -> dict[str, Any]:
         device = management.get_torch_device()
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[str, Any] = {"capability": None, "vram_mib": None, "profile": None}
     try:
         hardware = describe(device)
     except DeviceUnavailable as error:
-        return {**found, "name": str(device), "problem": str(error)}
-    if hardware.capability is not None:
-        found["capability"] = ".".join(map(str, hardware.capability))
-        found["vram_mib"] = hardware.memory_bytes >> 20
-    return {**found, "name": hardware.name, "problem": None}
+        return str(device), None, str(error)
+    return hardware.name, hardware, None
 
 
-def _reader_ahead(server: Any, panel: Panel) -> Callable[[str, dict[str, Any]], None]:
-    """Starts to read the next prompt's files when a sampling begins."""
-    made: list[Prefetcher] = []
+def serve_scripts(table: web.RouteTableDef, folder: Path) -> None:
+    """Serve the pack's scripts and help where the host's own route for them does not match.
 
-    def listen(event: str, data: dict[str, Any]) -> None:
-        if event != BEGIN_EVENT:
+    It never does where the name of the pack's folder is written otherwise in an address, as a space
+    is. `folder` lies in the pack's.
+    """
+    name = folder.parent.name
+    if quote(name) == name:
+        return
+    root = folder.resolve()
+    # As code points: a brace or a backslash means something in a route, or in its expression. Of an
+    # address only the percent sign is not decoded before it is matched.
+    escaped = "".join(f"\\U{ord(character):08x}" for character in name.replace("%", "%25"))
+
+    @table.get(f"/extensions/{{pack:{escaped}}}/{{path:.+}}")
+    async def serve(request: web.Request) -> web.StreamResponse:
+        path = (root / request.match_info["path"]).resolve()
+        if not path.is_relative_to(root) or not path.is_file():
+            raise web.HTTPNotFound
+        return web.FileResponse(path)
+
+
+class _ReaderAhead:
+    """Starts to read the next prompt's files when a sampling begins, or one is queued meanwhile."""
+
+    def __init__(self, server: Any, panel: Panel) -> None:
+        self._queue, self._locate = server.prompt_queue, panel._locate
+        self._sampling: set[int] = set()
+        self._prefetcher: Prefetcher | None = None
+        panel.journal.subscribe(self._listen)
+        server.add_on_prompt_handler(self._on_prompt)
+
+    def _listen(self, event: str, data: dict[str, Any]) -> None:
+        if event == BEGIN_EVENT:
+            self._sampling.add(data["id"])
+            self._look()
+        elif event == RUN_EVENT:
+            self._sampling.discard(data["id"])
+
+    def _on_prompt(self, json_data: dict[str, Any]) -> dict[str, Any]:
+        # The server has yet to check the prompt, and to put it into the queue.
+        timer = threading.Timer(QUEUED_SECONDS, self._look)
+        timer.daemon = True
+        timer.start()
+        return json_data
+
+    def _look(self) -> None:
+        if not self._sampling:
             return
-        if not made:
+        if self._prefetcher is None:
             from .catalog import Prefetcher
 
-            made.append(Prefetcher(server.prompt_queue, panel._locate))
-        made[0].look()
-
-    return listen
+            self._prefetcher = Prefetcher(self._queue, self._locate)
+        self._prefetcher.look()
 
 
 def _reading(read: Callable[[], dict[str, Any]]) -> Handler:

@@ -223,6 +223,8 @@ class Acceleration:
                 run.vram_bytes = sampling.engine.loaded_size()
                 run.compiling = sampling.engine.compiling
             journal().finish(run, error)
+            if run.mode == "building":  # the build may have ended since, and goes on telling
+                builder().show(str(run.graph_key), options.node_id)
 
     def _tell_comparison(
         self, engine: Sampling, host: Sampling, result: Tensor, expected: Tensor
@@ -499,7 +501,7 @@ def request_plan(
 
     Raises `UnsupportedModel` where there will be none.
     """
-    plan = builder().request(structure, network, wait=options.wait)
+    plan = builder().request(structure, network, options.wait, options.node_id)
     if plan is not None:
         return plan, 1.0
     state = builder().status(str(structure.graph_key))

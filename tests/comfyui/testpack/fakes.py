@@ -260,6 +260,11 @@ def unknown_option(model: Any) -> None:
     model.model_options.setdefault("transformer_options", {})["someones_setting"] = {"scale": 2}
 
 
+def foreign_class(model: Any) -> None:
+    """A patcher of a class of its own, as GGUF loaders make."""
+    model.__class__ = type("GGUFModelPatcher", (type(model),), {})
+
+
 FAKES: dict[str, Callable[[Any], None]] = {
     function.__name__: function
     for function in (
@@ -270,6 +275,7 @@ FAKES: dict[str, Callable[[Any], None]] = {
         block_patch,
         callbacks,
         forward_around,
+        foreign_class,
         forward_patch,
         function_wrapper,
         harmless_cfg,
