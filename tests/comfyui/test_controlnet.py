@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.cldm.cldm
@@ -20,6 +21,7 @@ from accel.hosts.comfyui.journal import STATUS_EVENT, journal
 from accel.hosts.comfyui.patcher import accelerate
 from accel.hosts.comfyui.pool import NetworkPatcher, pool
 from accel.hosts.comfyui.run import Options
+from accel.runtime.weights import weights_bytes
 
 from .checkpoints import ensure
 from .host import call, conditioning, relative_error, sample
@@ -691,6 +693,31 @@ def test_too_many_nets_for_the_device_stay_with_the_host(load, net, monkeypatch,
         "host's path: the device has no room for its engine beside the model's",
     ) in lines
     assert nets[1].control_model_wrapped in management.loaded_models()
+
+
+def test_the_nets_of_a_sampling_take_a_share_of_the_device(load, net, monkeypatch):
+    sample(load(), *applied(prompts(), accelerate_controlnet(net(), WAIT)), steps=1)
+    (own,) = engines()
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    needed = weights_bytes(own.plan, own.dtype)
+    monkeypatch.setattr(management, "get_total_memory", lambda _: 2 * needed / controlnet.SHARE)
+
+    def on(device: torch.device) -> Any:
+        return SimpleNamespace(plan=own.plan, dtype=own.dtype, load_device=device)
+
+    assert controlnet._fits(first, [on(first)] * 2 + [on(second)])
+    assert not controlnet._fits(first, [on(first)] * 3)
+    assert controlnet._fits(torch.device("cpu"), [own] * 100)
+
+
+def test_no_net_has_an_engine_where_no_weights_may_stay(load, net, monkeypatch, lines):
+    control = net()
+    fast = accelerate_controlnet(control, WAIT)
+    monkeypatch.setattr(controlnet, "unsupported_device", lambda _: None)  # there is no such GPU
+    control.control_model_wrapped.load_device = torch.device("cuda")
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
+    assert fast.get_models() == [control.control_model_wrapped]
+    assert lines == [("host", "host's path: ComfyUI was started with --novram")]
 
 
 def test_the_hosts_own_weights_leave_the_device():

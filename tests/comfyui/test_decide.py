@@ -27,6 +27,9 @@ from accel.hosts.comfyui.decide import (
     why_host_call,
     why_host_run,
 )
+from accel.hosts.comfyui.journal import STATUS_EVENT, journal
+from accel.hosts.comfyui.patcher import accelerate
+from accel.hosts.comfyui.run import Options
 
 from .checkpoints import checkpoint_state
 from .host import call, conditioning, exists, sample
@@ -261,6 +264,18 @@ def test_an_unchanged_network_is_not_read_again(model, monkeypatch):
 # Whole MODELs.
 
 
+def comes_back_itself(model, text):
+    """Whether a MODEL is left alone, in one line on the node."""
+    said = []
+    stop = journal().subscribe(lambda event, data: said.append((event, data)))
+    try:
+        assert accelerate(model, Options(node_id="4")) is model
+    finally:
+        stop()
+    line = {"node_id": "4", "state": "off", "text": f"not accelerated: {text}"}
+    return said == [(STATUS_EVENT, line)] and unsupported_model(model) == text
+
+
 def test_a_plain_model_of_every_supported_family(load):
     for kind in ("tiny-sd15", "tiny-sdxl", "tiny-sd15-inpaint", "tiny-sdxl-inpaint"):
         assert unsupported_model(load(kind)) is None
@@ -280,8 +295,15 @@ def test_other_families_are_refused_by_name():
     )
     cpu = torch.device("cpu")
     flux = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=cpu), cpu, cpu)
-    text = "Flux is not supported: Stable Diffusion 1, 2 and XL are"
-    assert unsupported_model(flux) == text
+    assert comes_back_itself(flux, "Flux is not supported: Stable Diffusion 1, 2 and XL are")
+
+
+def test_the_transformer_of_sd3_is_refused_by_name():
+    settings = {"in_channels": 16, "depth": 1, "input_size": None, "pos_embed_max_size": 8}
+    config = comfy.supported_models.SD3({**settings, "dtype": torch.float32})
+    cpu = torch.device("cpu")
+    sd3 = comfy.model_patcher.ModelPatcher(config.get_model({}, "", device=cpu), cpu, cpu)
+    assert comes_back_itself(sd3, "SD3 is not supported: Stable Diffusion 1, 2 and XL are")
 
 
 def test_patchers_and_models_of_other_packs(model, tmp_path):
@@ -299,7 +321,7 @@ def test_patchers_and_models_of_other_packs(model, tmp_path):
     try:
         spec.loader.exec_module(pack)
         model.__class__ = pack.GGUFModelPatcher
-        assert unsupported_model(model) == "ComfyUI-GGUF has its own way with it: GGUFModelPatcher"
+        assert comes_back_itself(model, "ComfyUI-GGUF has its own way with it: GGUFModelPatcher")
     finally:
         del sys.modules["test_gguf_pack"]
 
@@ -308,7 +330,7 @@ def test_devices_without_an_engine(model):
     text = "device 'mps' is not supported: use 'cuda' or 'cpu'"
     assert unsupported_model(model) is None
     model.load_device = torch.device("mps")
-    assert unsupported_model(model) == text
+    assert comes_back_itself(model, text)
     assert reasons(model) == [Reason(text)]  # one that was accelerated for another device
 
 
@@ -326,7 +348,7 @@ def test_quantised_weights(tmp_path):
     patcher = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[
         0
     ]
-    assert unsupported_model(patcher) == "its weights are quantised"
+    assert comes_back_itself(patcher, "its weights are quantised")
 
 
 # Names.

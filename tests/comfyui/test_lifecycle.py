@@ -26,10 +26,11 @@ from accel.hosts.comfyui.patcher import accelerate, accelerated
 from accel.hosts.comfyui.pool import NetworkPatcher, pool
 from accel.hosts.comfyui.routes import Panel, forget, networks
 from accel.hosts.comfyui.run import Acceleration, Options
+from accel.runtime.weights import weights_bytes
 from accel.tuning import Selector
 
 from .checkpoints import ensure
-from .host import call, conditioning, relative_error, sample
+from .host import call, conditioning, exists, relative_error, sample
 
 KIND = "tiny-sd15"
 CLOSE = 1e-4
@@ -668,3 +669,86 @@ def test_a_build_that_ends_while_it_is_asked_for_is_used(load, prompt, monkeypat
     monkeypatch.setattr(builder(), "request", lambda *_, **__: None)
     sample(fast, *prompt)
     assert on_engine()
+
+
+def test_merges_are_not_counted_as_loras(load, prompt, lora):
+    fast, other = accelerate(load(), Options(wait=True)), load(letter="b")
+    node = ("comfy_extras.nodes_model_merging", "ModelMergeSimple")
+    (merged,) = call(*node, model1=fast, model2=other, ratio=0.5)
+    for loras in (0, 1):
+        sample(with_loras(merged, *[(lora("1"), 0.5)] * loras), *prompt)
+        assert on_engine() and last().loras == loras
+
+
+# To the host these are two devices.
+CPU, CPU_0 = torch.device("cpu"), torch.device("cpu", 0)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_prompt_split_over_two_devices(load, prompt, monkeypatch, order):
+    if not exists("comfy_extras.nodes_multigpu", "MultiGPUCFGSplitNode"):
+        pytest.skip("this ComfyUI does not split over devices")
+    monkeypatch.setattr(management, "get_all_torch_devices", lambda *_, **__: [CPU, CPU_0])
+    monkeypatch.setattr(management, "set_torch_device", lambda _: None)
+    original, ran = NetworkPatcher.run, []
+
+    def run(self, *args):
+        ran.append(str(self.load_device))
+        return original(self, *args)
+
+    monkeypatch.setattr(NetworkPatcher, "run", run)
+
+    def split(model):
+        node = ("comfy_extras.nodes_multigpu", "MultiGPUCFGSplitNode")
+        return call(*node, model=model, max_gpus=2)[0]
+
+    plain = load()
+    expected = sample(plain, *prompt)
+    if order == "before":
+        model = accelerate(split(plain), Options(wait=True))
+    else:
+        model = split(accelerate(plain, Options(wait=True)))
+    assert relative_error(sample(model, *prompt), expected) < CLOSE
+    assert on_engine(6) and sorted(ran) == ["cpu"] * 3 + ["cpu:0"] * 3
+
+
+@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+def test_a_device_of_the_users_choice(load, prompt, monkeypatch, cast):
+    if not exists("comfy_extras.nodes_multigpu", "SelectModelDeviceNode"):
+        pytest.skip("this ComfyUI has no choice of devices")
+    monkeypatch.setattr(management, "resolve_gpu_device_option", lambda _: CPU_0)
+    monkeypatch.setattr(management, "unet_manual_cast", lambda *_, **__: cast)
+    node = ("comfy_extras.nodes_multigpu", "SelectModelDeviceNode")
+    plain = load()
+    (chosen,) = call(*node, model=plain, device="cpu")
+    (fast,) = call(*node, model=accelerate(plain, Options(wait=True)), device="cpu")
+    assert fast.load_device == CPU_0
+    result = sample(fast, *prompt)
+    assert last().device == "cpu:0"
+    if cast is None:
+        assert on_engine() and relative_error(result, sample(chosen, *prompt)) < CLOSE
+    else:
+        reason = {"text": "the model is set to compute in torch.bfloat16", "node": None}
+        assert last().reasons == [reason] and torch.equal(result, sample(chosen, *prompt))
+
+
+def test_an_engine_that_the_device_has_no_room_for(load, monkeypatch):
+    fast, gib = accelerate(load(), Options(wait=True)), 1 << 30
+    plan, shapes = builder().find(running.structure_of_model(fast)), []
+    needed = weights_bytes(plan, torch.float16)
+    model = SimpleNamespace(
+        load_device=torch.device("cuda"), memory_required=lambda shape: shapes.append(shape) or gib
+    )
+    monkeypatch.setattr(management, "extra_reserved_memory", lambda: 1000)
+
+    def problem(total):
+        monkeypatch.setattr(management, "get_total_memory", lambda _: total)
+        return running._too_small(model, plan, torch.float16, (1, 4, 16, 24))
+
+    assert problem(needed + gib + 1000) is None
+    assert shapes == [[2, 4, 16, 24]]  # with the negative prompt
+    assert "GiB of VRAM and 1.0 are there" in problem(needed + gib + 999).text
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
+    assert problem(100 * gib).text == "ComfyUI was started with --novram"
+    model.load_device = CPU
+    assert problem(0) is None

@@ -279,7 +279,7 @@ class Acceleration:
     def _describe(self, sampling: Sampling, model: Any, conds: Any) -> None:
         run = sampling.run
         run.device = str(model.load_device)
-        run.loras = max((len(patches) for patches in model.patches.values()), default=0)
+        run.loras = max(map(_loras, model.patches.values()), default=0)
         chains = list(_chains(conds))
         run.controlnets = max(map(len, chains), default=0)
         if not comparing.get():
@@ -578,6 +578,11 @@ def _too_small(model: Any, plan: Plan, dtype: torch.dtype, noise_shape: Any) -> 
     return Reason(
         f"the engine needs {needed / gib:.1f} GiB of VRAM and {total / gib:.1f} are there", None
     )
+
+
+def _loras(patches: list[Any]) -> int:
+    """How many of a weight's patches are LoRAs. A merge's is the other model's list of patches."""
+    return sum(not isinstance(patch[1], list) for patch in patches)
 
 
 def _chains(conds: Any) -> Iterator[list[Any]]:
