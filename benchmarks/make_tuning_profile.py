@@ -72,13 +72,11 @@ def _measured(
     calls: list[Call], hardware: Hardware, device: torch.device
 ) -> tuple[dict[str, Entry], dict[str, Any]]:
     started, entries, details = time.perf_counter(), {}, {}
-    for call, results in measure(calls, Compiler(hardware, device), device, sustained=True):
+    for call, results in measure(calls, Compiler(hardware, device), device):
         best = fastest(results)
         if best is not None:
             entries[call.key] = best
-        details[call.key] = [
-            (r.kernel.name, dict(r.config), r.us, r.problem, r.sustained) for r in results
-        ]
+        details[call.key] = [(r.kernel.name, dict(r.config), r.us, r.problem) for r in results]
     print(f"{len(entries)} measured in {time.perf_counter() - started:.0f} s", flush=True)
     return entries, details
 

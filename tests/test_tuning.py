@@ -753,43 +753,6 @@ def test_a_candidate_that_is_wrong_or_fails_is_never_used(
     assert sum("is not used" in r.getMessage() for r in caplog.records) == 2
 
 
-def test_long_calls_are_decided_under_a_sustained_load(
-    made: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only between those that are close; what is kept is the time of a few launches."""
-    for name in ("slow", "first", "hungry", "sparing", "broken"):
-        made(name)
-    asked: list[float] = []
-
-    class Load:
-        def sustained(self, run: Any, us: float) -> float:
-            assert torch.equal(run(0), run(1)), "one copy, of what is no weight"
-            asked.append(us)
-            return {100.0: 110.0, 98.0: 130.0, 109.0: 109.5}[us]
-
-    def loaded(**us: float | None) -> list[measuring.Measurement]:
-        call = add_call()
-        results = [
-            measuring.Measurement(kernel, config, us.get(kernel.name))
-            for kernel, config in tuning_candidates(call)[:-1]
-        ]
-        load: Any = Load()
-        return measuring._sustained(call, results, GPU, CPU, load)
-
-    results = loaded(slow=120.0, first=100.0, hungry=98.0, sparing=109.0)
-    assert [r.sustained for r in results] == [None, 110.0, 130.0, 109.5, None]
-    assert sorted(asked) == [98.0, 100.0, 109.0]
-    entry = selection.fastest(results)
-    assert entry is not None and (entry.kernel, entry.us) == ("first", 100.0), "a tie goes first"
-    heavy = [dataclasses.replace(r, sustained=200.0) if r.us == 100 else r for r in results]
-    entry = selection.fastest(heavy)
-    assert entry is not None and (entry.kernel, entry.us) == ("sparing", 109.0)
-
-    asked.clear()
-    for short in (loaded(first=10.0, hungry=9.0), loaded(first=100.0), loaded()):
-        assert not asked and all(r.sustained is None for r in short)
-
-
 def test_what_a_candidate_leaves_unwritten_is_not_what_another_wrote(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

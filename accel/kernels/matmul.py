@@ -904,10 +904,20 @@ def _supports_tma(call: Call, hardware: Hardware) -> bool:
     return _has_tma(hardware) and _supports(call, hardware)
 
 
+def _reads_ahead(call: Call) -> bool:
+    """Whether the bias is a weight, which a launch may read before the one ahead has ended."""
+    bias = call.tensors[2]
+    return bias is None or bias.constant
+
+
+def _fits(call: Call, config: Config, hardware: Hardware) -> bool:
+    return overlap.fits(call, config, hardware) and (_reads_ahead(call) or not config["pdl"])
+
+
 def _configs_tma(call: Call, hardware: Hardware) -> list[Config]:
     """Where launches may overlap, the best one also without."""
     ranked = _ranked(call, hardware, True)
-    if not overlap.can_overlap(hardware):
+    if not (overlap.can_overlap(hardware) and _reads_ahead(call)):
         return [variant.config(hardware, False) for variant in ranked[:CONFIGS_TMA]]
     found = [variant.config(hardware, True) for variant in ranked[: CONFIGS_TMA - 1]]
     return [*found, ranked[0].config(hardware, False)]
@@ -932,7 +942,7 @@ def _workspace(call: Call, config: Config) -> int:
     name="triton.matmul_tma",
     supports=_supports_tma,
     configs=_configs_tma,
-    fits=overlap.fits,
+    fits=_fits,
     workspace=_workspace,
     priority=2,
 )

@@ -3,9 +3,6 @@
 A kernel of a few microseconds cannot be timed launch by launch, since launching takes longer.
 Activations are left where the last launch put them, as in a network; each launch reads another copy
 of the weights, since a network's weights never stay in the cache from one step to the next.
-
-Large products draw more power than a GPU may, which lowers its clock when they follow each other:
-then the kernel that needs the least energy is the fastest, and a few launches do not show it.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import Any
@@ -33,15 +30,6 @@ LAUNCHES = 8
 
 REPLAYS = 5
 
-LONG = 15.0
-"""Microseconds from which on a call is worth a sustained load's time."""
-
-CLOSE = 1.12
-"""Times within this factor of the best are compared under a sustained load."""
-
-SETTLE = 0.06
-"""Seconds after which the clock has followed the load, and for twice which is measured then."""
-
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Relative L2 distance from the reference in the same dtype beyond which a result is wrong: some
 twenty times what rounding explains."""
@@ -52,26 +40,18 @@ MAX_COPY_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Measurement:
-    """One candidate: microseconds of a run, or the problem that keeps it from being used.
-
-    sustained: microseconds where runs follow each other for long, if that was measured.
-    """
+    """One candidate: microseconds of a run, or the problem that keeps it from being used."""
 
     kernel: Kernel
     config: Config
     us: float | None
     problem: str | None = None
-    sustained: float | None = None
 
 
 def measure(
-    calls: Sequence[Call], compiler: Compiler, device: torch.device, sustained: bool = False
+    calls: Sequence[Call], compiler: Compiler, device: torch.device
 ) -> Iterator[tuple[Call, list[Measurement]]]:
-    """Each call with the times of its candidates, in the order of preference.
-
-    sustained: also those of a long call's best under a sustained load, which takes a fifth of a
-    second each.
-    """
+    """Each call with the times of its candidates, in the order of preference."""
     hardware = compiler.hardware
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
         compiler.compile(
@@ -79,13 +59,9 @@ def measure(
         )
         torch.cuda.synchronize(device)
         clock = Clock(device, hardware)
-        measured = ((call, _measure(call, hardware, device, clock)) for call in calls)
-        if sustained:  # after all else, which a GPU that is hot would not run at its full clock
-            for call, results in list(measured):
-                yield call, _sustained(call, results, hardware, device, clock)
-        else:
-            yield from measured
-        del clock, measured
+        for call in calls:
+            yield call, _measure(call, hardware, device, clock)
+        del clock
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
@@ -125,26 +101,6 @@ def _measure(
             )
             results.append(Measurement(kernel, config, None, "wrong result"))
     return results
-
-
-def _sustained(
-    call: Call,
-    results: Sequence[Measurement],
-    hardware: Hardware,
-    device: torch.device,
-    clock: Clock,
-) -> list[Measurement]:
-    """The results, those of a long call's best with their times under a sustained load."""
-    best = min((r.us for r in results if r.us is not None), default=0.0)
-    near = {i: r.us for i, r in enumerate(results) if r.us is not None and r.us <= CLOSE * best}
-    if best < LONG or len(near) < 2:
-        return list(results)
-    operands = Operands(call, hardware, device)
-    loaded = list(results)
-    for index, us in near.items():
-        run = operands.bind(results[index].kernel, results[index].config)
-        loaded[index] = replace(results[index], sustained=clock.sustained(run, us))
-    return loaded
 
 
 def _worse(distance: float) -> float:
@@ -238,34 +194,6 @@ class Clock:
 
     def __call__(self, run: Callable[[int], torch.Tensor]) -> float:
         """Time a function that runs the kernel on the copy of the index it is given."""
-        graph = self._captured(run)
-        samples = []
-        for _ in range(REPLAYS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._other.sum()
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples.append(begin.elapsed_time(end) * 1e3 / LAUNCHES)
-        return statistics.median(samples)
-
-    def sustained(self, run: Callable[[int], torch.Tensor], us: float) -> float:
-        """The same where runs follow each other until the clock has settled. us: of one, about."""
-        graph = self._captured(run)
-        replays = math.ceil(SETTLE * 1e6 / (us * LAUNCHES))
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(replays):
-            graph.replay()
-        begin.record()
-        for _ in range(2 * replays):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e3 / (2 * replays * LAUNCHES)
-
-    def _captured(self, run: Callable[[int], torch.Tensor]) -> torch.cuda.CUDAGraph:
-        """A graph of several runs."""
         stream, graph = self._stream, torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
@@ -278,4 +206,13 @@ class Clock:
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        return graph
+        samples = []
+        for _ in range(REPLAYS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._other.sum()
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            samples.append(begin.elapsed_time(end) * 1e3 / LAUNCHES)
+        return statistics.median(samples)

@@ -207,10 +207,9 @@ class Selector:
 def fastest(results: Sequence[Measurement]) -> Entry | None:
     """The first of the fastest candidates, or None if none could be measured.
 
-    results: in the order of preference. Those under a sustained load are decided by it alone.
+    results: in the order of preference.
     """
-    loaded = [(r.sustained, r) for r in results if r.sustained is not None]
-    measured = loaded or [(r.us, r) for r in results if r.us is not None]
+    measured = [(r.us, r) for r in results if r.us is not None]
     if not measured:
         return None
     limit = TIE * min(us for us, _ in measured)
@@ -219,9 +218,8 @@ def fastest(results: Sequence[Measurement]) -> Entry | None:
         (pair for pair in measured if pair[0] <= limit),
         key=lambda pair: not pair[1].config.get("pdl", False),
     )
-    best = tied[0][1]
-    assert best.us is not None
-    return Entry(best.kernel.name, best.config, best.us)
+    us, best = tied[0]
+    return Entry(best.kernel.name, best.config, us)
 
 
 def _default(call: Call, candidates: Candidates) -> Choice:

@@ -349,3 +349,17 @@ def test_layers_of_few_tiles_are_split() -> None:
         assert int(best["split"]) > 1
         workspace = find(name).workspace(layer(128, 1280, 5120), best)
         assert workspace == 4 * int(best["split"]) * 128 * 1280
+
+
+def test_a_bias_that_another_launch_made_is_not_read_ahead_of_it() -> None:
+    """A persistent block reads its first bias before it waits for the launch ahead."""
+    x, weight = spec(2048, 1280), spec(3840, 1280, constant=True)
+    made, kept = spec(3840), spec(3840, constant=True)
+    kernel = find("triton.matmul_tma")
+    for bias, ahead in ((made, False), (kept, True), (None, True)):
+        one = call(x, weight, bias)
+        found = configs("triton.matmul_tma", one)
+        assert any(config["programs"] for config in found)
+        assert any(config["pdl"] for config in found) == ahead
+        assert kernel.fits(one, {**found[0], "pdl": True}, chip()) == ahead
+        assert kernel.fits(one, {**found[0], "pdl": False}, chip())
