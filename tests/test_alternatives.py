@@ -14,6 +14,7 @@ from torch import nn
 
 from accel.kernels import Call, reference
 from accel.plan.schema import Plan
+from accel.runtime import alternatives
 from accel.runtime.executable import Executable
 from accel.tuning import Choice
 
@@ -21,15 +22,21 @@ PAIR, MOVED = ("linear", "layer_norm"), ("bare linear", "add_layer_norm")
 
 
 class Select:
-    """References as kernels; ours: of which operators one counts as ours; us: times by operator."""
+    """References as kernels; us: times by operator.
+
+    ours: the operators whose kernel counts as ours. near: times of sizes near by instead.
+    """
 
     def __init__(
         self,
         us: Mapping[str, float | None],
         ours: Sequence[str] = ("layer_norm", "add_layer_norm"),
         provisional: Sequence[str] = (),
+        near: Mapping[str, float | None] | None = None,
+        apart: bool = True,
     ) -> None:
         self.us, self.ours, self.provisional = us, ours, provisional
+        self.near, self.apart = near or {}, apart
 
     def select(self, calls: Sequence[Call]) -> list[Choice]:
         return [self._choice(call) for call in calls]
@@ -41,8 +48,10 @@ class Select:
         kernel = reference(call.op)
         if name in self.ours:
             kernel = replace(kernel, launches=lambda *rest: [])
-        provisional = name in self.provisional
-        return Choice(kernel, {}, "a test", self.us.get(name), provisional)
+        if name == "linear":
+            kernel = replace(kernel, adds_apart=self.apart)
+        us, about = self.us.get(name), self.near.get(name)
+        return Choice(kernel, {}, "a test", us, name in self.provisional, about)
 
 
 @pytest.fixture
@@ -93,20 +102,44 @@ def test_the_faster_pair_is_taken(runner: Runner, before: Any, after: Any, taken
 
 
 @pytest.mark.parametrize(
-    ("ours", "taken"),
+    ("ours", "apart", "taken"),
     [
-        (("layer_norm", "add_layer_norm"), True),  # a library adds the residual in a pass
-        (("linear", "layer_norm", "add_layer_norm"), False),  # ours on the way
-        (("layer_norm",), False),
-        ((), False),
+        (("layer_norm", "add_layer_norm"), True, True),
+        (("layer_norm", "add_layer_norm"), False, False),  # added on the way
+        (("linear", "layer_norm", "add_layer_norm"), False, False),
+        (("layer_norm",), True, False),
+        ((), True, False),
     ],
     ids=str,
 )
 def test_of_unknown_times_the_pass_that_is_saved_decides(
-    runner: Runner, ours: Any, taken: bool
+    runner: Runner, ours: Any, apart: bool, taken: bool
 ) -> None:
     for us in ({}, times((12, None), (9, 5))):
-        assert (moved(bound(runner, Select(us, ours))) > 0) == taken
+        assert (moved(bound(runner, Select(us, ours, apart=apart))) > 0) == taken
+
+
+@pytest.mark.parametrize(("before", "taken"), [((12, 4), True), ((8, 4), False)])
+def test_sizes_near_by_speak_where_nothing_is_measured(
+    runner: Runner, before: Any, taken: bool
+) -> None:
+    guessed = Select({}, near=times(before, (9, 5)), apart=False)
+    assert (moved(bound(runner, guessed)) > 0) == taken
+    partly = Select({"linear": before[0]}, near=times((100, 4), (9, 5)), apart=False)
+    assert (moved(bound(runner, partly)) > 0) == taken, "what is measured here goes first"
+
+
+def test_what_the_prompt_decides_stays_under_its_names(runner: Runner) -> None:
+    """Its results are kept by name: another choice later must find them."""
+    sites = list(alternatives._sites(runner.plan))
+    assert sites and {site.product.phase for site in sites} == {"step"}
+    product, norm = sites[0].product.output, sites[0].norm.output
+    early = tuple(
+        replace(step, phase="prompt") if step.output in (product, norm) else step
+        for step in runner.plan.steps
+    )
+    left = {site.norm.output for site in alternatives._sites(replace(runner.plan, steps=early))}
+    assert norm not in left and len(left) == len(sites) - 1
 
 
 def test_a_library_norm_is_no_reason_to_move(runner: Runner) -> None:

@@ -807,11 +807,17 @@ def test_a_process_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
     assert out == "" and "hello" in err, "the caller's output is its own"
 
 
-def test_processes_import_ahead_and_wait_for_their_turn() -> None:
+def test_processes_import_ahead_and_wait_for_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def pid(one: process.Fresh | None) -> int:
         return int(process.run_isolated(os.getpid, timeout=60, process=one))
 
-    modules = ("no_such_module", "colorsys")
+    modules = ("no_such_module", "broken_at_import", "colorsys")
+    (tmp_path / "broken_at_import.py").write_text(
+        "raise RuntimeError('an installation that fails')"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with process.fresh_processes(3, modules) as processes:
         first, second, third = processes
         assert pid(first) != pid(second)

@@ -275,6 +275,7 @@ def test_a_measurement_speaks_for_sizes_near_by(
     chooser.select([add_call(100)])
     near = chooser.select([add_call(140)])[0]
     assert near.kernel.name == "tiled" and near.us is None and "near this" in near.reason
+    assert near.about == pytest.approx(1.4), "as many more rows take that much longer"
     assert asked == [add_call(100).key]
     chooser.select([add_call(160)])
     assert asked == [add_call(100).key, add_call(160).key]

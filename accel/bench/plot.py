@@ -32,7 +32,7 @@ STYLES = (
     Style("linear", "#E69F00", "s", ("linear",)),
     Style("attention", "#009E73", "^", ("attention",)),
     Style("GroupNorm", "#CC79A7", "D", ("group_norm",)),
-    Style("LayerNorm", "#56B4E9", "v", ("layer_norm",)),
+    Style("LayerNorm", "#56B4E9", "v", ("layer_norm", "add_layer_norm")),
     Style(
         "pointwise",
         "#D55E00",

@@ -83,7 +83,8 @@ def fresh_processes(count: int, modules: Sequence[str]) -> Iterator[Iterator[Fre
     """Processes that import at the same time, to be taken one after the other."""
     started: list[Fresh] = []
     try:
-        started += [Fresh(modules) for _ in range(count)]
+        for _ in range(count):
+            started.append(Fresh(modules))
         yield iter(started)
     finally:
         for process in started:
@@ -122,7 +123,7 @@ def _end(process: Any) -> None:
 def _child(pipe: Connection, modules: tuple[str, ...]) -> None:
     os.dup2(2, 1)  # what libraries print must not get into the caller's output
     for module in modules:
-        with suppress(ImportError):  # whatever needs it says so better
+        with suppress(Exception):  # whatever needs it says so better
             importlib.import_module(module)
     try:
         function, arguments = pipe.recv()

@@ -69,6 +69,7 @@ def product_into(
     "linear",
     name="cublas.linear",
     devices=_CUDA,
+    adds_apart=True,
     configs=lambda call, hardware: (NO_CONFIG,),
     workspace=product_bytes,
 )
@@ -100,6 +101,7 @@ def linear(
     "linear",
     name="cublas.linear_onto",
     devices=_CUDA,
+    adds_apart=True,
     supports=lambda call, hardware: (
         call.tensors[3] is not None and call.attrs["activation"] == "none"
     ),

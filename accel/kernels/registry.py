@@ -148,6 +148,7 @@ class Kernel:
     `workspace(call, config)`: bytes of scratch memory that a run needs.
     `fits(call, config, hardware)`: whether a configuration of a size near by can serve this call.
     `launches`: of a Triton kernel, the launches that a run consists of.
+    `adds_apart`: a residual costs it a further pass over memory.
     """
 
     name: str
@@ -162,6 +163,7 @@ class Kernel:
     workspace: Callable[[Call, Config], int] = lambda call, config: 0
     fits: Callable[[Call, Config, Hardware], bool] = lambda call, config, hardware: True
     launches: Callable[..., Sequence[Launch]] | None = None
+    adds_apart: bool = False
 
 
 _KERNELS: list[Kernel] = []

@@ -33,28 +33,30 @@ def settle(plan: Plan, calls: Mapping[str, Call], select: Select) -> tuple[Plan,
     calls: of the plan's steps, by their outputs. select: the kernels of calls, with their times.
     """
     sites = list(_sites(plan))
-    both = [(_with_residual(site, calls), _residual_after(site, calls)) for site in sites]
-    choices = iter(select([call for pair in both for calls_ in pair for call in calls_]))
+    pairs = [(_with_residual(site, calls), _residual_after(site, calls)) for site in sites]
+    wanted = {call.key: call for pair in pairs for both in pair for call in both}
+    chosen = dict(zip(wanted, select(list(wanted.values())), strict=True))
     moved: dict[str, _Site] = {}
-    provisional = False
-    for site, pair in zip(sites, both, strict=True):
-        before, after = ([next(choices) for _ in calls_] for calls_ in pair)
-        provisional |= any(choice.provisional for choice in (*before, *after))
+    for site, pair in zip(sites, pairs, strict=True):
+        before, after = ([chosen[call.key] for call in both] for both in pair)
         if _faster(after, before):
             moved[site.product.output] = site
+    provisional = any(choice.provisional for choice in chosen.values())
     return _rewritten(plan, moved), provisional
 
 
 def _sites(plan: Plan) -> Iterator[_Site]:
+    """Those of every step; what the prompt decides runs once, under the names it was kept by."""
     products = {
         step.output: step
         for step in plan.steps
-        if step.op == "linear" and step.inputs[3] is not None
+        if step.op == "linear" and step.inputs[3] is not None and step.phase == "step"
     }
+    constants = {None, *(constant.name for constant in plan.constants)}
     for step in plan.steps:
-        if step.op == "layer_norm":
+        if step.op == "layer_norm" and constants.issuperset(step.inputs[1:]):
             product = products.pop(step.inputs[0] or "", None)  # of several readers the first
-            if product is not None and product.phase == step.phase:
+            if product is not None:
                 yield _Site(product, step)
 
 
@@ -74,17 +76,23 @@ def _residual_after(site: _Site, calls: Mapping[str, Call]) -> list[Call]:
 
 
 def _faster(after: Sequence[Choice], before: Sequence[Choice]) -> bool:
-    """By what was measured; else wherever our kernel saves the pass that a library's product needs.
+    """By what was measured, here or at sizes near by; else where the product adds in a pass apart.
 
     A library's own sum and norm are never worth the move.
     """
     if after[1].kernel.launches is None:
         return False
-    times = [[choice.us for choice in choices] for choices in (after, before)]
-    if any(us is None for row in times for us in row):
-        return before[0].kernel.launches is None
-    own, other = (sum(us for us in row if us is not None) for row in times)
+    own, other = _time(after), _time(before)
+    if own is None or other is None:
+        return before[0].kernel.adds_apart
     return own <= other
+
+
+def _time(choices: Sequence[Choice]) -> float | None:
+    """Microseconds of both, if they are known or can be guessed."""
+    times = [choice.about if choice.us is None else choice.us for choice in choices]
+    known = [us for us in times if us is not None]
+    return sum(known) if len(known) == len(times) else None
 
 
 def _rewritten(plan: Plan, moved: Mapping[str, _Site]) -> Plan:

@@ -164,14 +164,16 @@ class Executable:
         traced = self._trace(self.plan.steps)
         known = {name: trait.call for name, trait in traced.items() if trait.call is not None}
         plan, provisional = settle(self.plan, known, self._selector.select)
-        self.plan = plan
+        if plan is not self.plan:
+            self.plan = plan
+            traced = self._trace(plan.steps)
         # The prompt's part first. Both parts keep the plan's order, which respects every
         # dependency.
         first = self._prompt_part()
         in_first = {step.output for step in first}
         steps = first + [step for step in plan.steps if step.output not in in_first]
         split = len(first)
-        traits, guessed = self._select(self._trace(steps))
+        traits, guessed = self._select(traced)
         self.provisional = provisional or guessed
         root = {name: trait.root for name, trait in traits.items()}
         read_until: dict[str, int] = {}

@@ -24,7 +24,7 @@ from ..kernels.registry import Call, Config, Kernel
 from ..settings import settings
 from .compiling import Compiler, launches_of
 from .measure import Measurement, measure
-from .profile import Entry, Profile, profile_cache
+from .profile import Entry, Profile, family_of, profile_cache
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ Candidates = Sequence[tuple[Kernel, Config]]
 class Choice:
     """A selected kernel, its configuration, why it was selected, and its time if that is known.
 
-    provisional: another one is being compiled, and will be selected from then on.
+    provisional: another one is being compiled, and will be selected from then on. about: where the
+    time is not known, what one of a size near by suggests.
     """
 
     kernel: Kernel
@@ -52,6 +53,7 @@ class Choice:
     reason: str
     us: float | None = None
     provisional: bool = False
+    about: float | None = None
 
 
 class Selector:
@@ -131,7 +133,8 @@ class Selector:
         near = None if entry is not None else self.profile.near(key)
         found = None if near is None else _adopted(near[1], call, candidates, self.hardware)
         if near is not None and found is not None:
-            return Choice(*found, f"measured at a size near this, {near[0]}")
+            about = near[1].us * family_of(key)[1] / family_of(near[0])[1]
+            return Choice(*found, f"measured at a size near this, {near[0]}", about=about)
         kernel, config = candidates[0]
         if len(candidates) == 1:
             return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")

@@ -42,6 +42,9 @@ NETWORKS = (("sd15", 64, 64, 1), ("sd15-controlnet", 64, 64, 1), ("sdxl", 128, 1
 ALIKE = ((8, 6), (8, 9), (10, 0))
 """Chips whose code is made as for sm_80 or sm_90, but for limits."""
 
+SAME = ((8, 6), (8, 9))
+"""Of those the ones for which every form is made alike too."""
+
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -99,7 +102,7 @@ def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> 
                 if kernel.launches is None or (names and kernel.name not in names):
                     continue
                 form = (kernel.name, form_of(config))
-                known = kernel.name in taken and (capability in ALIKE or form in forms)
+                known = kernel.name in taken and (capability in SAME or form in forms)
                 if not every and known:
                     continue
                 taken.add(kernel.name)

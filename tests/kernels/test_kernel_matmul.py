@@ -188,6 +188,7 @@ def test_gelu_is_the_exact_one() -> None:
     away = (out - truth).abs()
     assert (away <= 6e-7 + 2e-7 * truth.abs()).all()
     # Where GELU has all but gone, too, as far as fp16 has digits.
+    assert away[gate == 0].max() < 2e-8
     tail = (gate < -0.5) & (truth < -6e-5)
     assert tail.sum() > 1000 and (away <= 3e-4 * truth.abs())[tail].all()
 
@@ -349,6 +350,15 @@ def test_layers_of_few_tiles_are_split() -> None:
         assert int(best["split"]) > 1
         workspace = find(name).workspace(layer(128, 1280, 5120), best)
         assert workspace == 4 * int(best["split"]) * 128 * 1280
+
+
+def test_where_accumulators_lie_in_tensor_memory_none_begin_as_the_bias() -> None:
+    x, weight = spec(8192, 640), spec(5120, 640, constant=True)
+    for bias in (None, spec(5120, constant=True)):
+        one = call(x, weight, bias)
+        persistent = [bool(c["programs"]) for c in configs("triton.matmul_tma", one, (10, 0))]
+        assert any(persistent) == (bias is None)
+        assert any(c["programs"] for c in configs("triton.matmul_tma", one))
 
 
 def test_a_bias_that_another_launch_made_is_not_read_ahead_of_it() -> None:
