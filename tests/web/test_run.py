@@ -157,7 +157,7 @@ def test_from_search_to_deletion(desk: Desk, server: Server) -> None:
     run = server.get("/switchyard/state")["last_run"]
     assert (run["mode"], run["engine_calls"], run["host_calls"]) == ("engine", 4, 0), run
     assert badges(desk, node)[0].startswith("engine")
-    panel.get_by_text("Nothing slowed it down").wait_for()
+    panel.get_by_text("weights brought in").wait_for()
     (text,) = entry["outputs"][str(ids["report"])]["text"]
     assert "engine: 4 calls" in text
     shown = "(id) => app.graph.getNodeById(id).widgets.find(({ name }) => name === 'text').value"
