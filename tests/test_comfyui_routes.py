@@ -30,6 +30,7 @@ from accel.hosts.comfyui import catalog, routes
 from accel.hosts.comfyui.builder import Builder, BuildRefused
 from accel.hosts.comfyui.journal import Journal
 from accel.hosts.comfyui.routes import Panel
+from accel.runtime import calls
 from accel.tuning import profile
 
 web = pytest.importorskip("aiohttp.web")
@@ -338,7 +339,7 @@ def test_a_device_without_engines_says_why(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_gpu_says_how_many_calls_were_timed_on_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profile, "profile_cache", lambda: kept)
+    monkeypatch.setattr(calls, "profile_cache", lambda: kept)
     kept = DiskCache(tmp_path, 1 << 30, "profile")
     hardware = Hardware(
         name="NVIDIA H100 80GB HBM3",
@@ -357,8 +358,8 @@ def test_the_gpu_says_how_many_calls_were_timed_on_it(
     def timed(**changes: Any) -> int:
         described = replace(hardware, **changes)
         monkeypatch.setattr(routes, "_hardware", lambda: (described.name, described, None))
-        calls: int = routes.gpu()["timed_calls"]
-        return calls
+        found: int = routes.gpu()["timed_calls"]
+        return found
 
     shipped = timed()
     assert shipped > 100

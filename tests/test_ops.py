@@ -161,6 +161,17 @@ CASES: list[tuple[Callable[..., torch.Tensor], list[Any], dict[str, Any], torch.
     ),
     (ops.layer_norm, [TOKENS, None, None], {"eps": 1e-3}, F.layer_norm(TOKENS, (8,), eps=1e-3)),
     (
+        ops.add_layer_norm,
+        [TOKENS, TOKENS.flip(1), SCALES, SHIFT],
+        {"eps": 1e-3},
+        torch.stack(
+            [
+                TOKENS + TOKENS.flip(1),
+                F.layer_norm(TOKENS + TOKENS.flip(1), (8,), SCALES, SHIFT, 1e-3),
+            ]
+        ),
+    ),
+    (
         ops.attention,
         [Q, K, K * 2],
         {"heads": 3, "scale": 0.3},

@@ -1,4 +1,4 @@
-"""The calls of a plan at one size, without weights or a device: what there is to tune."""
+"""The calls of a plan at one size, without weights or a device; how many were timed on a GPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from ..hardware import Hardware
 from ..kernels import Call, reference
 from ..plan.schema import Plan
 from ..tuning import Choice
+from ..tuning.profile import Profile, profile_cache
 from .arena import Arena
 from .executable import Executable
 
@@ -39,3 +41,8 @@ def calls_of(plan: Plan, dims: Mapping[str, int], dtype: torch.dtype) -> list[Ca
     collector: Any = _Collector()
     Executable(plan, dims, constants, dtype, Arena(meta), {}, None, collector)
     return list({call.key: call for call in collector.calls}.values())
+
+
+def timed_calls(hardware: Hardware) -> int:
+    """How many calls were timed on such a GPU, by us or on this machine."""
+    return len(Profile(hardware, profile_cache()))

@@ -215,14 +215,14 @@ def gpu() -> dict[str, Any]:
 
     timed_calls: calls of operators whose kernels were timed on such a GPU, by us or here.
     """
-    from ...tuning.profile import Profile, profile_cache
+    from ...runtime.calls import timed_calls
 
     name, hardware, problem = _hardware()
     found: dict[str, Any] = {"capability": None, "vram_mib": None, "timed_calls": 0}
     if hardware is not None and hardware.capability is not None:
         found["capability"] = ".".join(map(str, hardware.capability))
         found["vram_mib"] = hardware.memory_bytes >> 20
-        found["timed_calls"] = len(Profile(hardware, profile_cache()))
+        found["timed_calls"] = timed_calls(hardware)
     return {**found, "name": name, "problem": problem}
 
 
