@@ -41,6 +41,9 @@ def _enter_comfyui(root: Path) -> None:
     pack = str(Path(__file__).parents[2])
     # Both have a `nodes`; ComfyUI's is the one that everybody there means.
     sys.path[:] = [str(root), *(path for path in sys.path if path not in ("", pack)), pack]
+    # As the host's main module does, before its nodes put a folder in front that has another one.
+    import utils.extra_config  # noqa: F401
+
     from .launch import define_torchvision_ops
 
     define_torchvision_ops()
