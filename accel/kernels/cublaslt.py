@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from ..hardware import Hardware
-from .library import regular
+from . import library
 from .registry import Call, Config, TensorSpec, kernel
 
 ALGORITHMS = 4
@@ -276,7 +276,7 @@ def multiplies(call: Call, hardware: Hardware) -> bool:
     Half precision; rows of whole 16 bytes, one after another at one distance, none over another.
     """
     x, _, _, residual = call.tensors
-    if x is None or hardware.capability is None or not regular(call):
+    if x is None or hardware.capability is None or not library.regular(call):
         return False
     apart = [spec for spec in (x, residual, call.out) if spec is not None]
     return (
