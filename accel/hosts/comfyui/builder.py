@@ -476,9 +476,14 @@ def _line_of(build: _Build, waits: bool) -> tuple[str, str]:
         return "build", done if waits else f"{done} · host's path meanwhile"
     if build.state == "ready":
         return "engine", "engine ready" if waits else "engine ready: used from the next run"
-    if build.state == "cancelled":
-        return "host", "host's path: the build of its engine was cancelled"
-    return "host", f"host's path: its engine could not be built: {build.error}"
+    return "host", f"host's path: {why_no_plan(build.state, build.error)}"
+
+
+def why_no_plan(state: str, error: str | None) -> str:
+    """What a build that ended without a plan says."""
+    if state == "cancelled":
+        return "the build of its engine was cancelled"
+    return f"its engine could not be built: {error or state}"
 
 
 def _shape_key_of(entry: Entry) -> str | None:

@@ -381,10 +381,8 @@ def _choose(net: Any) -> Part | None:
         raise UnsupportedModel(reason)
     structure = known_structure(net.control_model)
     options = net.switchyard_line.options
-    plan, built = request_plan(structure, net.control_model, options)
+    plan = request_plan(structure, net.control_model, options)
     if plan is None:
-        done = f"building {100 * built:.0f} %"
-        net.switchyard_line.show("build", f"{done} · host's path meanwhile")
         return None
     part = _lineup().part(net.control_model_wrapped, structure, plan, _dtype(net))
     if part is None:

@@ -34,7 +34,7 @@ from ...plan.schema import Plan
 from ...runtime.network import Seat
 from ...runtime.weights import weights_bytes
 from ...structure import Structure, structure_of
-from .builder import builder
+from .builder import builder, why_no_plan
 from .decide import (
     ATTENTION,
     Reason,
@@ -312,11 +312,10 @@ class Acceleration:
             return None
         sampling.watched = watched(model, options, conds)
         known = builder().find(structure) is not None
-        plan, built = request_plan(structure, model.model.diffusion_model, self.options)
+        plan = request_plan(structure, model.model.diffusion_model, self.options)
         run.captures = int(plan is not None and not known)
         if plan is None:
             run.mode = "building"
-            journal().status(self.options.node_id, "build", status_line(run, built))
             return None
         problem = _too_small(model, plan, dtype, noise_shape)
         if problem is not None:
@@ -494,25 +493,21 @@ def bring_in(patcher: Any, engine: NetworkPatcher) -> tuple[Seat, float]:
     return engine.seat(identity(patcher), source, patcher.patches_uuid)
 
 
-def request_plan(
-    structure: Structure, network: nn.Module, options: Options
-) -> tuple[Plan | None, float]:
-    """The plan, if it is at hand, and otherwise the fraction of its build that is done.
+def request_plan(structure: Structure, network: nn.Module, options: Options) -> Plan | None:
+    """The plan, if it is at hand; None while it is built, which the node's line tells.
 
     Raises `UnsupportedModel` where there will be none.
     """
     plan = builder().request(structure, network, options.wait, options.node_id)
     if plan is not None:
-        return plan, 1.0
+        return plan
     state = builder().status(str(structure.graph_key))
     if state["state"] == "building":
-        return None, float(state["fraction"])
+        return None
     plan = builder().find(structure)  # the build may have ended just now
-    if plan is not None:
-        return plan, 1.0
-    if state["state"] == "cancelled":
-        raise UnsupportedModel("the build of its engine was cancelled")
-    raise UnsupportedModel(f"its engine could not be built: {state['error'] or state['state']}")
+    if plan is None:
+        raise UnsupportedModel(why_no_plan(state["state"], state["error"]))
+    return plan
 
 
 def structure_of_model(model: Any) -> Structure:
