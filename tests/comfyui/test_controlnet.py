@@ -661,21 +661,21 @@ def test_while_its_engine_is_built_the_host_runs_it(load, net, monkeypatch, line
     expected = sample(model, *applied(prompts(), control))
     fast = accelerate_controlnet(control, Options(node_id=WAIT.node_id))
     state = {"state": "building", "fraction": 0.41, "text": "tracing", "error": None}
+    asked = []
     with monkeypatch.context() as building:
-        building.setattr(builder(), "request", lambda *_, **__: None)
+        building.setattr(builder(), "request", lambda *given: asked.append(given[2:]))
         building.setattr(builder(), "status", lambda _: state)
         result = sample(model, *applied(prompts(), fast))
         assert torch.equal(result, expected)
-        assert lines == [("build", "building 41 % · host's path meanwhile")]
+        assert asked == [(False, WAIT.node_id)]  # whose line the builder then writes
+        assert lines == []
         building.setattr(builder(), "find", lambda _: None)
         state.update(state="failed", error="it is too strange")
         sample(model, *applied(prompts(), fast))
-        assert lines[1:] == [
-            ("host", "host's path: its engine could not be built: it is too strange")
-        ]
+        assert lines == [("host", "host's path: its engine could not be built: it is too strange")]
         state.update(state="cancelled", error=None)
         sample(model, *applied(prompts(), fast))
-        assert lines[2:] == [("host", "host's path: the build of its engine was cancelled")]
+        assert lines[1:] == [("host", "host's path: the build of its engine was cancelled")]
     assert engines() == []
     sample(model, *applied(prompts(), accelerate_controlnet(control, WAIT)))
     assert forwards() == [3]
