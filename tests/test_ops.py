@@ -63,6 +63,7 @@ TOKENS, MATRIX, COLUMNS = torch.randn(2, 9, 8), torch.randn(12, 8), torch.randn(
 Q, K = torch.randn(2, 9, 12), torch.randn(2, 5, 12)
 SCALES, SHIFT = torch.randn(8), torch.randn(8)
 ANGLES = TOKENS[..., :1] * SCALES
+JOINED = torch.cat([X * 3, X[..., :4]], -1)
 
 SAME = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
 HALF = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
@@ -168,6 +169,25 @@ CASES: list[tuple[Callable[..., torch.Tensor], list[Any], dict[str, Any], torch.
             [
                 TOKENS + TOKENS.flip(1),
                 F.layer_norm(TOKENS + TOKENS.flip(1), (8,), SCALES, SHIFT, 1e-3),
+            ]
+        ),
+    ),
+    (
+        ops.concat_group_norm,
+        [X, X * 2, X[..., :4], None, COLUMNS, COLUMNS.flip(0)],
+        {"groups": 6, "eps": 1e-3, "activation": "silu"},
+        torch.stack(
+            [JOINED, last(F.silu(F.group_norm(first(JOINED), 6, COLUMNS, COLUMNS.flip(0), 1e-3)))]
+        ),
+    ),
+    (
+        ops.concat_group_norm,
+        [TOKENS, TOKENS.flip(1), SCALES, SHIFT],
+        {"groups": 2, "eps": 1e-3, "activation": "none"},
+        torch.stack(
+            [
+                TOKENS + TOKENS.flip(1),
+                F.group_norm((TOKENS + TOKENS.flip(1)).mT, 2, SCALES, SHIFT, 1e-3).mT,
             ]
         ),
     ),

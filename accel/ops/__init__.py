@@ -4,7 +4,7 @@ from .attention import attention
 from .concat import concat
 from .conv import conv2d
 from .linear import linear
-from .norm import add_layer_norm, group_norm, layer_norm
+from .norm import add_layer_norm, concat_group_norm, group_norm, layer_norm
 from .pointwise import add, cast, gelu, mul, pointwise, residual_add, silu
 from .registry import OPS, Op, aten_arguments, aten_name, get, of
 from .upsample import upsample_nearest
@@ -20,6 +20,7 @@ __all__ = [
     "attention",
     "cast",
     "concat",
+    "concat_group_norm",
     "conv2d",
     "expand",
     "gelu",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness import DEVICE, call_of, check, chip, error, exact, find, run
 
+from accel import ops
 from accel.kernels import TensorSpec, load_triton
 
 assert load_triton()
@@ -400,3 +401,45 @@ def test_rows_and_warps_suit_the_width() -> None:
         for config in configs:
             assert config["rows"] * width / (32 * config["warps"]) <= 96
         assert not any(c["pdl"] for c in variants(LAYER, [x, w, w], EPS, capability=(8, 6)))
+
+
+def joined_of(
+    *widths: int,
+    residuals: Sequence[bool] = (),
+    image: tuple[int, ...] = (2, 3, 11),
+    dtype: torch.dtype = F16,
+    mean: float = 0.0,
+) -> list[torch.Tensor | None]:
+    """Parts of those widths, of which some have residuals, and the parameters of their norm."""
+    tensors: list[torch.Tensor | None] = []
+    for index, width in enumerate(widths):
+        added = (*residuals, *[False] * len(widths))[index]
+        tensors.append(random(*image, width, dtype=dtype, seed=10 + index, mean=mean))
+        made = random(*image, width, dtype=dtype, seed=20 + index)
+        tensors.append(made if added else None)
+    width = sum(widths)
+    return [
+        *tensors,
+        random(width, dtype=dtype, seed=1, mean=1.0),
+        random(width, dtype=dtype, seed=2),
+    ]
+
+
+JOINED = "triton.concat_group_norm"
+
+
+@pytest.mark.parametrize("config", [{**SPLIT, "channels": 16}, SCHEMES[1]], ids=["split", "whole"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residuals", [(), (True,), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("widths", [(80,), (80, 80)], ids=str)
+def test_an_image_is_made_on_the_way(
+    config: Any, dtype: torch.dtype, residuals: Any, widths: tuple[int, ...]
+) -> None:
+    """The image has the bits that its concatenation has."""
+    tensors = joined_of(*widths, residuals=residuals, dtype=dtype)
+    groups = 8 * len(widths)
+    image, norm = check(JOINED, tensors, attributes(groups), config)
+    expected = ops.concat(*tensors[:-2])
+    assert torch.equal(image, expected)
+    alone = run(GROUP, [expected, *tensors[-2:], None, None], attributes(groups), config)
+    assert torch.equal(norm, alone)
