@@ -196,6 +196,31 @@ def test_images_made_on_the_way_are_the_same_bits(runner: Runner) -> None:
     assert counts[0] == counts[1]
 
 
+def test_image_and_norm_lie_apart(runner: Runner) -> None:
+    """So that the norm's memory is taken anew while the image waits for its last reader."""
+    executable = bound(runner, Select({}, ours=("add_layer_norm", "concat_group_norm")))
+    calls, pairs, taken = executable._step_calls, 0, 0
+    for index, call in enumerate(calls):
+        if isinstance(call.out, tuple):
+            pairs += 1
+            image, norm = call.out
+            assert not overlap(image, norm)
+            name = calls[index + 1].step.output
+            readers = [at for at, later in enumerate(calls) if name in later.step.inputs]
+            written = [later.out for later in calls[index + 1 : max(readers, default=index) + 1]]
+            single = [out for out in written if isinstance(out, torch.Tensor)]
+            assert not any(overlap(out, image) for out in single)
+            taken += any(overlap(out, norm) for out in single)
+    assert pairs == joined(executable) + moved(executable)
+    assert taken > pairs // 2
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two buffers share memory."""
+    first, second = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in (a, b))
+    return second[0] < first[1]
+
+
 def test_sums_of_an_adapter_ride_along(runner: Runner) -> None:
     inputs = inputs_for() | {f"adapter_{i}": residuals()[f"residual_{i}"] for i in (2, 5, 8, 11)}
     plain = bound(runner, Select({}, ours=()), inputs)

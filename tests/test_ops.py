@@ -213,6 +213,7 @@ CASES: list[tuple[Callable[..., torch.Tensor], list[Any], dict[str, Any], torch.
     (ops.permute, [X], {"dims": (0, 3, 1, 2)}, first(X)),
     (ops.expand, [EMBEDDING], {"shape": (4, 2, 6)}, EMBEDDING.repeat(4, 1, 1)),
     (ops.slice_dim, [X], {"dim": 2, "start": 1, "length": 3}, X[:, :, 1:4]),
+    (ops.result, [X], {"index": 0}, X[0]),
 ]
 
 
@@ -245,13 +246,30 @@ def test_every_operator_is_tested() -> None:
     assert tested == {name for name in ops.OPS if not name.startswith("aten.")}
 
 
-@pytest.mark.parametrize("target", [ops.reshape, ops.permute, ops.expand, ops.slice_dim])
+VIEWS = [ops.reshape, ops.permute, ops.expand, ops.slice_dim, ops.result]
+
+
+@pytest.mark.parametrize("target", VIEWS)
 def test_views_share_memory_and_say_so(target: Callable[..., torch.Tensor]) -> None:
     case = next(case for case in CASES if case[0] is target)
     op = ops.of(target)
     assert op is not None and op.view
     assert target(*case[1], **case[2]).data_ptr() - case[1][0].data_ptr() in (0, 4 * 8)
-    assert sum(entry.view for entry in ops.OPS.values()) == 4
+    assert sum(entry.view for entry in ops.OPS.values()) == len(VIEWS)
+
+
+def test_several_results_may_lie_apart() -> None:
+    """In a tuple in place of the tensor that stacks them."""
+    several = [case for case in CASES if ops.get(case[0].__name__).results > 1]
+    assert len(several) == 3
+    for target, tensors, attrs, _ in several:
+        stacked = target(*tensors, **attrs)
+        apart = tuple(torch.empty_like(one) for one in stacked)
+        assert reference(target.__name__).run(apart, *tensors, **attrs) is apart
+        assert len(apart) == ops.get(target.__name__).results
+        for index, one in enumerate(apart):
+            assert torch.equal(one, stacked[index])
+            assert ops.result(apart, index=index) is one
 
 
 def test_flops_count_a_multiply_add_as_two() -> None:

@@ -46,7 +46,7 @@ def layer_norm(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-@op(shape=lambda shapes, attrs: (2, *shapes[0]))
+@op(shape=lambda shapes, attrs: (2, *shapes[0]), results=2)
 def add_layer_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -63,7 +63,10 @@ def add_layer_norm(
     return torch.stack((total, layer_norm(total, weight, bias, eps=eps)))
 
 
-@op(shape=lambda shapes, attrs: (2, *shapes[0][:-1], sum(s[-1] for s in shapes[:-2:2])))
+@op(
+    shape=lambda shapes, attrs: (2, *shapes[0][:-1], sum(s[-1] for s in shapes[:-2:2])),
+    results=2,
+)
 def concat_group_norm(
     *tensors: torch.Tensor | None, groups: int, eps: float, activation: str = "none"
 ) -> torch.Tensor:

@@ -148,9 +148,4 @@ def _moved(site: _Site) -> Iterator[Step]:
         shape=(2, *norm.shape),
     )
     for index, output in enumerate((maker.output, norm.output)):
-        part = f"{both} {index}"
-        attrs = {"dim": 0, "start": index, "length": 1}
-        view = replace(norm, op="slice_dim", inputs=(both,), attrs=attrs, output=part)
-        yield replace(view, shape=(1, *norm.shape))
-        shape = {"shape": norm.shape}
-        yield replace(view, op="reshape", inputs=(part,), attrs=shape, output=output)
+        yield replace(norm, op="result", inputs=(both,), attrs={"index": index}, output=output)
