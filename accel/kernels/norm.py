@@ -13,9 +13,14 @@ Groups of 10, 20 or 30 channels fit no power of two. So statistics are made per 
 channels are summed to groups by comparing indices; a group that lies in several blocks' channels
 has a share of its own in each.
 
+The image may be made on the way, of one part or two side by side, each with or without a residual:
+what reads it for the statistics then reads the parts, and stores their sums. That is one pass
+less; a block of channels must lie in one part.
+
 From Hopper on the launches may overlap (programmatic dependent launch, `pdl`): a launch starts
 while the one before still runs and waits where it needs the other's results. That hides the launch
-itself, and the second launch of `split` reads its part of the image while the statistics are made.
+itself, and the second launch of `split` reads its part of the image while the statistics are made,
+unless they come with the image.
 
 Widths and strides come in units of VEC elements, so that the compiler knows that addresses are
 multiples of it without compiling each width anew.
@@ -427,7 +432,8 @@ def _group_apply(
     channel = block_c * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < width * VEC
 
-    # What the launch before made are the statistics: all else may be read before it is done.
+    # The launch before made the statistics, the image too if it is FRESH: all else may be read
+    # before it is done.
     first = block_p * tiles * ROWS
     limit = min(tiles * ROWS, pixels - first)
     start = image.to(tl.int64) * pixels + first
@@ -550,9 +556,7 @@ def _group_whole(
 ):
     """Whole groups of an image, all pixels at once: `part_width` channels, SLOTS groups or fewer.
 
-    x to `total`, split, ADDED: as in `_group_statistics`.
-
-    Grid: (parts of the channels, images).
+    x to `total`, split, ADDED: as in `_group_statistics`. Grid: (parts of the channels, images).
     """
     _start(PDL)
     image = tl.program_id(1)
