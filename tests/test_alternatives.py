@@ -1,4 +1,4 @@
-"""Where a residual is added: by its product, or by the LayerNorm that reads the sum."""
+"""Where a norm's input is made: by the step before it, or by the norm on the way."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from test_executable import inputs_for, residuals
 from torch import nn
 
 from accel.kernels import Call, reference
-from accel.plan.schema import Plan
+from accel.plan.recipe import Param
+from accel.plan.schema import Constant, Plan, Step
 from accel.runtime import alternatives
 from accel.runtime.executable import Executable
 from accel.tuning import Choice
 
 PAIR, MOVED = ("linear", "layer_norm"), ("bare linear", "add_layer_norm")
+JOINED = ("concat", "group_norm", "concat_group_norm")
+CONV = ("conv2d", "bare conv2d", "group_norm", "concat_group_norm")
 
 
 class Select:
     """References as kernels; us: times by operator.
 
-    ours: the operators whose kernel counts as ours. near: times of sizes near by instead.
+    ours: the operators whose kernel counts as ours. near: times of sizes near by instead. apart:
+    whether linear layers and convolutions add their residuals in a pass apart.
     """
 
     def __init__(
@@ -43,12 +47,12 @@ class Select:
 
     def _choice(self, call: Call) -> Choice:
         name = call.op
-        if name == "linear" and call.tensors[3] is None:
-            name = "bare linear"
+        if name in ("linear", "conv2d") and call.tensors[-1] is None:
+            name = f"bare {name}"
         kernel = reference(call.op)
         if name in self.ours:
             kernel = replace(kernel, launches=lambda *rest: [])
-        if name == "linear":
+        if name in ("linear", "conv2d"):
             kernel = replace(kernel, adds_apart=self.apart)
         us, about = self.us.get(name), self.near.get(name)
         return Choice(kernel, {}, "a test", us, name in self.provisional, about)
@@ -131,15 +135,15 @@ def test_sizes_near_by_speak_where_nothing_is_measured(
 
 def test_what_the_prompt_decides_stays_under_its_names(runner: Runner) -> None:
     """Its results are kept by name: another choice later must find them."""
-    sites = list(alternatives._sites(runner.plan))
-    assert sites and {site.product.phase for site in sites} == {"step"}
-    product, norm = sites[0].product.output, sites[0].norm.output
+    sites = [s for s in alternatives._sites(runner.plan) if s.norm.op == "layer_norm"]
+    assert sites and {site.maker.phase for site in sites} == {"step"}
+    product, norm = sites[0].maker.output, sites[0].norm.output
     early = tuple(
         replace(step, phase="prompt") if step.output in (product, norm) else step
         for step in runner.plan.steps
     )
     left = {site.norm.output for site in alternatives._sites(replace(runner.plan, steps=early))}
-    assert norm not in left and len(left) == len(sites) - 1
+    assert norm not in left and left.issuperset(site.norm.output for site in sites[1:])
 
 
 def test_a_library_norm_is_no_reason_to_move(runner: Runner) -> None:
@@ -164,3 +168,162 @@ def test_sizes_choose_for_themselves(runner: Runner) -> None:
         moved(bound(runner, BySize({}), inputs_for(side, side))) for side in (8, 16, 64)
     )
     assert small > large > larger
+
+
+# GroupNorms that make the image they norm.
+
+
+def joined(executable: Executable) -> int:
+    return executable.kernels()["reference.concat_group_norm"]
+
+
+def test_images_made_on_the_way_are_the_same_bits(runner: Runner) -> None:
+    """Of concatenations and of sums, and no kernel more for a ControlNet's residuals."""
+    counts = []
+    for inputs in (inputs_for(), inputs_for() | residuals()):
+        plain = bound(runner, Select({}, ours=()), inputs)
+        ours = ("add_layer_norm", "concat_group_norm")
+        other = bound(runner, Select({}, ours=ours), inputs)
+        before, after = plain.kernels(), other.kernels()
+        assert joined(plain) == 0 and after["reference.concat"] == 0
+        assert joined(other) > before["reference.concat"] == 12
+        assert after["reference.group_norm"] == before["reference.group_norm"] - joined(other)
+        assert after.total() == before.total() - 12
+        assert moved(other) > 0
+        (expected,), (found,) = plain.run(inputs, None), other.run(inputs, None)
+        assert torch.equal(found, expected)
+        counts.append(after)
+    assert counts[0] == counts[1]
+
+
+def test_image_and_norm_lie_apart(runner: Runner) -> None:
+    """So that the norm's memory is taken anew while the image waits for its last reader."""
+    executable = bound(runner, Select({}, ours=("add_layer_norm", "concat_group_norm")))
+    calls, pairs, taken = executable._step_calls, 0, 0
+    for index, call in enumerate(calls):
+        if isinstance(call.out, tuple):
+            pairs += 1
+            image, norm = call.out
+            assert not overlap(image, norm)
+            name = calls[index + 1].step.output
+            readers = [at for at, later in enumerate(calls) if name in later.step.inputs]
+            written = [later.out for later in calls[index + 1 : max(readers, default=index) + 1]]
+            single = [out for out in written if isinstance(out, torch.Tensor)]
+            assert not any(overlap(out, image) for out in single)
+            taken += any(overlap(out, norm) for out in single)
+    assert pairs == joined(executable) + moved(executable)
+    assert taken > pairs // 2
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two buffers share memory."""
+    first, second = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in (a, b))
+    return second[0] < first[1]
+
+
+def test_sums_of_an_adapter_ride_along(runner: Runner) -> None:
+    inputs = inputs_for() | {f"adapter_{i}": residuals()[f"residual_{i}"] for i in (2, 5, 8, 11)}
+    plain = bound(runner, Select({}, ours=()), inputs)
+    other = bound(runner, Select({}, ours=("concat_group_norm",)), inputs)
+    sums = "reference.residual_add"
+    assert other.kernels()[sums] < plain.kernels()[sums]
+    assert torch.equal(other.run(inputs, None)[0], plain.run(inputs, None)[0])
+
+
+@pytest.mark.parametrize(
+    ("us", "taken"),
+    [
+        ({"concat": 6, "group_norm": 10, "concat_group_norm": 12}, True),
+        ({"concat": 6, "group_norm": 10, "concat_group_norm": 16}, True),
+        ({"concat": 6, "group_norm": 10, "concat_group_norm": 17}, False),
+        ({"concat": 6, "group_norm": 10}, True),  # a pass is saved
+        ({"concat_group_norm": 12}, True),
+        ({}, True),
+    ],
+    ids=str,
+)
+def test_a_concatenation_is_made_where_that_is_faster(runner: Runner, us: Any, taken: bool) -> None:
+    """Of unknown times with any kernel of ours, and never with a library's."""
+    for near in ({}, us):  # measured here, or at sizes near by
+        select = Select({} if near else us, JOINED, near=near, apart=False)
+        executable = bound(runner, select)
+        assert joined(executable) == (12 if taken else 0)
+        assert executable.kernels()["reference.concat"] == (0 if taken else 12)
+    assert joined(bound(runner, Select(us, ours=("concat", "group_norm")))) == 0
+
+
+@pytest.mark.parametrize(
+    ("us", "apart", "taken"),
+    [
+        ((30, 25, 10, 14), False, True),
+        ((30, 25, 10, 16), True, False),
+        ((30, None, 10, 14), False, False),
+        ((30, None, 10, 14), True, True),
+    ],
+)
+def test_a_sum_is_made_where_that_is_faster(
+    runner: Runner, us: Any, apart: bool, taken: bool
+) -> None:
+    """Of unknown times where the product's kernel adds the residual in a pass apart."""
+    times = dict(zip(CONV, us, strict=True)) | {"linear": 1, "bare linear": 9, "concat": 1}
+    found = bound(runner, Select(times, ours=("concat_group_norm",), apart=apart))
+    assert joined(found) == (8 if taken else 0)
+    assert found.kernels()["reference.conv2d"] == 52
+
+
+@pytest.mark.parametrize("which", JOINED)
+def test_a_norm_that_is_still_being_compiled_may_change(runner: Runner, which: str) -> None:
+    assert bound(runner, Select({}, provisional=(which,))).provisional
+
+
+def step(op: str, output: str, *inputs: str | None, phase: str = "step", **attrs: Any) -> Step:
+    return Step(op, inputs, attrs, output, (1, 4, 4, 8), "compute", phase)
+
+
+JOIN = step("concat", "image", "x", None, "skip", "residual")
+NORM = step("group_norm", "norm", "image", "scale", "base", None, None)
+
+
+def sites_of(*steps: Step) -> list[tuple[str, str]]:
+    constants = tuple(
+        Constant(name, "compute", Param(name, (8,))) for name in ("scale", "base", "weight")
+    )
+    plan = Plan({}, (), (), constants, steps)
+    return [(site.maker.output, site.norm.output) for site in alternatives._sites(plan)]
+
+
+def test_what_a_norm_can_make() -> None:
+    image = [("image", "norm")]
+    assert sites_of(JOIN, NORM) == image
+    assert sites_of(step("concat", "image", "x", None, "skip", None), NORM) == image
+    assert sites_of(step("residual_add", "image", "x", "residual"), NORM) == image
+    assert sites_of(step("linear", "image", "x", "weight", None, "residual"), NORM) == image
+    conv = ("x", "weight", "base", None)
+    assert sites_of(step("conv2d", "image", *conv, "residual"), NORM) == image
+    tokens = step("layer_norm", "norm", "image", "scale", None)
+    assert sites_of(step("linear", "image", "x", "weight", None, "residual"), tokens) == image
+    reader = step("linear", "shortcut", "image", "weight", None, None)
+    assert sites_of(JOIN, reader, NORM, step("silu", "other", "image")) == image
+
+
+def test_what_a_norm_cannot_make() -> None:
+    """And the second of two norms of one image, which then reads what the first has made."""
+    second = replace(NORM, output="second")
+    assert sites_of(JOIN, NORM, second) == [("image", "norm")]
+    for maker in (
+        step("concat", "image", "x", None, phase="prompt"),
+        step("conv2d", "image", "x", "weight", "base", None, None),
+        step("linear", "image", "x", "weight", "base", None),
+        step("silu", "image", "x"),
+    ):
+        assert not sites_of(maker, NORM), maker.op
+    tokens = step("layer_norm", "norm", "image", "scale", "base")
+    for maker in (JOIN, step("conv2d", "image", "x", "weight", "base", None, "residual")):
+        assert not sites_of(maker, tokens), maker.op
+    # What is added first, or is made by steps that may come later.
+    shifted = ("image", "scale", "base", "shift", None)
+    for inputs in (shifted, ("image", "scale", "base", None, "base"), ("image", "made", "base")):
+        assert not sites_of(JOIN, replace(NORM, inputs=inputs))
+    # Another shape of the same elements.
+    flat = step("reshape", "flat", "image", shape=(1, 16, 8))
+    assert not sites_of(JOIN, flat, replace(NORM, inputs=("flat", "scale", "base")))

@@ -721,6 +721,13 @@ def moving() -> list[Call]:
         Call("group_norm", image, (image, vector, vector, f32(2, 32), vector), norm),
         Call("group_norm", image, (image, vector, vector, None, None), norm),
         Call("layer_norm", image, (image, vector, vector), {"eps": 1e-5}),
+        Call("add_layer_norm", f32(2, 2, 4, 6, 32), (image, image, vector, vector), {"eps": 1e-5}),
+        Call(
+            "concat_group_norm",
+            f32(2, 2, 4, 6, 64),
+            (image, None, image, image, f32(64), f32(64)),
+            norm,
+        ),
         Call("concat", f32(2, 4, 6, 64), (image, None, image, image), {}),
         Call("upsample_nearest", f32(2, 8, 12, 32), (image,), {"size": (8, 12)}),
         Call("pointwise", image, (image, vector), {"program": chain, "dtype": torch.float32}),

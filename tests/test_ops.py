@@ -63,6 +63,7 @@ TOKENS, MATRIX, COLUMNS = torch.randn(2, 9, 8), torch.randn(12, 8), torch.randn(
 Q, K = torch.randn(2, 9, 12), torch.randn(2, 5, 12)
 SCALES, SHIFT = torch.randn(8), torch.randn(8)
 ANGLES = TOKENS[..., :1] * SCALES
+JOINED = torch.cat([X * 3, X[..., :4]], -1)
 
 SAME = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
 HALF = {"stride": (2, 2), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
@@ -172,6 +173,25 @@ CASES: list[tuple[Callable[..., torch.Tensor], list[Any], dict[str, Any], torch.
         ),
     ),
     (
+        ops.concat_group_norm,
+        [X, X * 2, X[..., :4], None, COLUMNS, COLUMNS.flip(0)],
+        {"groups": 6, "eps": 1e-3, "activation": "silu"},
+        torch.stack(
+            [JOINED, last(F.silu(F.group_norm(first(JOINED), 6, COLUMNS, COLUMNS.flip(0), 1e-3)))]
+        ),
+    ),
+    (
+        ops.concat_group_norm,
+        [TOKENS, TOKENS.flip(1), SCALES, SHIFT],
+        {"groups": 2, "eps": 1e-3, "activation": "none"},
+        torch.stack(
+            [
+                TOKENS + TOKENS.flip(1),
+                F.group_norm((TOKENS + TOKENS.flip(1)).mT, 2, SCALES, SHIFT, 1e-3).mT,
+            ]
+        ),
+    ),
+    (
         ops.attention,
         [Q, K, K * 2],
         {"heads": 3, "scale": 0.3},
@@ -193,6 +213,7 @@ CASES: list[tuple[Callable[..., torch.Tensor], list[Any], dict[str, Any], torch.
     (ops.permute, [X], {"dims": (0, 3, 1, 2)}, first(X)),
     (ops.expand, [EMBEDDING], {"shape": (4, 2, 6)}, EMBEDDING.repeat(4, 1, 1)),
     (ops.slice_dim, [X], {"dim": 2, "start": 1, "length": 3}, X[:, :, 1:4]),
+    (ops.result, [X], {"index": 0}, X[0]),
 ]
 
 
@@ -225,13 +246,30 @@ def test_every_operator_is_tested() -> None:
     assert tested == {name for name in ops.OPS if not name.startswith("aten.")}
 
 
-@pytest.mark.parametrize("target", [ops.reshape, ops.permute, ops.expand, ops.slice_dim])
+VIEWS = [ops.reshape, ops.permute, ops.expand, ops.slice_dim, ops.result]
+
+
+@pytest.mark.parametrize("target", VIEWS)
 def test_views_share_memory_and_say_so(target: Callable[..., torch.Tensor]) -> None:
     case = next(case for case in CASES if case[0] is target)
     op = ops.of(target)
     assert op is not None and op.view
     assert target(*case[1], **case[2]).data_ptr() - case[1][0].data_ptr() in (0, 4 * 8)
-    assert sum(entry.view for entry in ops.OPS.values()) == 4
+    assert sum(entry.view for entry in ops.OPS.values()) == len(VIEWS)
+
+
+def test_several_results_may_lie_apart() -> None:
+    """In a tuple in place of the tensor that stacks them."""
+    several = [case for case in CASES if ops.get(case[0].__name__).results > 1]
+    assert len(several) == 3
+    for target, tensors, attrs, _ in several:
+        stacked = target(*tensors, **attrs)
+        apart = tuple(torch.empty_like(one) for one in stacked)
+        assert reference(target.__name__).run(apart, *tensors, **attrs) is apart
+        assert len(apart) == ops.get(target.__name__).results
+        for index, one in enumerate(apart):
+            assert torch.equal(one, stacked[index])
+            assert ops.result(apart, index=index) is one
 
 
 def test_flops_count_a_multiply_add_as_two() -> None:

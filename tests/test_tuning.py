@@ -264,6 +264,15 @@ def test_families_differ_in_image_size_alone() -> None:
     square, wide = (Call("group_norm", s, (s, None, None), norm).key for s in images)
     assert family(square) == family(wide)
 
+    def joined(batch: int, *sides: int) -> str:
+        image, scale = spec(batch, *sides, 16), spec(16, constant=True)
+        both = spec(2, batch, *sides, 16)
+        return Call("concat_group_norm", both, (image, None, scale, scale), norm).key
+
+    assert family(joined(2, 8, 8)) == family(joined(2, 6, 11)) == family(joined(1, 8, 16))
+    rows = [profiles.family_of(joined(1, *sides))[1] for sides in ((8, 8), (8, 16))]
+    assert rows[1] == 2 * rows[0]
+
 
 def test_a_measurement_speaks_for_sizes_near_by(
     made: Any, cache: DiskCache, monkeypatch: pytest.MonkeyPatch

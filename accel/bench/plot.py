@@ -31,7 +31,7 @@ STYLES = (
     Style("convolution", "#0072B2", "o", ("conv2d",)),
     Style("linear", "#E69F00", "s", ("linear",)),
     Style("attention", "#009E73", "^", ("attention",)),
-    Style("GroupNorm", "#CC79A7", "D", ("group_norm",)),
+    Style("GroupNorm", "#CC79A7", "D", ("group_norm", "concat_group_norm")),
     Style("LayerNorm", "#56B4E9", "v", ("layer_norm", "add_layer_norm")),
     Style(
         "pointwise",

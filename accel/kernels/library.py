@@ -427,6 +427,17 @@ def concat(out: torch.Tensor, *pairs: torch.Tensor | None) -> torch.Tensor:
     return out
 
 
+@kernel("concat_group_norm", name="torch.concat_group_norm", devices=_CUDA)
+def concat_group_norm(
+    out: torch.Tensor, *tensors: torch.Tensor, groups: int, eps: float, activation: str
+) -> torch.Tensor:
+    """As many passes as PyTorch takes for the one and then the other."""
+    *pairs, weight, bias = tensors
+    image = concat(out[0], *pairs)
+    group_norm(out[1], image, weight, bias, groups=groups, eps=eps, activation=activation)
+    return out
+
+
 @kernel("upsample_nearest", name="torch.upsample_nearest2d", devices=_CUDA)
 def upsample_nearest(out: torch.Tensor, x: torch.Tensor, *, size: tuple[int, int]) -> torch.Tensor:
     """PyTorch's kernel writes channels-last where input and output are."""

@@ -13,9 +13,14 @@ Groups of 10, 20 or 30 channels fit no power of two. So statistics are made per 
 channels are summed to groups by comparing indices; a group that lies in several blocks' channels
 has a share of its own in each.
 
+The image may be made on the way, of one part or two side by side, each with or without a residual:
+what reads it for the statistics then reads the parts, and stores their sums. That is one pass
+less; a block of channels must lie in one part.
+
 From Hopper on the launches may overlap (programmatic dependent launch, `pdl`): a launch starts
 while the one before still runs and waits where it needs the other's results. That hides the launch
-itself, and the second launch of `split` reads its part of the image while the statistics are made.
+itself, and the second launch of `split` reads its part of the image while the statistics are made,
+unless they come with the image.
 
 Widths and strides come in units of VEC elements, so that the compiler knows that addresses are
 multiples of it without compiling each width anew.
@@ -111,6 +116,40 @@ def _finish(value, centre, scale, base, target, mask, SILU: tl.constexpr, FAST: 
 
 
 @triton.jit
+def _side(x, y, x_stride, y_stride, pixel, split, second, ADDED: tl.constexpr):
+    """Where a block of channels of one pixel is read: in x, or of two parts in the `second`, y.
+
+    As pointer to channel 0 of both together, and elements from one pixel to the next.
+    """
+    if len(ADDED) == 1:
+        return x + pixel * x_stride, x_stride
+    else:
+        stride = tl.where(second, y_stride, x_stride)
+        return tl.where(second, y - split, x) + pixel * stride, stride
+
+
+@triton.jit
+def _has_residual(inside, channel, split, ADDED: tl.constexpr):
+    """Of the channels that are `inside` those to which a residual is added."""
+    if len(ADDED) == 1 or (ADDED[0] and ADDED[len(ADDED) - 1]):
+        return inside
+    elif ADDED[0]:
+        return inside & (channel < split)
+    else:
+        return inside & (channel >= split)
+
+
+@triton.jit
+def _load_sum(x, residual, place, residual_place, mask, added, ADDED: tl.constexpr):
+    """Values of x, where `added` with those of the residual: rounded, as the concatenation is."""
+    value = tl.load(x + place, mask, other=0.0)
+    if ADDED[0] or ADDED[len(ADDED) - 1]:
+        more = tl.load(residual + residual_place, mask & added, other=0.0)
+        value = (value.to(tl.float32) + more.to(tl.float32)).to(value.dtype)
+    return value
+
+
+@triton.jit
 def _start(PDL: tl.constexpr):
     """Wait for the launch before this one, and let the next one start."""
     if PDL:
@@ -129,15 +168,38 @@ def _overlap(left, width, other, other_width):
 
 @triton.jit
 def _load_rows(
-    source, start, limit, stride, channel, inside, ROWS: tl.constexpr, DEPTH: tl.constexpr
+    source,
+    residual,
+    total,
+    start,
+    limit,
+    stride,
+    residual_stride,
+    total_stride,
+    channel,
+    inside,
+    added,
+    ADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
-    """DEPTH tiles of ROWS pixels each from `start` on, up to `limit`, all in flight together."""
+    """DEPTH tiles of ROWS pixels each from `start` on, up to `limit`, all in flight together.
+
+    Then they are stored to `total`, if that is given.
+    """
     values = ()
     for index in tl.static_range(DEPTH):
         row = start + index * ROWS + tl.arange(0, ROWS)[:, None]
-        place = source + row * stride + channel[None, :]
-        value = tl.load(place, (row < limit) & inside[None, :], other=0.0)
+        place = row * stride + channel[None, :]
+        residual_place = row * residual_stride + channel[None, :]
+        mask = (row < limit) & inside[None, :]
+        value = _load_sum(source, residual, place, residual_place, mask, added[None, :], ADDED)
         values = values + (value,)  # type: ignore[assignment]
+    if total is not None:
+        for index in tl.static_range(DEPTH):
+            row = start + index * ROWS + tl.arange(0, ROWS)[:, None]
+            mask = (row < limit) & inside[None, :]
+            tl.store(total + row * total_stride + channel[None, :], values[index], mask)
     return values
 
 
@@ -167,6 +229,10 @@ def _add_rows(
     do_not_specialize=[
         "pixels",
         "x_stride",
+        "y_stride",
+        "residual_stride",
+        "y_residual_stride",
+        "split",
         "shift_stride",
         "width",
         "groups",
@@ -177,17 +243,26 @@ def _add_rows(
 )
 def _group_statistics(
     x,
+    y,
+    residual,
+    y_residual,
+    total,
     shift,
     offset,
     partials,
     pixels,
     x_stride,
+    y_stride,
+    residual_stride,
+    y_residual_stride,
+    split,
     shift_stride,
     width,
     groups,
     span,
     shares,
     blocks,
+    ADDED: tl.constexpr,
     GROUP: tl.constexpr,
     VEC: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -197,6 +272,10 @@ def _group_statistics(
     PDL: tl.constexpr,
 ):
     """Mean and sum of squared deviations of `span` pixels x CHANNELS channels, group by group.
+
+    The channels are those of x, or of x and y side by side, y from channel `split` on, and what is
+    added to them before all else, in the image's dtype: ADDED says for each whether it has a
+    residual. `total`, if given, receives the image so made.
 
     Grid: (blocks of channels, of pixels, images). partials: float32
     [2, images, groups, shares, blocks of pixels]; share j of a group is what the j-th block of
@@ -210,10 +289,40 @@ def _group_statistics(
     inside = channel < width * VEC
     first = block_p * span
     limit = min(span, pixels - first)
-    source = x + (image.to(tl.int64) * pixels + first) * (x_stride * VEC)
-    stride = x_stride * VEC
-    values = _load_rows(source, 0, limit, stride, channel, inside, ROWS, DEPTH)
-    pivot = tl.load(source + channel, inside, other=0.0).to(tl.float32)
+    pixel = image.to(tl.int64) * pixels + first
+    second = block_c * CHANNELS >= split * VEC
+    source, stride = _side(x, y, x_stride * VEC, y_stride * VEC, pixel, split * VEC, second, ADDED)
+    other, other_stride = _side(
+        residual,
+        y_residual,
+        residual_stride * VEC,
+        y_residual_stride * VEC,
+        pixel,
+        split * VEC,
+        second,
+        ADDED,
+    )
+    has = _has_residual(inside, channel, split * VEC, ADDED)
+    target_stride = width * VEC
+    if total is not None:
+        total += pixel * target_stride
+    values = _load_rows(
+        source,
+        other,
+        total,
+        0,
+        limit,
+        stride,
+        other_stride,
+        target_stride,
+        channel,
+        inside,
+        has,
+        ADDED,
+        ROWS,
+        DEPTH,
+    )
+    pivot = _load_sum(source, other, channel, channel, inside, has, ADDED).to(tl.float32)
     added = _addend(shift, offset, image, shift_stride, channel, inside, VEC)
 
     # Sums of distances from the block's first pixel. Whatever that pixel is, its own square is in
@@ -222,7 +331,22 @@ def _group_statistics(
     squares = tl.zeros([ROWS, CHANNELS], tl.float32)
     sums, squares = _add_rows(sums, squares, values, pivot, 0, limit, inside, ROWS, DEPTH)
     for start in range(DEPTH * ROWS, limit, DEPTH * ROWS):
-        values = _load_rows(source, start, limit, stride, channel, inside, ROWS, DEPTH)
+        values = _load_rows(
+            source,
+            other,
+            total,
+            start,
+            limit,
+            stride,
+            other_stride,
+            target_stride,
+            channel,
+            inside,
+            has,
+            ADDED,
+            ROWS,
+            DEPTH,
+        )
         sums, squares = _add_rows(sums, squares, values, pivot, start, limit, inside, ROWS, DEPTH)
 
     # Rows to channels. An addend that is the same for all pixels only moves the mean.
@@ -292,12 +416,14 @@ def _group_apply(
     LOOP: tl.constexpr,
     SILU: tl.constexpr,
     FAST: tl.constexpr,
+    FRESH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Merge the partials of the groups in CHANNELS channels, then normalise `tiles` x ROWS pixels.
 
     Grid: (blocks of channels, of pixels, images). SHARES and BLOCKS: powers of two that hold
-    `shares` and `blocks`. LOOP: whether `tiles` is more than 1.
+    `shares` and `blocks`. LOOP: whether `tiles` is more than 1. FRESH: whether x too was made by
+    the launch before.
     """
     block_c = tl.program_id(0)
     # From the image's end, which the statistics read last, so that it is in the cache.
@@ -306,7 +432,8 @@ def _group_apply(
     channel = block_c * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < width * VEC
 
-    # The launch before only made the statistics: all else may be read before it is done.
+    # The launch before made the statistics, the image too if it is FRESH: all else may be read
+    # before it is done.
     first = block_p * tiles * ROWS
     limit = min(tiles * ROWS, pixels - first)
     start = image.to(tl.int64) * pixels + first
@@ -315,7 +442,8 @@ def _group_apply(
     source += row[:, None] * (x_stride * VEC) + channel[None, :]
     target = out + start * (width * VEC) + row[:, None] * (width * VEC) + channel[None, :]
     mask = (row < limit)[:, None] & inside[None, :]
-    value = tl.load(source, mask, other=0.0, cache_modifier=".cg")
+    if not FRESH:
+        value = tl.load(source, mask, other=0.0, cache_modifier=".cg")
     added = _addend(shift, offset, image, shift_stride, channel, inside, VEC)
     scale = tl.load(weight + channel, inside, other=0.0, cache_modifier=".cg").to(tl.float32)
     base = tl.load(bias + channel, inside, other=0.0, cache_modifier=".cg").to(tl.float32)
@@ -335,6 +463,8 @@ def _group_apply(
     stored = (channels > 0) & (block < blocks * 4)
 
     _start(PDL)
+    if FRESH:
+        value = tl.load(source, mask, other=0.0, cache_modifier=".cg")
     part_mean = tl.load(partials + place, stored, other=0.0)
     part_squares = tl.load(partials + plane + place, stored, other=0.0)
     part_mean = tl.where(count > 0, part_mean, 0.0)
@@ -383,6 +513,10 @@ def _of_group(channels, index, inside, GROUP: tl.constexpr, SLOTS: tl.constexpr)
     do_not_specialize=[
         "pixels",
         "x_stride",
+        "y_stride",
+        "residual_stride",
+        "y_residual_stride",
+        "split",
         "shift_stride",
         "width",
         "part_width",
@@ -391,6 +525,10 @@ def _of_group(channels, index, inside, GROUP: tl.constexpr, SLOTS: tl.constexpr)
 )
 def _group_whole(
     x,
+    y,
+    residual,
+    y_residual,
+    total,
     shift,
     offset,
     weight,
@@ -398,10 +536,15 @@ def _group_whole(
     out,
     pixels,
     x_stride,
+    y_stride,
+    residual_stride,
+    y_residual_stride,
+    split,
     shift_stride,
     width,
     part_width,
     eps,
+    ADDED: tl.constexpr,
     GROUP: tl.constexpr,
     VEC: tl.constexpr,
     ROWS: tl.constexpr,
@@ -413,7 +556,7 @@ def _group_whole(
 ):
     """Whole groups of an image, all pixels at once: `part_width` channels, SLOTS groups or fewer.
 
-    Grid: (parts of the channels, images).
+    x to `total`, split, ADDED: as in `_group_statistics`. Grid: (parts of the channels, images).
     """
     _start(PDL)
     image = tl.program_id(1)
@@ -423,12 +566,31 @@ def _group_whole(
     channel = start + index
     row = tl.arange(0, ROWS)
     mask = (row < pixels)[:, None] & inside[None, :]
-    source = x + image.to(tl.int64) * pixels * (x_stride * VEC) + channel
-    value = tl.load(source[None, :] + row[:, None] * (x_stride * VEC), mask, other=0.0)
-    pivot = tl.load(source, inside, other=0.0).to(tl.float32)
+    pixel = image.to(tl.int64) * pixels
+    second = start >= split * VEC
+    source, stride = _side(x, y, x_stride * VEC, y_stride * VEC, pixel, split * VEC, second, ADDED)
+    other, other_stride = _side(
+        residual,
+        y_residual,
+        residual_stride * VEC,
+        y_residual_stride * VEC,
+        pixel,
+        split * VEC,
+        second,
+        ADDED,
+    )
+    has = _has_residual(inside, channel, split * VEC, ADDED)
+    place = row[:, None] * stride + channel[None, :]
+    other_place = row[:, None] * other_stride + channel[None, :]
+    value = _load_sum(source, other, place, other_place, mask, has[None, :], ADDED)
+    pivot = _load_sum(source, other, channel, channel, inside, has, ADDED).to(tl.float32)
     scale = tl.load(weight + channel, inside, other=0.0).to(tl.float32)
     base = tl.load(bias + channel, inside, other=0.0).to(tl.float32)
     added = _addend(shift, offset, image, shift_stride, channel, inside, VEC)
+
+    target = row[:, None] * (width * VEC) + channel[None, :]
+    if total is not None:
+        tl.store(total + pixel * (width * VEC) + target, value, mask)
 
     height = pixels.to(tl.float32)
     value = tl.where(mask, value.to(tl.float32) - pivot[None, :], 0.0)
@@ -441,34 +603,48 @@ def _group_whole(
     variance = _of_group(squares, index, inside, GROUP, SLOTS) * (1.0 / (height * GROUP))
     scale *= tl.rsqrt(variance + eps)
 
-    y = value * scale[None, :] + (base - (centre - added - pivot) * scale)[None, :]
+    result = value * scale[None, :] + (base - (centre - added - pivot) * scale)[None, :]
     if SILU:
-        y = _silu(y, FAST)
-    target = out + image.to(tl.int64) * pixels * (width * VEC)
-    target += row[:, None] * (width * VEC) + channel[None, :]
-    tl.store(target, y.to(out.dtype.element_ty), mask)
+        result = _silu(result, FAST)
+    tl.store(out + pixel * (width * VEC) + target, result.to(out.dtype.element_ty), mask)
 
 
 class _Image:
-    """The sizes of a GroupNorm call, and what follows from them for a configuration."""
+    """The sizes of a GroupNorm call, and what follows from them for a configuration.
 
-    def __init__(self, x: TensorSpec, shift: TensorSpec | None, groups: int) -> None:
-        self.batch, self.width = x.shape[0], x.shape[-1]
+    parts: what makes the image, x, its residual, y and its residual, as far as they are there.
+    split: the channel at which y begins, 0 without one.
+    """
+
+    def __init__(
+        self, parts: Sequence[TensorSpec | None], shift: TensorSpec | None, groups: int
+    ) -> None:
+        x, _, y, _ = self.parts = (*parts, None, None, None)[:4]
+        assert x is not None
+        self.split = 0 if y is None else x.shape[-1]
+        self.batch, self.width = x.shape[0], x.shape[-1] + (0 if y is None else y.shape[-1])
         self.pixels = prod(x.shape[1:-1])
-        self.stride = x.row_stride() or 0
+        self.strides = [0 if part is None else part.row_stride() or 0 for part in self.parts]
         self.shift_stride = 0 if shift is None or self.batch == 1 else shift.stride[0]
         self.groups, self.group_width = groups, self.width // groups
 
     @staticmethod
     def of(call: Call) -> _Image:
         """The sizes of a call that is supported."""
-        x, shift = call.tensors[0], (*call.tensors, None)[3]
-        assert x is not None
-        return _Image(x, shift, call.attrs["groups"])
+        if call.op == "concat_group_norm":
+            return _Image(call.tensors[:-2], None, call.attrs["groups"])
+        return _Image(call.tensors[:1], (*call.tensors, None)[3], call.attrs["groups"])
 
     def vector(self, part: int) -> int:
         """Elements that every address is a multiple of, in parts of that many channels."""
-        return gcd(_VECTOR, self.width, self.stride, self.shift_stride, part)
+        return gcd(_VECTOR, self.width, self.split, *self.strides, self.shift_stride, part)
+
+    def distances(self, vector: int) -> dict[str, int]:
+        """All widths and strides in units of that many elements."""
+        names = ("x_stride", "residual_stride", "y_stride", "y_residual_stride")
+        found = dict(zip(names, self.strides, strict=True))
+        found |= {"shift_stride": self.shift_stride, "width": self.width, "split": self.split}
+        return {name: distance // vector for name, distance in found.items()}
 
     def strips(self, config: Config) -> int:
         """Blocks of pixels in one block of channels that make up the configuration's grid."""
@@ -518,11 +694,19 @@ class _Image:
         return cdiv(self.tiles(config), self.tiles_each(config))
 
     def fits(self, config: Config) -> bool:
-        """Whether registers and grid hold what the configuration makes of the image."""
+        """Whether registers and grid hold what the configuration makes of the image.
+
+        And whether no block of channels lies in both x and y.
+        """
         if config["scheme"] == "whole":
-            part = next_power_of_2(int(config["groups"]) * self.group_width)
-            return self.groups % int(config["groups"]) == 0 and self.tall * part <= _WHOLE
-        return self.merged(config) <= _PARTIALS and self.launched(config) <= _GRID_Y
+            part = int(config["groups"]) * self.group_width
+            whole = self.groups % int(config["groups"]) == 0 and self.split % part == 0
+            return whole and self.tall * next_power_of_2(part) <= _WHOLE
+        return (
+            self.split % int(config["channels"]) == 0
+            and self.merged(config) <= _PARTIALS
+            and self.launched(config) <= _GRID_Y
+        )
 
     @property
     def tall(self) -> int:
@@ -560,6 +744,11 @@ def _rows_supported(call: Call, hardware: Hardware) -> bool:
     )
 
 
+def _short(x: TensorSpec) -> bool:
+    """Whether offsets within an image have 32 bits, also those of a tile beyond its end."""
+    return (prod(x.shape[1:-1]) + 4096) * (x.row_stride() or 0) < 1 << 31
+
+
 def _group_norm_supported(call: Call, hardware: Hardware) -> bool:
     x, weight, bias, shift, offset = (*call.tensors, None, None)[:5]
     if not _rows_supported(call, hardware) or x is None or len(x.shape) < 3:
@@ -576,8 +765,7 @@ def _group_norm_supported(call: Call, hardware: Hardware) -> bool:
         and shifted
         and (offset is None or _affine(offset, width))
         and batch < 1 << 16
-        # Offsets within an image are of 32 bits, also those of a tile beyond its end.
-        and (prod(x.shape[1:-1]) + 4096) * (x.row_stride() or 0) < 1 << 31
+        and _short(x)
         and bool(_group_norm_configs(call, hardware))
     )
 
@@ -588,7 +776,8 @@ def _split_configs(image: _Image, multiprocessors: int) -> list[dict[str, Any]]:
     Channels are full lines of 128 bytes where the width has them. grid: about how many blocks a
     launch shall have; an image with more tiles than that gives each several.
     """
-    whole = image.width & -image.width  # the largest power of two that divides the width
+    common = gcd(image.width, image.split)
+    whole = common & -common  # the largest power of two that divides the widths
     line = min(whole, 64) if whole >= 16 else min(next_power_of_2(image.width), 64)
     wide = 128 if whole >= 128 else line
     shapes = [  # channels, rows, warps, blocks for each multiprocessor
@@ -611,9 +800,15 @@ def _split_configs(image: _Image, multiprocessors: int) -> list[dict[str, Any]]:
 def _whole_configs(image: _Image) -> list[dict[str, Any]]:
     """Whole groups in a block: the fewest that can be loaded by sixteen bytes, or else by eight.
 
-    None if the image is too large.
+    None if the image is too large, or if a group lies in both x and y.
     """
-    counts = [n for n in range(1, image.groups + 1) if image.groups % n == 0]
+    counts = [
+        n
+        for n in range(1, image.groups + 1)
+        if image.groups % n == 0 and image.split % (n * image.group_width) == 0
+    ]
+    if not counts:
+        return []
     best = max(image.vector(n * image.group_width) for n in counts)
     chosen = [
         next(n for n in counts if image.vector(n * image.group_width) >= min(vector, best))
@@ -650,6 +845,10 @@ def _overlapped(configs: Sequence[dict[str, Any]], hardware: Hardware) -> list[C
     ]
 
 
+def _group_norm_fits(call: Call, config: Config, hardware: Hardware) -> bool:
+    return _Image.of(call).fits(config) and overlap.fits(call, config, hardware)
+
+
 def _group_norm_workspace(call: Call, config: Config) -> int:
     if config["scheme"] == "whole":
         return 0
@@ -665,9 +864,7 @@ def _group_norm_workspace(call: Call, config: Config) -> int:
     priority=0,
     supports=_group_norm_supported,
     configs=_group_norm_configs,
-    fits=lambda call, config, hardware: (
-        _Image.of(call).fits(config) and overlap.fits(call, config, hardware)
-    ),
+    fits=_group_norm_fits,
     workspace=_group_norm_workspace,
 )
 def group_norm(
@@ -688,19 +885,48 @@ def group_norm(
 
     x [B, ..., C] with rows at one distance; shift [B, C] with any distance between its rows.
     """
-    moved = None if shift is None else TensorSpec.of(shift)
-    image = _Image(TensorSpec.of(x), moved, groups)
+    return _group_norm_launches(
+        None, out, (x,), weight, bias, shift, offset, groups, eps, activation, config, workspace
+    )
+
+
+def _group_norm_launches(
+    total: torch.Tensor | None,
+    out: torch.Tensor,
+    parts: Sequence[torch.Tensor | None],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    shift: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    groups: int,
+    eps: float,
+    activation: str,
+    config: Config,
+    workspace: torch.Tensor | None,
+) -> list[Launch]:
+    """parts: as those of `_Image`; total: where the image goes that they make, if it shall."""
+    specs = [None if part is None else TensorSpec.of(part) for part in parts]
+    image = _Image(specs, None if shift is None else TensorSpec.of(shift), groups)
+    x, residual, y, y_residual = (*parts, None, None, None)[:4]
     pdl = bool(config["pdl"]) and not interpreted(_group_apply)
     options = {"num_warps": config["warps"], "num_stages": 1, "enable_fp_fusion": True}
     if pdl:
         options["launch_pdl"] = True
     common = {
-        "x": x,
         "shift": shift,
         "offset": offset,
         "pixels": image.pixels,
         "GROUP": image.group_width,
         "PDL": pdl,
+    }
+    made = {
+        "x": x,
+        # What is not there is not read, but must be a pointer.
+        "y": x if y is None else y,
+        "residual": x if residual is None else residual,
+        "y_residual": x if y_residual is None else y_residual,
+        "total": total,
+        "ADDED": tuple(int(r is not None) for r in (residual, y_residual)[: 1 if y is None else 2]),
     }
     finish = {
         "weight": weight,
@@ -713,10 +939,7 @@ def group_norm(
     if config["scheme"] == "whole":
         part = int(config["groups"]) * image.group_width
         vector = image.vector(part)
-        args = {
-            "x_stride": image.stride // vector,
-            "shift_stride": image.shift_stride // vector,
-            "width": image.width // vector,
+        args = image.distances(vector) | {
             "part_width": part // vector,
             "VEC": vector,
             "ROWS": image.tall,
@@ -724,18 +947,16 @@ def group_norm(
             "SLOTS": next_power_of_2(int(config["groups"])),
         }
         grid = (image.width // part, image.batch)
-        return [Launch(_group_whole, grid, common | finish | args, options)]
+        return [Launch(_group_whole, grid, common | made | finish | args, options)]
 
     assert workspace is not None
     channels, rows = int(config["channels"]), int(config["rows"])
     vector = image.vector(channels)
     shares, blocks = image.shares(channels), image.blocks(config)
     tiles = image.tiles_each(config)
+    distances = image.distances(vector)
     common |= {
         "partials": workspace.view(torch.float32),
-        "x_stride": image.stride // vector,
-        "shift_stride": image.shift_stride // vector,
-        "width": image.width // vector,
         "groups": groups,
         "span": image.span(config),
         "shares": shares,
@@ -745,15 +966,75 @@ def group_norm(
         "SLOTS": image.slots(channels),
     }
     at_once = min(rows, max(1, 32 * int(config["warps"]) * _VECTOR // channels))
-    statistics = common | {"ROWS": at_once, "DEPTH": rows // at_once}
-    apply = common | finish
+    statistics = common | made | distances | {"ROWS": at_once, "DEPTH": rows // at_once}
+    apply = common | finish | {name: distances[name] for name in ("shift_stride", "width")}
     apply |= {"tiles": tiles, "ROWS": rows, "LOOP": tiles > 1}
     apply |= {"SHARES": next_power_of_2(shares), "BLOCKS": max(4, next_power_of_2(blocks))}
+    apply |= {"x": x, "x_stride": distances["x_stride"], "FRESH": total is not None}
+    if total is not None:
+        apply |= {"x": total, "x_stride": distances["width"]}
     columns = image.columns(channels)
     return [
         Launch(_group_statistics, (columns, blocks, image.batch), statistics, options),
         Launch(_group_apply, (columns, image.launched(config), image.batch), apply, options),
     ]
+
+
+def _concat_group_norm_supported(call: Call, hardware: Hardware) -> bool:
+    *pairs, weight, bias = call.tensors
+    parts, residuals, out = pairs[::2], pairs[1::2], call.out
+    if len(parts) > 2 or None in parts or out.shape[:1] != (2,) or not out.contiguous:
+        return False
+    image = _dense(out.shape[1:], out.dtype)
+    if prod(image.shape) * out.dtype.itemsize % 16:  # where the second half starts
+        return False
+    for part, residual in zip(parts, residuals, strict=True):
+        assert part is not None
+        dense = _dense(part.shape, out.dtype)
+        for spec in (part, part if residual is None else residual):
+            one = Call("group_norm", dense, (spec,))
+            if not _rows_supported(one, hardware) or not _short(spec):
+                return False
+    plain = Call("group_norm", image, (image, weight, bias), call.attrs)
+    return (
+        out.aligned
+        and _group_norm_supported(plain, hardware)
+        and bool(_group_norm_configs(call, hardware))
+    )
+
+
+def _dense(shape: tuple[int, ...], dtype: torch.dtype) -> TensorSpec:
+    return TensorSpec.of(torch.empty(shape, dtype=dtype, device="meta"))
+
+
+@triton_kernel(
+    "concat_group_norm",
+    name="triton.concat_group_norm",
+    unmeasured=True,
+    priority=0,
+    supports=_concat_group_norm_supported,
+    configs=_group_norm_configs,
+    fits=_group_norm_fits,
+    workspace=_group_norm_workspace,
+)
+def concat_group_norm(
+    out: torch.Tensor,
+    *tensors: torch.Tensor,
+    groups: int,
+    eps: float,
+    activation: str = "none",
+    config: Config,
+    workspace: torch.Tensor | None,
+) -> list[Launch]:
+    """As `group_norm`, of an image that it makes on the way, out[0]: no pass of its own.
+
+    Of one part or two, rows of all at one distance. What is read for the statistics is stored as
+    it was rounded, and the second launch finds it in the cache.
+    """
+    *parts, weight, bias = tensors
+    return _group_norm_launches(
+        out[0], out[1], parts, weight, bias, None, None, groups, eps, activation, config, workspace
+    )
 
 
 # LayerNorm.
@@ -969,7 +1250,7 @@ def _add_layer_norm_supported(call: Call, hardware: Hardware) -> bool:
     x, residual, weight, bias = call.tensors
     if x is None or residual is None or residual.shape != x.shape or call.out.shape[0] != 2:
         return False
-    half = TensorSpec.of(torch.empty(x.shape, dtype=call.out.dtype, device="meta"))
+    half = _dense(x.shape, call.out.dtype)
     size = prod(x.shape) * call.out.dtype.itemsize
     same = (replace(call, tensors=(operand, weight, bias), out=half) for operand in (x, residual))
     return (

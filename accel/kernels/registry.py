@@ -23,8 +23,9 @@ Config = Mapping[str, int | str | bool]
 """Named parameters of one variant of a kernel (tile sizes, warps, …), as JSON data."""
 
 Run = Callable[..., torch.Tensor]
-"""`run(out, *tensors, **attrs) -> result`; `out` is None for a kernel that allocates. A kernel
-with configurations also takes `config=`, and `workspace=` (uint8, or None for 0 bytes)."""
+"""`run(out, *tensors, **attrs) -> result`; `out` is None for a kernel that allocates, and may be a
+tuple where the operator has several results (`ops.Op.results`). A kernel with configurations also
+takes `config=`, and `workspace=` (uint8, or None for 0 bytes)."""
 
 NO_CONFIG: Config = {}
 
@@ -231,7 +232,12 @@ def reference(op: str) -> Kernel:
     """The operator's eager reference as a kernel."""
     function = ops.get(op).reference
 
-    def run(out: torch.Tensor, *tensors: torch.Tensor | None, **attrs: Any) -> torch.Tensor:
-        return out.copy_(function(*tensors, **attrs))
+    def run(out: Any, *tensors: torch.Tensor | None, **attrs: Any) -> Any:
+        made = function(*tensors, **attrs)
+        if not isinstance(out, tuple):
+            return out.copy_(made)
+        for place, one in zip(out, made, strict=True):
+            place.copy_(one)
+        return out
 
     return Kernel(f"reference.{op}", op, run, ("cpu", "cuda"), priority=99)

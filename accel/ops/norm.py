@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .concat import concat
 from .registry import op
 
 
@@ -45,7 +46,7 @@ def layer_norm(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-@op(shape=lambda shapes, attrs: (2, *shapes[0]))
+@op(shape=lambda shapes, attrs: (2, *shapes[0]), results=2)
 def add_layer_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -60,3 +61,22 @@ def add_layer_norm(
     """
     total = x + residual
     return torch.stack((total, layer_norm(total, weight, bias, eps=eps)))
+
+
+@op(
+    shape=lambda shapes, attrs: (2, *shapes[0][:-1], sum(s[-1] for s in shapes[:-2:2])),
+    results=2,
+)
+def concat_group_norm(
+    *tensors: torch.Tensor | None, groups: int, eps: float, activation: str = "none"
+) -> torch.Tensor:
+    """A concatenation along channels and its GroupNorm, one after the other: [2, B, ..., C].
+
+    tensors: what `concat` takes, x0, r0, x1, r1, …, then weight and bias [C]. One pair alone is a
+    sum. The statistics are of the sums as they are rounded.
+    """
+    *pairs, weight, bias = tensors
+    assert weight is not None and bias is not None
+    image = concat(*pairs)
+    norm = group_norm(image, weight, bias, groups=groups, eps=eps, activation=activation)
+    return torch.stack((image, norm))

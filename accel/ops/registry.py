@@ -30,6 +30,9 @@ class Op:
     `sizes`: attributes that hold symbolic sizes.
     `output_dtype`: attribute that holds the output's dtype; otherwise it is the first tensor's.
     `rowwise`: every dimension but the last only counts rows; how they are split does not matter.
+    `results`: what the output stacks are so many tensors, each of which may live on its own. Then
+    kernels find `out[0]`, `out[1]`, … in a tuple, or in one tensor, and the plan's steps read them
+    through `result`.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Op:
     sizes: tuple[str, ...] = ()
     output_dtype: str | None = None
     rowwise: bool = False
+    results: int = 1
 
 
 OPS: dict[str, Op] = {}
@@ -53,12 +57,13 @@ def op(
     sizes: tuple[str, ...] = (),
     output_dtype: str | None = None,
     rowwise: bool = False,
+    results: int = 1,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Register the decorated function as the reference of the operator of that name."""
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         name = function.__name__
-        OPS[name] = Op(name, function, shape, flops, view, sizes, output_dtype, rowwise)
+        OPS[name] = Op(name, function, shape, flops, view, sizes, output_dtype, rowwise, results)
         return function
 
     return register

@@ -37,3 +37,9 @@ def expand(x: torch.Tensor, *, shape: tuple[int, ...]) -> torch.Tensor:
 def slice_dim(x: torch.Tensor, *, dim: int, start: int, length: int) -> torch.Tensor:
     """`length` entries of dimension `dim` (never negative) from `start` on."""
     return x.narrow(dim, start, length)
+
+
+@op(shape=lambda shapes, attrs: shapes[0][1:], view=True)
+def result(x: torch.Tensor | tuple[torch.Tensor, ...], *, index: int) -> torch.Tensor:
+    """One of an operator's several results."""
+    return x[index]

@@ -84,12 +84,15 @@ class PromptState:
 
 @dataclass(frozen=True)
 class _Call:
-    """A step bound to its kernel. `out` is None if the kernel allocates or the step is a view."""
+    """A step bound to its kernel.
+
+    `out` is None if the kernel allocates or the step is a view, and a tuple of several results.
+    """
 
     step: Step
     run: Callable[..., torch.Tensor]
     attrs: dict[str, Any]
-    out: torch.Tensor | None
+    out: torch.Tensor | tuple[torch.Tensor, ...] | None
     dead: tuple[str, ...]
     choice: Choice | None
     call: Call | None
@@ -184,6 +187,7 @@ class Executable:
         outputs = {root.get(output.value, output.value) for output in plan.outputs}
         intervals: list[Interval] = []
         kept: dict[str, torch.Tensor] = {}  # outside the arena
+        planned: dict[str, _Trait] = {}
         for index, step in enumerate(steps):
             trait = traits[step.output]
             # What outlives its graph must not lie in memory that another graph reuses.
@@ -192,17 +196,19 @@ class Executable:
                 intervals.append(Interval(_workspace(step.output), trait.workspace, index, index))
             if trait.root != step.output or (trait.allocates and not escapes):
                 continue
-            last = read_until.get(step.output, index)
-            if index < split and (step.output in outputs or last >= split):
-                buffers = self.prompt.buffers
-                if step.output not in buffers:
-                    buffers[step.output] = self._empty(trait.shape, trait.dtype)
-                kept[step.output] = buffers[step.output]
-            elif step.output in outputs:
-                kept[step.output] = self._empty(trait.shape, trait.dtype)
-            else:
-                size = prod(trait.shape) * trait.dtype.itemsize
-                intervals.append(Interval(step.output, size, index, last))
+            for name in trait.results:
+                last = read_until.get(name, index)
+                if index < split and (name in outputs or last >= split):
+                    buffers = self.prompt.buffers
+                    if name not in buffers:
+                        buffers[name] = self._empty(trait.result_shape, trait.dtype)
+                    kept[name] = buffers[name]
+                elif name in outputs:
+                    kept[name] = self._empty(trait.result_shape, trait.dtype)
+                else:
+                    size = prod(trait.result_shape) * trait.dtype.itemsize
+                    intervals.append(Interval(name, size, index, last))
+                    planned[name] = trait
         self._make_inputs()
         self._layout, blocks = self._arena.acquire(intervals)
         scratch: dict[str, torch.Tensor] = {}
@@ -211,9 +217,9 @@ class Executable:
             block = blocks[slot.block]
             assert block is not None
             raw = block[slot.offset : slot.offset + interval.bytes]
-            if interval.name in traits:
-                trait = traits[interval.name]
-                kept[interval.name] = raw.view(trait.dtype).view(trait.shape)
+            if interval.name in planned:
+                trait = planned[interval.name]
+                kept[interval.name] = raw.view(trait.dtype).view(trait.result_shape)
             else:
                 scratch[interval.name] = raw
         # Results that kernels allocate must go when their last reader is done, as planned ones do.
@@ -227,7 +233,7 @@ class Executable:
                 step,
                 traits[step.output].runner(scratch.get(_workspace(step.output))),
                 traits[step.output].attrs,
-                kept.get(step.output),
+                traits[step.output].out(kept),
                 tuple(dead.get(index, ())),
                 traits[step.output].choice,
                 traits[step.output].call,
@@ -264,6 +270,8 @@ class Executable:
                 source = step.inputs[0]
                 assert source is not None
                 root = traits[source].root if source in traits else source
+                if step.op == "result":
+                    root = traits[source].results[attrs["index"]]
                 traits[step.output] = _Trait(shape, dtype, root, attrs, view=op.reference)
                 metas[step.output] = view
             else:
@@ -274,6 +282,9 @@ class Executable:
                 )
                 call = Call(step.op, TensorSpec.of(out), specs, attrs)
                 traits[step.output] = _Trait(shape, dtype, step.output, attrs, call=call)
+                if op.results > 1:
+                    names = tuple(f"{step.output} {index}" for index in range(op.results))
+                    traits[step.output] = replace(traits[step.output], several=names)
         return traits
 
     def _select(self, traced: Mapping[str, _Trait]) -> tuple[dict[str, _Trait], bool]:
@@ -364,23 +375,23 @@ class Executable:
             self.prompt.key = key
             return [output.clone(memory_format=torch.contiguous_format) for output in self._outputs]
 
-    def _environment(self) -> dict[str, torch.Tensor]:
+    def _environment(self) -> dict[str, Any]:
         return {**self._constants, **self._inputs}
 
-    def _execute(self, calls: Sequence[_Call], environment: dict[str, torch.Tensor]) -> None:
+    def _execute(self, calls: Sequence[_Call], environment: dict[str, Any]) -> None:
         for call in calls:
             tensors = [None if name is None else environment[name] for name in call.step.inputs]
             if call.choice is None:
                 result = call.run(*tensors, **call.attrs)
             else:
                 result = call.run(call.out, *tensors, **call.attrs)
-                if call.out is not None and result is not call.out:
+                if isinstance(call.out, torch.Tensor) and result is not call.out:
                     result = call.out.copy_(result)
             environment[call.step.output] = result
             for name in call.dead:
                 environment.pop(name, None)
 
-    def _resume(self, environment: dict[str, torch.Tensor]) -> None:
+    def _resume(self, environment: dict[str, Any]) -> None:
         """The prompt's results as they stand; what only its own steps read is stale, and unread."""
         for call in self._prompt_calls:
             if call.choice is None:
@@ -390,7 +401,7 @@ class Executable:
                 assert call.out is not None
                 environment[call.step.output] = call.out
 
-    def _collect(self, environment: dict[str, torch.Tensor]) -> None:
+    def _collect(self, environment: dict[str, Any]) -> None:
         self._outputs = [
             environment[o.value] if o.permute is None else environment[o.value].permute(o.permute)
             for o in self.plan.outputs
@@ -474,7 +485,10 @@ class Executable:
 
 @dataclass(frozen=True)
 class _Trait:
-    """What binding knows of a step's result. `view`: how it is looked at, if no kernel runs."""
+    """What binding knows of a step's result. `view`: how it is looked at, if no kernel runs.
+
+    `several`: of several results, which the shape stacks, their names.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -484,6 +498,25 @@ class _Trait:
     call: Call | None = None
     choice: Choice | None = None
     workspace: int = 0
+    several: tuple[str, ...] = ()
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """The names of what needs a buffer, each of `result_shape`."""
+        return self.several or (self.root,)
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        """Of each result."""
+        return self.shape[1:] if self.several else self.shape
+
+    def out(
+        self, kept: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+        """What the kernel is given to write to, out of the buffers by name."""
+        if self.several:
+            return tuple(kept[name] for name in self.several)
+        return None if self.call is None else kept.get(self.root)
 
     @property
     def allocates(self) -> bool:

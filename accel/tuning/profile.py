@@ -134,7 +134,8 @@ def family_of(call: str) -> tuple[str, int]:
         if match[2].endswith("c"):
             return match[0]
         rows[0] = math.prod(map(int, leading))
-        names = ["#"] * 3 if len(leading) == 3 else [letter(size) for size in leading]
+        image = len(leading) >= 3  # or several results, stacked
+        names = ["#"] * len(leading) if image else [letter(size) for size in leading]
         return "x".join([*names, width]) + _STRIDES.sub(r"@#,\1", match[2])
 
     def sizes(match: re.Match[str]) -> str:

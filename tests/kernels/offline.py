@@ -57,7 +57,7 @@ def kind_of(call: Call) -> str:
     shapes = [spec.shape for spec in call.tensors if spec is not None]
     narrow = [str(size <= 16) for size in (shapes[0][-1], call.out.shape[-1], call.out.rows)]
     other: list[str] = []
-    if call.op == "group_norm":  # small images have a scheme of their own
+    if call.op in ("group_norm", "concat_group_norm"):  # small images have a scheme of their own
         other = [str(shapes[0][-2] <= 16)]
     elif call.op == "attention":  # a head's width, and whether the keys are the prompt's
         other = [str(call.out.shape[-1] // call.attrs["heads"]), str(shapes[0] == shapes[1])]

@@ -10,12 +10,13 @@ import pytest
 import torch
 from harness import DEVICE, call_of, check, chip, error, exact, find, run
 
+from accel import ops
 from accel.kernels import TensorSpec, load_triton
 
 assert load_triton()
 
 GROUP, LAYER = "triton.group_norm", "triton.layer_norm"
-ADD_LAYER = "triton.add_layer_norm"
+ADD_LAYER, JOINED = "triton.add_layer_norm", "triton.concat_group_norm"
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [F16, BF16, F32]
 SPLIT = {"scheme": "split", "channels": 64, "rows": 16, "warps": 4, "grid": 20, "pdl": False}
@@ -261,6 +262,188 @@ def test_the_launches_fill_the_chip_and_cover_the_image() -> None:
             strip = second.args["tiles"] * config["rows"]
             assert second.grid[1] * strip >= pixels > (second.grid[1] - 1) * strip
             assert min(columns * blocks * images, columns * second.grid[1] * images) >= 132
+
+
+def joined_of(
+    *widths: int,
+    residuals: Sequence[bool] = (),
+    image: tuple[int, ...] = (2, 3, 11),
+    dtype: torch.dtype = F16,
+    mean: float = 0.0,
+) -> list[torch.Tensor | None]:
+    """Parts of those widths, of which some have residuals, and the parameters of their norm."""
+    tensors: list[torch.Tensor | None] = []
+    for index, width in enumerate(widths):
+        added = (*residuals, *[False] * len(widths))[index]
+        tensors.append(random(*image, width, dtype=dtype, seed=10 + index, mean=mean))
+        made = random(*image, width, dtype=dtype, seed=20 + index)
+        tensors.append(made if added else None)
+    width = sum(widths)
+    return [
+        *tensors,
+        random(width, dtype=dtype, seed=1, mean=1.0),
+        random(width, dtype=dtype, seed=2),
+    ]
+
+
+WIDE = {**SPLIT, "channels": 16}
+WAYS = [WIDE, SCHEMES[1]]
+
+
+@pytest.mark.parametrize("config", WAYS, ids=lambda config: config["scheme"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residuals", [(), (True,), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("widths", [(80,), (80, 80)], ids=str)
+def test_an_image_is_made_on_the_way(
+    config: Any, dtype: torch.dtype, residuals: Any, widths: tuple[int, ...]
+) -> None:
+    """The image has the bits that its concatenation has."""
+    tensors = joined_of(*widths, residuals=residuals, dtype=dtype)
+    groups = 8 * len(widths)
+    image, norm = check(JOINED, tensors, attributes(groups), config)
+    expected = ops.concat(*tensors[:-2])
+    assert torch.equal(image, expected)
+    alone = run(GROUP, [expected, *tensors[-2:], None, None], attributes(groups), config)
+    assert torch.equal(norm, alone)
+
+
+@pytest.mark.parametrize("config", WAYS, ids=lambda config: config["scheme"])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_sums_far_from_zero_keep_their_digits(config: Any, dtype: torch.dtype) -> None:
+    """The statistics are of the sums as they are rounded, whose mean their first pixel takes."""
+    tensors = joined_of(80, 80, residuals=(True, True), image=(1, 50), dtype=dtype, mean=100.0)
+    image, norm = check(JOINED, tensors, attributes(16, "none"), config)
+    truth = exact("group_norm", [image, *tensors[-2:]], attributes(16, "none"))
+    assert error(norm, truth) <= 1.01 * error(truth.to(dtype), truth)
+
+
+@pytest.mark.parametrize(
+    ("widths", "groups"),
+    [
+        ((320,), 32),
+        ((320, 320), 32),
+        ((640, 320), 32),
+        ((1280, 640), 32),
+        ((1280, 1280), 32),
+        ((16, 48), 1),
+        ((16, 8), 3),
+        ((40,), 4),
+        ((9, 9), 2),
+        ((24, 40), 8),
+    ],
+    ids=str,
+)
+def test_parts_of_many_widths(widths: tuple[int, ...], groups: int) -> None:
+    """Groups that lie in both parts, which blocks of channels do not; odd widths, of one group."""
+    small = sum(widths) * 15 % 4 == 0  # the second result starts at 16 bytes
+    tensors = joined_of(*widths, residuals=(False, True), image=(1, 3, 5) if small else (1, 2, 4))
+    found = variants(JOINED, tensors, attributes(groups))
+    straddled = len(widths) > 1 and widths[0] % (sum(widths) // groups) != 0
+    assert ("whole" in {config["scheme"] for config in found}) != straddled
+    for config in [found[0], *(c for c in found if c["scheme"] == "split")][:2]:
+        check(JOINED, tensors, attributes(groups), config)
+
+
+def test_strips_of_several_tiles_of_parts() -> None:
+    """Each block of both launches loops, over a last tile that is cut and strips that are short."""
+    tensors = joined_of(32, 48, residuals=(True, False), image=(1, 9, 18))
+    for grid in (2, 4, 6):
+        check(JOINED, tensors, attributes(5), {**WIDE, "grid": grid})
+
+
+@pytest.mark.parametrize("pixels", [154, 290])
+def test_every_configuration_of_parts(pixels: int) -> None:
+    tensors = joined_of(32, 32, residuals=(False, True), image=(1, pixels))
+    found = variants(JOINED, tensors, attributes(4))
+    assert {config["scheme"] for config in found} == {"split", "whole"}
+    for config in {str({**c, "pdl": False}): c for c in found}.values():
+        check(JOINED, tensors, attributes(4), config)
+
+
+@pytest.mark.parametrize("config", WAYS, ids=lambda config: config["scheme"])
+def test_parts_with_rows_apart(config: Any) -> None:
+    """Each of them another slice of channels, and what lies between must not be read."""
+    tensors = joined_of(80, 80, residuals=(True, True))
+    for index, (wide, start) in enumerate([(208, 64), (96, 8), (176, 16), (256, 128)]):
+        around = torch.full((2, 3, 11, wide), float("nan"), dtype=F16, device=DEVICE)
+        part = tensors[index]
+        assert part is not None
+        tensors[index] = around[..., start : start + 80].copy_(part)
+    check(JOINED, tensors, attributes(16), config)
+
+
+def test_the_second_launch_waits_for_the_image() -> None:
+    """Of which nothing may be loaded ahead, unlike that of a GroupNorm alone."""
+    tensors = joined_of(32, 32, residuals=(True, False), image=(2, 9, 16))
+    for name, operands_of in ((JOINED, tensors), (GROUP, operands(2, 9, 16, 64))):
+        kernel = find(name)
+        call, out = call_of(kernel.op, operands_of, attributes(4))
+        config = {**WIDE, "pdl": True}
+        scratch = torch.empty(kernel.workspace(call, config), dtype=torch.uint8, device=DEVICE)
+        assert kernel.launches is not None
+        rest = {"config": config, "workspace": scratch, **attributes(4)}
+        first, second = kernel.launches(out, *operands_of, **rest)
+        assert second.args["FRESH"] == (name == JOINED)
+        assert first.args["total"] is None or second.args["x"] is first.args["total"]
+        assert (first.args["total"] is None) == (name == GROUP)
+
+
+def test_which_parts_are_refused() -> None:
+    def refused(tensors: Sequence[torch.Tensor | None], groups: int = 8, **changes: Any) -> bool:
+        kernel = find(JOINED)
+        call, _ = call_of(kernel.op, tensors, attributes(groups))
+        specs = {"out": call.out} | {str(i): spec for i, spec in enumerate(call.tensors)} | changes
+        out = specs.pop("out")
+        return not kernel.supports(replace(call, tensors=tuple(specs.values()), out=out), chip())
+
+    tensors = joined_of(64, 64, residuals=(True, True))
+    assert not refused(tensors) and not refused(joined_of(64, residuals=(True,)))
+    assert refused(joined_of(64, 64, 64), 24), "three parts"
+    assert refused(joined_of(72, 56)) and not refused(joined_of(72, 56), 16), "no block of channels"
+    assert refused(tensors, 24)
+    assert refused(joined_of(9, image=(1, 3, 3)), 3), "the second result starts at no 16 bytes"
+    for index, spec in enumerate(call_of("concat_group_norm", tensors, attributes(8))[0].tensors):
+        assert spec is not None
+        half = replace(spec, shape=(*spec.shape[:-1], 32))
+        double = replace(spec, dtype=torch.float64)
+        apart = replace(spec, stride=tuple(2 * s for s in spec.stride))
+        for changed in (half, double, apart):
+            assert refused(tensors, **{str(index): changed}), (index, changed)
+        if len(spec.shape) > 1:
+            for changed in (
+                replace(spec, aligned=False),
+                replace(spec, dtype=F32),
+                replace(spec, stride=(2112, 64, 192, 1)),
+                replace(spec, stride=(3 << 31, 1 << 31, 1 << 28, 1)),
+            ):
+                assert refused(tensors, **{str(index): changed}), (index, changed)
+    out = call_of("concat_group_norm", tensors, attributes(8))[0].out
+    for changed in (
+        replace(out, aligned=False),
+        replace(out, dtype=F32),
+        replace(out, shape=(3, *out.shape[1:])),
+        replace(out, stride=(1, *out.stride[1:])),
+    ):
+        assert refused(tensors, out=changed), changed
+
+
+def test_configurations_keep_to_the_parts() -> None:
+    """Of the widths that UNets join, at all sizes; a ControlNet's residuals change none."""
+    meta = torch.device("meta")
+    for widths in ((1280, 1280), (1280, 640), (640, 640), (640, 320), (320, 320), (1280,)):
+        for pixels in (64, 256, 1024, 4096, 16384):
+            x, *rest = (torch.empty(2, pixels, width, dtype=F16, device=meta) for width in widths)
+            w = torch.empty(sum(widths), dtype=F16, device=meta)
+            y = rest[0] if rest else None
+            plain = [x, None, y, None, w, w] if rest else [x, None, w, w]
+            guided = [x, None, y, y, w, w] if rest else [x, x, w, w]
+            found = variants(JOINED, plain, attributes(32))
+            assert found == variants(JOINED, guided, attributes(32))
+            assert 4 <= len(found) <= 8 and found[0]["pdl"]
+            for config in found:
+                whole = config["scheme"] == "whole"
+                block = config["groups"] * sum(widths) // 32 if whole else config["channels"]
+                assert len(widths) == 1 or widths[0] % block == 0
 
 
 # LayerNorm.

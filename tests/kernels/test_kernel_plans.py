@@ -94,6 +94,7 @@ def test_launches_that_overlap_give_the_same_bits() -> None:
         return torch.randn(shape, device="cuda").half()
 
     image, middle, result = normal(2, 32, 32, 640), normal(2, 32, 32, 640), normal(2, 32, 32, 640)
+    both = normal(2, 2, 32, 32, 640)
     scale, shift, layer = normal(640), normal(640), normal(640, 640) / 25
     window = normal(640, 3, 3, 640) / 76
     norm_of = {"groups": 32, "eps": 1e-5, "activation": "silu"}
@@ -106,7 +107,14 @@ def test_launches_that_overlap_give_the_same_bits() -> None:
         ("layer_norm", tokens[1], [tokens[2], scale, shift], {"eps": 1e-5}),
         ("linear", tokens[2], [tokens[1], layer, shift, tokens[0]], plain),
         ("conv2d", middle, [result, window, scale, None, image], conv_of),
-        ("group_norm", image, [middle, scale, shift, None, None], norm_of),
+        (
+            "concat_group_norm",
+            both,
+            [middle[..., :320], image[..., 320:], result[..., 320:], None, scale, shift],
+            norm_of,
+        ),
+        ("linear", tokens[2], [both[0].view(2, 1024, 640), layer, shift, None], plain),
+        ("group_norm", image, [both[1], scale, shift, None, None], norm_of),
     ]
 
     def graph(overlapping: bool) -> torch.cuda.CUDAGraph:
@@ -152,6 +160,6 @@ def test_launches_that_overlap_give_the_same_bits() -> None:
         image.copy_(start)
         for _ in range(REPLAYS):
             captured.replay()
-        results.append(torch.cat([image.flatten(), middle.flatten(), result.flatten()]))
+        results.append(torch.cat([x.flatten() for x in (image, middle, result, both)]))
     assert results[0].isfinite().all()
     assert torch.equal(*results)
