@@ -134,7 +134,8 @@ class Server:
     models: files of `checkpoints.FILES` are written there and shared between servers; by default
         `folder / "models"`.
     pack: whether this repository is among its custom nodes. packs: folders of other packs.
-    arguments: further command line arguments; `--cpu` is given unless `device` is "cuda".
+    arguments: further command line arguments; `--cpu` is given unless `device` is "cuda". Both
+        are `flags`.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Server:
         for name in ("custom_nodes", "input", "output", "temp", "user"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self._cuda = device != "cpu"
+        self.flags = [*([] if self._cuda else ["--cpu"]), *arguments]
         self.models.mkdir(parents=True, exist_ok=True)
         if not (folder / "models").exists():
             _link(self.models, folder / "models")
@@ -173,8 +175,7 @@ class Server:
             *("--base-directory", str(folder), "--port", str(self.port), "--listen", "127.0.0.1"),
             *("--disable-api-nodes", "--disable-auto-launch"),
             *("--database-url", "sqlite:///:memory:"),
-            *([] if self._cuda else ["--cpu"]),
-            *arguments,
+            *self.flags,
         ]
         self._environment = environment(folder, device) | dict(variables or {})
         self._process: subprocess.Popen[bytes] | None = None
@@ -258,6 +259,14 @@ class Server:
         except urllib.error.HTTPError as error:
             raise ServerError(f"{path}: {error.code}: {error.read().decode()[:4000]}") from None
         return json.loads(body) if body else None
+
+    def idle(self) -> bool:
+        """Whether it answers, and runs nothing."""
+        try:
+            queue = self.get("/queue")
+        except (OSError, ServerError):
+            return False
+        return not queue["queue_running"] and not queue["queue_pending"]
 
     def ensure(self, *names: str) -> None:
         """Write files of `checkpoints.FILES` into the server's models folder."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks import comfyui_workflows as command
 
 from .checkpoints import CONFIGS
-from .scenarios import SCENARIOS, Comparison
+from .scenarios import SCENARIOS, Comparison, Ran, Scenario
 from .server import Server
 
 # The wide ones of SDXL take a minute each, and 4 GiB.
@@ -42,3 +47,66 @@ def test_beside_other_packs(server, models_folder, tmp_path):
     with Server(server.installation, tmp_path, models=models_folder, packs=packs) as crowded:
         assert [pack.name for pack in packs if f"IMPORT FAILED): {pack}" in crowded.log] == []
         Comparison(crowded, crowded, "tiny-sd15")(build)
+
+
+def ran(error, calls=2):
+    """What a sampler records whose results are off by a part of the noise."""
+    x = torch.linspace(-1, 1, 64)
+    record = {"latent": x, "input_latent": x}
+    for call in range(calls):
+        record |= {f"x_{call}": x, f"denoised_{call}": x - 1 - error * (call + 1) * x.sign()}
+    return Ran({"record": record}, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("engine", "host", "passes"),
+    [
+        (1.05e-3, 1e-3, True),
+        (1.2e-3, 1e-3, False),
+        (1e-6, 1e-9, True),  # ties in rounding
+        (float("nan"), 1e-3, False),
+        (1e-3, float("nan"), False),
+        (0.2, 0.2, False),  # a host that is wrong itself
+    ],
+)
+def test_the_rule_for_half_precision(engine, host, passes):
+    comparison = Comparison(object(), object(), "full-sd15")
+    failed = comparison._judge(ran(0), ran(host), ran(engine))
+    assert (failed == []) == passes
+    assert [where for _, _, where in comparison.errors] == ["record, call 0", "record, call 1"]
+
+
+def test_the_rule_wants_the_same_calls_and_inputs():
+    comparison = Comparison(object(), object(), "full-sd15")
+    assert comparison._judge(ran(0), ran(0), ran(0, calls=3))
+    other = ran(0)
+    other.records["record"]["input_latent"] = torch.ones(64)
+    assert comparison._judge(ran(0), ran(0), other) == ["record: the engine's input_latent differs"]
+
+
+def test_the_command_writes_a_row_for_each_scenario_and_repeats_what_compiled(
+    server, tmp_path, monkeypatch
+):
+    def text_to_image(compare):
+        first = not compare.errors
+        SCENARIOS[0].run(compare)
+        compare.runs[0]["compiling"] = first
+
+    def broken(compare):
+        compare(lambda w: w.sample(w.model(), w.context(1), w.context(2), ["99", 0], record="none"))
+
+    out = tmp_path / "rows.json"
+    words = ["command", "--comfyui", str(server.installation.root), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*words, "--device", "cpu", "--kinds", "tiny-sd15"])
+    scenarios = [Scenario(run, ("sd15",), ("tiny",)) for run in (broken, text_to_image)]
+    monkeypatch.setattr(command, "SCENARIOS", scenarios)
+    arguments = command.parsed()
+    command.run_all(arguments, command.Results(arguments), server, server)
+    written = json.loads(out.read_text())
+    assert written["meta"]["settled"] and written["meta"]["comfyui"] == server.installation.version
+    failed, repeated = written["rows"]
+    assert not failed["passed"] and failed["error"] and failed["logs"][server.folder.name]
+    assert repeated["passed"] and repeated["while_compiling"]["passed"]
+    assert (repeated["mode"], repeated["reasons"], repeated["calls"]) == ("engine", [], 6)
+    assert 0 < repeated["rel_err"] < 1e-4 and repeated["rel_err_host"] == 0
+    assert server.idle()
