@@ -323,7 +323,7 @@ class Server:
         used = self.memory_in_use()
         until = time.monotonic() + (15 if self._cuda else 0)
         still = time.monotonic()
-        while time.monotonic() < until and time.monotonic() < still + 3:
+        while time.monotonic() < until and time.monotonic() < still + 2:
             time.sleep(0.2)
             now = self.memory_in_use()
             if now < used:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,13 @@ _RUN = (
 )
 
 
-def _of_the_pack(name: str) -> Any:
-    """A module of the pack under test, which ComfyUI names after its folder; None if not there."""
-    found = (module for key, module in list(sys.modules.items()) if key.endswith("accel." + name))
-    return next(found, None)
-
-
 def _last_run() -> dict[str, Any] | None:
     """What the pack under test says of the last sampling, if it is there and has seen one."""
-    module = _of_the_pack("hosts.comfyui.journal")
-    runs = module.journal().runs if module else ()
-    return {field: getattr(runs[-1], field) for field in _RUN} if runs else None
+    for name, module in list(sys.modules.items()):
+        if name.endswith("accel.hosts.comfyui.journal"):
+            runs = module.journal().runs
+            return {field: getattr(runs[-1], field) for field in _RUN} if runs else None
+    return None
 
 
 class TestConditioning:
@@ -330,11 +325,8 @@ class TestInfo:
         return {"ui": {"info": [text]}, "result": (text,)}
 
 
-class TestSettled:
-    """Waits until no kernel is compiled in the background any more: `ui.settled`, false if late.
-
-    It also says what the server runs with: `ui.dynamic_vram`.
-    """
+class TestHost:
+    """What the server runs with: `ui.dynamic_vram`."""
 
     CATEGORY = "Switchyard tests"
     RETURN_TYPES = ()
@@ -343,20 +335,11 @@ class TestSettled:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"seconds": ("FLOAT", {"default": 60.0})}}
+        return {"required": {}}
 
-    @classmethod
-    def IS_CHANGED(cls, **kwargs: Any) -> float:
-        return float("nan")  # runs every time
-
-    def run(self, seconds: float) -> Ui:
-        tuning = _of_the_pack("tuning")
-        deadline = time.monotonic() + seconds
-        while not (settled := tuning is None or tuning.settled()) and time.monotonic() < deadline:
-            time.sleep(0.1)
+    def run(self) -> Ui:
         memory = sys.modules.get("comfy.memory_management")  # older versions have none
-        dynamic = bool(getattr(memory, "aimdo_enabled", False))
-        return {"ui": {"settled": [settled], "dynamic_vram": [dynamic]}}
+        return {"ui": {"dynamic_vram": [bool(getattr(memory, "aimdo_enabled", False))]}}
 
 
 class TestUnload:
@@ -398,12 +381,12 @@ NODE_CLASS_MAPPINGS = {
     for node in (
         TestConditioning,
         TestFake,
+        TestHost,
         TestImage,
         TestInfo,
         TestProbe,
         TestSampler,
         TestSave,
-        TestSettled,
         TestUnload,
     )
 }
