@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,24 @@ def test_inside_comfyui(
     assert done.returncode == 0, output[-12000:]
     passed = re.search(r"(\d+) passed", output)
     assert passed and int(passed[1]) > 0, output[-4000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.comfyui
+@pytest.mark.parametrize(
+    "installation", installations(), ids=lambda installation: installation.version
+)
+def test_full_size_workflows_on_a_gpu(installation: Installation, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.comfyui_workflows", "--out", str(out)),
+            *("--comfyui", str(installation.root), "--python", str(installation.python)),
+            *("--kinds", "full-sd15"),
+        ],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-12000:]

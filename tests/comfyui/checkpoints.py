@@ -1,10 +1,12 @@
 """Writes seeded checkpoints, LoRAs, ControlNets and a T2I-Adapter that stock ComfyUI loads by name.
 
 The tiny ones are detected with `testpack` in place, which adds their sizes to ComfyUI's list of
-models, and hold a text encoder and a VAE too. The wide ones are what ComfyUI detects by itself:
-SD1.5 and SDXL have 320 channels at least. They hold no text encoder and no VAE.
+models, and hold a small text encoder and VAE too. The wide ones are what ComfyUI detects by itself:
+SD1.5 and SDXL have 320 channels at least. They hold no text encoder and no VAE. The full ones have
+the published structures, with everything in them.
 
-A file depends on its name alone. `python -m comfyui.checkpoints FOLDER [NAME…]` writes some.
+A file depends on its name and, where it is large, on the device that it is drawn on, COMFYUI_DEVICE
+(by default cpu). `python -m comfyui.checkpoints FOLDER [NAME…]` writes some.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from accel.models import FAMILIES, UNetConfig, parameters
+from benchmarks.checkpoints import text_shapes, vae_shapes, weight
 
 Tensors = dict[str, Tensor]
 
@@ -82,21 +85,26 @@ def dtype_of(kind: str) -> torch.dtype:
     return torch.float16 if kind.startswith(_HALF) else torch.float32
 
 
-def _generator(name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+def _device(kind: str) -> str:
+    """What the weights of a kind are drawn on: a CPU takes minutes for the full ones."""
+    return os.environ.get("COMFYUI_DEVICE", "cpu") if kind.startswith("full-") else "cpu"
 
 
-def unet_state(config: UNetConfig, name: str, prefix: str = "") -> Tensors:
+def _generator(name: str, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+
+
+def unet_state(config: UNetConfig, name: str, prefix: str = "", device: str = "cpu") -> Tensors:
     """Seeded float32 weights of a UNet or ControlNet, by its ldm names.
 
     Scaled so that a latent of any usual size comes out with about unit variance, and so that no
     path (residuals, attention, embeddings, zero convolutions) is negligible.
     """
-    generator = _generator(name)
+    generator = _generator(name, device)
     state = {}
     for parameter in parameters(config).values():
         ldm, shape = parameter.ldm_name, parameter.shape
-        noise = torch.randn(shape, generator=generator)
+        noise = torch.randn(shape, generator=generator, device=device)
         if len(shape) > 1:
             tensor = noise / noise[0].numel() ** 0.5
             if ldm.endswith(("out_layers.3.weight", "proj_out.weight")):
@@ -174,11 +182,16 @@ def _vae_state(name: str) -> Tensors:
 
 
 def checkpoint_state(kind: str, name: str) -> Tensors:
-    """A whole checkpoint file: the UNet, and for the tiny ones the text encoder and the VAE."""
-    state = unet_state(CONFIGS[kind], name, _UNET)
+    """A whole checkpoint file: the UNet, and but for the wide ones text encoders and the VAE."""
+    device = _device(kind)
+    state = unet_state(CONFIGS[kind], name, _UNET, device)
     if kind.startswith("tiny-"):
         state |= _clip_state(name)
         state |= {f"first_stage_model.{key}": value for key, value in _vae_state(name).items()}
+    elif kind.startswith("full-"):
+        family = "sdxl" if "sdxl" in kind else "sd15"
+        for key, shape in (text_shapes(family) | dict(vae_shapes())).items():
+            state[key] = weight(key, shape, device, name)
     return {key: value.to(dtype_of(kind)) for key, value in state.items()}
 
 
@@ -236,7 +249,8 @@ def controlnet_state(kind: str, name: str) -> Tensors:
         hint_channels=3,
         hint_block_channels=(16, 32, 96, 256),
     )
-    return unet_state(config, name)
+    state = unet_state(config, name, device=_device(kind))
+    return {key: value.to(dtype_of(kind)) for key, value in state.items()}
 
 
 def t2i_adapter_state(name: str) -> Tensors:
@@ -299,7 +313,7 @@ def ensure(models: Path, *names: str) -> list[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(f".{os.getpid()}.part")
             state = FILES[name](name)
-            save_file({key: value.contiguous() for key, value in state.items()}, part)
+            save_file({key: value.cpu().contiguous() for key, value in state.items()}, part)
             part.replace(path)
         paths.append(path)
     return paths

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from .checkpoints import CONFIGS
+from .scenarios import relative_error
+
+__all__ = ["call", "conditioning", "exists", "inputs_of", "relative_error", "sample"]
 
 
 def call(module: str, name: str, **inputs: Any) -> tuple[Any, ...]:
@@ -86,8 +89,3 @@ def sample(
         seed=seed,
     )
     return result
-
-
-def relative_error(result: Tensor, expected: Tensor) -> float:
-    """Relative L2 distance."""
-    return float((result - expected).norm() / expected.norm())

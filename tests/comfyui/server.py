@@ -89,15 +89,22 @@ def why_not(installation: Installation) -> str | None:
     return f"{installation.python}: {done.stderr.strip().splitlines()[-1]}"
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Of a process that runs ComfyUI: an own cache, no byte code in checkouts, one thread."""
+def environment(folder: Path, device: str = "cpu") -> dict[str, str]:
+    """Of a process that runs ComfyUI: an own cache, no byte code in checkouts, on a CPU one thread.
+
+    Of PYTHONPATH it keeps what is not this repository's, whose names are not for ComfyUI.
+    """
     variables = {**os.environ, "SWITCHYARD_CACHE_DIR": str(folder / "switchyard-cache")}
     variables["PYTHONDONTWRITEBYTECODE"] = "1"
     variables["HF_HUB_OFFLINE"] = "1"
-    # More threads only wait for each other on networks this small, above all on busy machines.
-    variables.setdefault("OMP_NUM_THREADS", "1")
-    variables.setdefault("OMP_WAIT_POLICY", "passive")
-    variables.pop("PYTHONPATH", None)
+    if device == "cpu":
+        # More threads only wait for each other on networks this small, above all on busy machines.
+        variables.setdefault("OMP_NUM_THREADS", "1")
+        variables.setdefault("OMP_WAIT_POLICY", "passive")
+    paths = [Path(path) for path in variables.pop("PYTHONPATH", "").split(os.pathsep) if path]
+    others = [str(path) for path in paths if not path.resolve().is_relative_to(ROOT)]
+    if others:
+        variables["PYTHONPATH"] = os.pathsep.join(others)
     return variables
 
 
@@ -127,7 +134,8 @@ class Server:
     models: files of `checkpoints.FILES` are written there and shared between servers; by default
         `folder / "models"`.
     pack: whether this repository is among its custom nodes. packs: folders of other packs.
-    arguments: further command line arguments; `--cpu` is given unless `device` is "cuda".
+    arguments: further command line arguments; `--cpu` is given unless `device` is "cuda". Both
+        are `flags`.
     """
 
     def __init__(
@@ -148,6 +156,8 @@ class Server:
         self.log_path = folder / "server.log"
         for name in ("custom_nodes", "input", "output", "temp", "user"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        self._cuda = device != "cpu"
+        self.flags = [*([] if self._cuda else ["--cpu"]), *arguments]
         self.models.mkdir(parents=True, exist_ok=True)
         if not (folder / "models").exists():
             _link(self.models, folder / "models")
@@ -165,10 +175,9 @@ class Server:
             *("--base-directory", str(folder), "--port", str(self.port), "--listen", "127.0.0.1"),
             *("--disable-api-nodes", "--disable-auto-launch"),
             *("--database-url", "sqlite:///:memory:"),
-            *(["--cpu"] if device == "cpu" else []),
-            *arguments,
+            *self.flags,
         ]
-        self._environment = environment(folder) | dict(variables or {})
+        self._environment = environment(folder, device) | dict(variables or {})
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
@@ -251,6 +260,14 @@ class Server:
             raise ServerError(f"{path}: {error.code}: {error.read().decode()[:4000]}") from None
         return json.loads(body) if body else None
 
+    def idle(self) -> bool:
+        """Whether it answers, and runs nothing."""
+        try:
+            queue = self.get("/queue")
+        except (OSError, ServerError):
+            return False
+        return not queue["queue_running"] and not queue["queue_pending"]
+
     def ensure(self, *names: str) -> None:
         """Write files of `checkpoints.FILES` into the server's models folder."""
         ensure(self.models, *names)
@@ -285,9 +302,33 @@ class Server:
             raise ServerError(f"{result.error}\n{self.log[-4000:]}")
         return result
 
+    def record_path(self, name: str) -> Path:
+        """Where TestSampler, TestProbe or TestSave saved something under this name."""
+        return self.folder / "output" / f"{name}.safetensors"
+
     def record(self, name: str) -> dict[str, torch.Tensor]:
         """What TestSampler, TestProbe or TestSave saved under this name."""
-        return load_file(self.folder / "output" / f"{name}.safetensors")
+        return load_file(self.record_path(name))
+
+    def memory_in_use(self) -> int:
+        """MiB on the whole GPU; 0 without one."""
+        if not self._cuda:
+            return 0
+        (device,) = self.get("/system_stats")["devices"]
+        return int(device["vram_total"] - device["vram_free"]) >> 20
+
+    def free(self) -> int:
+        """Unload everything. Returns `memory_in_use` once that no longer falls."""
+        self.post("/free", {"unload_models": True, "free_memory": True})
+        used = self.memory_in_use()
+        until = time.monotonic() + (15 if self._cuda else 0)
+        still = time.monotonic()
+        while time.monotonic() < until and time.monotonic() < still + 2:
+            time.sleep(0.2)
+            now = self.memory_in_use()
+            if now < used:
+                used, still = now, time.monotonic()
+        return used
 
 
 def _result(prompt_id: str, entry: Mapping[str, Any]) -> Result:

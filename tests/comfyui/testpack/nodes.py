@@ -13,7 +13,7 @@ import comfy.sample
 import comfy.samplers
 import folder_paths
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import fakes
@@ -30,7 +30,10 @@ def _save(name: str, tensors: dict[str, Tensor]) -> None:
     part.replace(path)
 
 
-_RUN = ("mode", "engine_calls", "host_calls", "reasons", "loras", "controlnets", "graphs", "dims")
+_RUN = (
+    *("mode", "engine_calls", "host_calls", "reasons", "loras", "controlnets", "graphs", "dims"),
+    *("captures", "compiling"),
+)
 
 
 def _last_run() -> dict[str, Any] | None:
@@ -93,11 +96,48 @@ class TestImage:
         return image.permute(0, 2, 3, 1).contiguous(), mask[None]
 
 
+class _Calls:
+    """What a sampler function calls for the denoiser: it records each call.
+
+    follow: a record whose noisy latents the denoiser gets in place of the sampler's own, so that
+    an error at one call does not carry over to the next.
+    """
+
+    def __init__(self, model: Any, recorded: dict[str, Tensor], follow: dict[str, Tensor]) -> None:
+        self._model, self._recorded, self._follow = model, recorded, follow
+        self._count = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+        if self._follow:
+            x = self._follow[f"x_{self._count}"].to(x)
+        self._recorded[f"x_{self._count}"] = x.clone()
+        denoised: Tensor = self._model(x, sigma, **extra)
+        self._recorded[f"denoised_{self._count}"] = denoised.clone()
+        self._count += 1
+        return denoised
+
+
+def _inputs(positive: Any, negative: Any, latent: Tensor) -> dict[str, Tensor]:
+    """What text encoders and autoencoder have made for a sampling."""
+    found = {"input_latent": latent}
+    for name, conditioning in (("positive", positive), ("negative", negative)):
+        for index, (context, extra) in enumerate(conditioning):
+            found[f"input_{name}_{index}"] = context
+            if "concat_latent_image" in extra:
+                found[f"input_concat_{name}_{index}"] = extra["concat_latent_image"]
+    # Several entries may be one tensor, which safetensors does not store twice.
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
 class TestSampler:
     """KSampler, which also saves what it computed to `<record>.safetensors` in the output folder:
 
-    the denoised latent and the noisy one of every step (`denoised_0`, `x_0`, …), and the last
-    (`latent`). `ui.run` is the journal's entry.
+    the noisy latent and the denoised one of every call of the denoiser (`x_0`, `denoised_0`, …),
+    the last (`latent`), and what was encoded for it (`input_…`). follow: the path of such a file,
+    along whose noisy latents the denoiser is called. `ui.run` is the journal's entry.
     """
 
     CATEGORY = "Switchyard tests"
@@ -120,7 +160,8 @@ class TestSampler:
                 "latent_image": ("LATENT",),
                 "denoise": ("FLOAT", {"default": 1.0}),
                 "record": ("STRING", {"default": "record"}),
-            }
+            },
+            "optional": {"follow": ("STRING", {"default": ""})},
         }
 
     def run(
@@ -136,28 +177,39 @@ class TestSampler:
         latent_image: dict[str, Any],
         denoise: float,
         record: str,
+        follow: str = "",
     ) -> Ui:
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         noise = comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index"))
-        recorded: dict[str, Tensor] = {}
+        recorded = _inputs(positive, negative, latent)
+        followed = load_file(follow) if follow else {}
+        sampler = comfy.samplers.sampler_object(sampler_name)
+        function = sampler.sampler_function
 
-        def note(step: int, denoised: Tensor, x: Tensor, total: int) -> None:
-            recorded[f"denoised_{step}"] = denoised.clone()
-            recorded[f"x_{step}"] = x.clone()
+        def recording(model_k: Any, *args: Any, **kwargs: Any) -> Tensor:
+            result: Tensor = function(_Calls(model_k, recorded, followed), *args, **kwargs)
+            return result
 
-        samples = comfy.sample.sample(
+        sampler.sampler_function = recording
+        sigmas = comfy.samplers.KSampler(
+            model,
+            steps=steps,
+            device=model.load_device,
+            sampler=sampler_name,
+            scheduler=scheduler,
+            denoise=denoise,
+            model_options=model.model_options,
+        ).sigmas
+        samples = comfy.sample.sample_custom(
             model,
             noise,
-            steps,
             cfg,
-            sampler_name,
-            scheduler,
+            sampler,
+            sigmas,
             positive,
             negative,
             latent,
-            denoise=denoise,
             noise_mask=latent_image.get("noise_mask"),
-            callback=note,
             disable_pbar=True,
             seed=seed,
         )
@@ -273,6 +325,23 @@ class TestInfo:
         return {"ui": {"info": [text]}, "result": (text,)}
 
 
+class TestHost:
+    """What the server runs with: `ui.dynamic_vram`."""
+
+    CATEGORY = "Switchyard tests"
+    RETURN_TYPES = ()
+    FUNCTION = "run"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def run(self) -> Ui:
+        memory = sys.modules.get("comfy.memory_management")  # older versions have none
+        return {"ui": {"dynamic_vram": [bool(getattr(memory, "aimdo_enabled", False))]}}
+
+
 class TestUnload:
     """Unloads every model, as the button in the front end does, and passes its input on."""
 
@@ -312,6 +381,7 @@ NODE_CLASS_MAPPINGS = {
     for node in (
         TestConditioning,
         TestFake,
+        TestHost,
         TestImage,
         TestInfo,
         TestProbe,
