@@ -51,7 +51,8 @@ def test_beside_other_packs(server, models_folder, tmp_path):
             net = w.add("SwitchyardAccelerateControlNet", control_net=net, first_run="wait")
         applied = w.add("ACN_AdvancedControlNetApply_v2", positive=w.context(1),
                         negative=w.context(2), control_net=net, image=image, strength=0.8,
-                        start_percent=0.0, end_percent=1.0, mask_optional=[image[0], 1])  # fmt: skip
+                        start_percent=0.0, end_percent=1.0,
+                        mask_optional=[image[0], 1])  # fmt: skip
         w.sample(w.model(), applied, [applied[0], 1], w.empty(), record="mask")
 
     packs = [Path(name).expanduser() for name in os.environ["COMFYUI_PACKS"].split(os.pathsep)]
