@@ -92,7 +92,7 @@ def why_not(installation: Installation) -> str | None:
 def environment(folder: Path, device: str = "cpu") -> dict[str, str]:
     """Of a process that runs ComfyUI: an own cache, no byte code in checkouts, on a CPU one thread.
 
-    Of PYTHONPATH it keeps what is not this repository's, whose names are not for ComfyUI.
+    Of PYTHONPATH it keeps all but this repository's own modules, whose names are not for ComfyUI.
     """
     variables = {**os.environ, "SWITCHYARD_CACHE_DIR": str(folder / "switchyard-cache")}
     variables["PYTHONDONTWRITEBYTECODE"] = "1"
@@ -101,8 +101,9 @@ def environment(folder: Path, device: str = "cpu") -> dict[str, str]:
         # More threads only wait for each other on networks this small, above all on busy machines.
         variables.setdefault("OMP_NUM_THREADS", "1")
         variables.setdefault("OMP_WAIT_POLICY", "passive")
-    paths = [Path(path) for path in variables.pop("PYTHONPATH", "").split(os.pathsep) if path]
-    others = [str(path) for path in paths if not path.resolve().is_relative_to(ROOT)]
+    named = variables.pop("PYTHONPATH", "").split(os.pathsep)
+    paths = [Path(path).resolve() for path in named if path]  # it runs in another folder
+    others = [str(path) for path in paths if path not in (ROOT, ROOT / "tests")]
     if others:
         variables["PYTHONPATH"] = os.pathsep.join(others)
     return variables

@@ -490,6 +490,7 @@ def test_a_net_that_a_pack_rebuilt_is_said_to_be(load, net, lines):
             copied.__class__ = type(self)
             return copied
 
+    assert type(fast) == comfy.controlnet.ControlNet  # noqa: E721 - that is how it looks at it
     made = ControlNetAdvanced(fast.control_model, load_device=fast.load_device)
     made.control_model_wrapped = fast.control_model_wrapped
     text = "another pack has its own way with it: ControlNetAdvanced"

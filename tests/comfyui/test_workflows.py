@@ -13,7 +13,7 @@ import torch
 from benchmarks import comfyui_workflows as command
 
 from .checkpoints import CONFIGS
-from .scenarios import SCENARIOS, Comparison, Ran, Scenario
+from .scenarios import CLOSE, SCENARIOS, Comparison, Ran, Scenario
 from .server import Server
 
 # The wide ones of SDXL take a minute each, and 4 GiB.
@@ -43,12 +43,27 @@ def test_beside_other_packs(server, models_folder, tmp_path):
         model = w.lora(w.model(), "1", 0.7)
         w.sample(model, w.context(1), w.context(2), w.empty(), record="packs")
 
+    def masked(w):
+        file = f"{w.kind}-1.safetensors"
+        w.server.ensure(f"controlnet/{file}")
+        net, image = w.add("ControlNetLoader", control_net_name=file), w.image(5)
+        if w.fast:
+            net = w.add("SwitchyardAccelerateControlNet", control_net=net, first_run="wait")
+        applied = w.add("ACN_AdvancedControlNetApply_v2", positive=w.context(1),
+                        negative=w.context(2), control_net=net, image=image, strength=0.8,
+                        start_percent=0.0, end_percent=1.0,
+                        mask_optional=[image[0], 1])  # fmt: skip
+        w.sample(w.model(), applied, [applied[0], 1], w.empty(), record="mask")
+
     packs = [Path(name).expanduser() for name in os.environ["COMFYUI_PACKS"].split(os.pathsep)]
     with Server(server.installation, tmp_path, models=models_folder, packs=packs) as crowded:
         assert [pack.name for pack in packs if f"IMPORT FAILED): {pack}" in crowded.log] == []
         comparison = Comparison(crowded, crowded, "tiny-sd15")
         comparison(build)
-    assert comparison.failed == []
+        assert comparison.failed == []
+        if "ACN_AdvancedControlNetApply_v2" in crowded.get("/object_info"):
+            comparison(masked)
+    assert max(error for error, _, _ in comparison.errors) < CLOSE  # on whatever path
 
 
 def ran(error, calls=2):

@@ -306,9 +306,24 @@ class EngineMixin:
         super().cleanup()  # type: ignore[misc]
 
 
+class _EngineType(type):
+    """Has a class with the engine equal the host's own that it derives from.
+
+    Packs compare the type of a net with the host's (ComfyUI-Advanced-ControlNet), and rebuild it
+    with what they were asked to add: a mask, weights for each block. They would leave all of that
+    out, silently, of a net whose type they don't know.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__bases__[1]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__bases__[1])
+
+
 @lru_cache(maxsize=16)
 def _engine_class(base: type) -> type:
-    return type(f"Engine{base.__name__}", (EngineMixin, base), {})
+    return _EngineType(f"Engine{base.__name__}", (EngineMixin, base), {})
 
 
 def _accelerated(control_net: Any, line: _Line) -> Any:
