@@ -49,11 +49,18 @@ def align(size: int) -> int:
 def plan_memory(intervals: Sequence[Interval], blocks: Sequence[int] = ()) -> Layout:
     """Place every interval so that no two that live at once overlap.
 
-    Greedy by size, largest first, each at the best-fitting hole among its contemporaries: within a
-    few percent of the peak of live bytes on UNets. `blocks`: sizes in bytes of the blocks that
+    Greedy by size, largest first, of equals the earliest or the longest-lived, whichever needs
+    less: within 5 % of the peak of live bytes on UNets. `blocks`: sizes in bytes of the blocks that
     exist.
     """
-    order = sorted(intervals, key=lambda i: (-i.bytes, i.first, i.name))
+    earliest = sorted(intervals, key=lambda i: (-i.bytes, i.first, i.name))
+    longest = sorted(intervals, key=lambda i: (-i.bytes, i.first - i.last, i.first, i.name))
+    layouts = [_placed(order, blocks) for order in (earliest, longest)]
+    return min(layouts, key=lambda layout: layout.new_block)
+
+
+def _placed(order: Sequence[Interval], blocks: Sequence[int]) -> Layout:
+    """Each at the best-fitting hole among its contemporaries that are placed before it."""
     placed: list[list[tuple[int, int, Interval]]] = [[] for _ in range(len(blocks) + 1)]
     slots: dict[str, Slot] = {}
     end_of_new = 0

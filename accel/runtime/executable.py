@@ -293,6 +293,7 @@ class Executable:
         calls = {name: trait.call for name, trait in traits.items() if trait.call is not None}
         choices = self._selector.select(list(calls.values()))
         for (name, call), choice in zip(calls.items(), choices, strict=True):
+            assert not (choice.kernel.allocates and traits[name].several), choice.kernel.name
             size = choice.kernel.workspace(call, choice.config)
             traits[name] = replace(traits[name], choice=choice, workspace=size)
         return traits, any(choice.provisional for choice in choices)
