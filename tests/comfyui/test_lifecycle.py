@@ -7,6 +7,7 @@ import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
+import comfy.conds
 import comfy.hooks
 import comfy.model_management as management
 import comfy.sample
@@ -215,6 +216,34 @@ def in_step(model, step, action):
     model = model.clone()
     model.add_wrapper_with_key("diffusion_model", "another pack", wrapper)
     return model
+
+
+def test_prompts_are_brought_to_the_device_once_and_the_users_own_stay():
+    elsewhere = torch.device("meta")
+    given = torch.randn(1, 77, 8)
+    prompt = comfy.conds.CONDCrossAttn(given)
+    number = comfy.conds.CONDConstant(3)
+    cond = {"model_conds": {"c_crossattn": prompt, "y": number}, "uuid": 1}
+    conds = [[cond], None, [{"uuid": 2}]]
+    running._bring_over(conds, elsewhere)
+    moved = cond["model_conds"]["c_crossattn"]
+    assert type(moved) is comfy.conds.CONDCrossAttn and moved.cond.device == elsewhere
+    assert cond["model_conds"]["y"] is number
+    assert prompt.cond is given and given.device.type == "cpu"
+    running._bring_over(conds, elsewhere)
+    assert cond["model_conds"]["c_crossattn"] is moved
+
+
+def test_only_on_the_engine_are_prompts_brought_over(load, prompt, monkeypatch):
+    """The host's own path stays the host's own."""
+    asked = []
+    monkeypatch.setattr(running, "_bring_over", lambda conds, device: asked.append(device))
+    model = accelerate(load(), Options(wait=True))
+    sample(model, *prompt, steps=2)
+    assert asked == [torch.device("cpu")] * 2
+    model.set_model_output_block_patch(lambda h, skip, options: (h, skip))
+    sample(model, *prompt, steps=2)
+    assert len(asked) == 2
 
 
 def test_an_engine_evicted_in_mid_run_comes_back(load, prompt):

@@ -377,9 +377,11 @@ class Acceleration:
     def calc_cond_batch(
         self, executor: Any, model: Any, conds: Any, x: Any, timestep: Any, options: Any
     ) -> Any:
-        """See which prompts stand behind the step's uuids, for `_key`."""
+        """Have the prompts on the device, and see which stand behind the step's uuids (`_key`)."""
         sampling = self.sampling
         if sampling is not None:
+            if sampling.on_engine and "multigpu_clones" not in options:
+                _bring_over(conds, x.device)
             _see_prompts(sampling, conds, options)
         return executor(model, conds, x, timestep, options)
 
@@ -604,6 +606,24 @@ def _tell_rebuilt(controls: Iterable[Any], run: Run) -> None:
         control_nets[module](reason, run)
 
 
+_PROMPT = ("c_crossattn", "crossattn_controlnet", "y")
+"""What the conditioning has of a prompt, by the host's names."""
+
+
+def _bring_over(conds: Any, device: torch.device) -> None:
+    """Move prompts to the device once a sampling.
+
+    Encoders leave them on the CPU, where the host would put cond and uncond together at each step,
+    and copy them over: on a busy machine that can take longer than the engine's step.
+    """
+    for cond in chain.from_iterable(given or () for given in conds):
+        held = cond.get("model_conds") or {}
+        for name in _PROMPT:
+            tensor = getattr(held.get(name), "cond", None)
+            if isinstance(tensor, Tensor) and tensor.device != device:
+                held[name] = held[name]._copy_with(tensor.to(device))
+
+
 def _see_prompts(sampling: Sampling, conds: Any, options: Any) -> None:
     """Hold the tensors behind each uuid; whoever changes them under it loses its vouching."""
     # These stand between the conditioning and the network, and may change what arrives there.
@@ -615,8 +635,7 @@ def _see_prompts(sampling: Sampling, conds: Any, options: Any) -> None:
     for given in conds:
         for cond in given or ():
             tensors = tuple(
-                getattr(cond.get("model_conds", {}).get(name), "cond", None)
-                for name in ("c_crossattn", "crossattn_controlnet", "y")
+                getattr(cond.get("model_conds", {}).get(name), "cond", None) for name in _PROMPT
             )
             uuid = cond.get("uuid")
             seen = sampling.prompts.setdefault(uuid, tensors)
