@@ -42,10 +42,11 @@ class LowRank:
     def delta(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """What strength 1 adds to the parameter: fp32 `shape` on `device`, from fp32 factors."""
         with torch.no_grad():
-            up = self.up.to(device, torch.float32).flatten(1)
-            down = self.down.to(device, torch.float32).flatten(1)
+            # First as they are: asked for both, PyTorch converts on the CPU, and sends more bytes.
+            up = self.up.to(device).float().flatten(1)
+            down = self.down.to(device).float().flatten(1)
             if self.mid is not None:
-                mid = self.mid.to(device, torch.float32).flatten(2)
+                mid = self.mid.to(device).float().flatten(2)
                 # [r, r', k] x [r', I] -> [r, I, k]: what `down` of a plain convolution holds.
                 down = (down.T @ mid).flatten(1)
             # The scale goes to the smaller factor, not to the full-size product.

@@ -83,8 +83,9 @@ class PatchedSource:
         if not patches:
             return value
         shape = value.shape
-        # A copy: the host's code adds in place.
-        start = value.detach().to(self._device, torch.float32, copy=True)
+        # The raw bytes go over the bus: asked for both, PyTorch converts on the CPU and sends twice
+        # as many. A copy: the host's code adds in place.
+        start = value.detach().to(self._device).to(torch.float32, copy=True)
         changed = comfy.lora.calculate_weight(patches, start, key, torch.float32)
         if changed.shape != shape:
             raise UnsupportedModel(
