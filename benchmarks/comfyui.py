@@ -315,7 +315,12 @@ class Server:
     @staticmethod
     def _import_main(comfyui: Path) -> ModuleType:
         """ComfyUI's main module, imported as its own start does it: allocator first."""
-        sys.path.insert(0, str(comfyui))
+        sys.path[:0] = [str(comfyui), str(ROOT / "tests")]
+        from comfyui.launch import define_torchvision_ops, tolerate_missing_packages
+
+        if "--cpu" in sys.argv:  # else torch must not come before ComfyUI's choice of an allocator
+            define_torchvision_ops()
+        tolerate_missing_packages()
         import comfy.options
 
         comfy.options.enable_args_parsing()
