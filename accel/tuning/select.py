@@ -207,10 +207,13 @@ class Selector:
             return replace(self._library(call), reason=f"the library's: none ran ({why})"), None
         kernel = next(r.kernel for r in results if r.kernel.name == entry.kernel)
         reason = f"measured, the fastest of {len(results)}"
-        ours = [r for r in results if r.kernel.launches is not None]
-        # Where Triton does not work today it may tomorrow.
-        keep = not ours or any(r.us is not None for r in ours)
-        return Choice(kernel, entry.config, reason, entry.us), entry if keep else None
+        return Choice(kernel, entry.config, reason, entry.us), entry if lasting(results) else None
+
+
+def lasting(results: Sequence[Measurement]) -> bool:
+    """Whether later processes should go by it: where Triton does not work today it may tomorrow."""
+    ours = [r for r in results if r.kernel.launches is not None]
+    return not ours or any(r.us is not None for r in ours)
 
 
 def fastest(results: Sequence[Measurement]) -> Entry | None:
