@@ -16,7 +16,6 @@ from .demo import _size
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
-    from ..kernels import Call
     from ..tuning.tune import Store
 
 FAMILIES = "sd15,sd15-controlnet,sdxl,sdxl-controlnet"
@@ -174,7 +173,7 @@ def _check_files(options: argparse.Namespace) -> None:
         raise InvalidInput(f"--out and --details cannot both be {paths[0]}")
 
 
-def _calls(families: Iterable[str], sizes: Sequence[Span], batch: int) -> list[Call]:
+def _calls(families: Iterable[str], sizes: Sequence[Span], batch: int) -> list[Any]:
     """Every distinct call of the families' plans, those of a size together."""
     from ..compiler import SHIPPED
     from ..plan.schema import Plan

@@ -87,14 +87,17 @@ class _Known:
 
 
 class Profile:
-    """Measured entries of one GPU with one set of library versions, kept in the disk cache."""
+    """Measured entries of one GPU with one set of library versions, kept in the disk cache.
 
-    def __init__(self, hardware: Hardware, cache: DiskCache | None) -> None:
+    own_only: know nothing of what comes with the pack.
+    """
+
+    def __init__(self, hardware: Hardware, cache: DiskCache | None, own_only: bool = False) -> None:
         self._meta = identity(hardware)
         self._cache = cache
         self._key = xxhash.xxh3_64_hexdigest(json.dumps(self._meta, sort_keys=True).encode())
         self._measured = self._kept()
-        found = shipped(hardware)
+        found = Shipped({}) if own_only else shipped(hardware)
         self._same_gpu = found.gpu == hardware.name
         self._here = _Known({**({} if found.elsewhere else found.entries), **self._measured})
         self._elsewhere = _Known(found.entries if found.elsewhere else {})
@@ -121,11 +124,6 @@ class Profile:
     def own(self) -> Mapping[str, Entry]:
         """What was measured on this machine."""
         return dict(self._measured)
-
-    @property
-    def problem(self) -> str | None:
-        """Why the last measurements could not be kept, in one line."""
-        return None if self._cache is None else self._cache.problem
 
     def ignore_unknown(self, kernels: Iterable[str]) -> None:
         """Leave out what the pack's profile says of kernels that are not among these."""
@@ -261,25 +259,25 @@ def shipped(hardware: Hardware) -> Shipped:
     differing = [name for name in VERSIONS if content.meta[name] != mine[name]]
     if gpu == hardware.name and not differing:
         return Shipped(entries, gpu)
-    versions = [f"{name} {content.meta[name]}" for name in differing]
+    versions = [_version(name, content.meta) for name in differing]
     elsewhere = f"{gpu} with {', '.join(versions)}" if versions else gpu
-    _tell(
-        hardware.name,
-        gpu,
-        [f"{v} (here {mine[n]})" for v, n in zip(versions, differing, strict=True)],
-    )
+    _tell(hardware.name, gpu, versions, [_version(name, mine) for name in differing])
     marked = {call: replace(entry, elsewhere=elsewhere) for call, entry in entries.items()}
     return Shipped(marked, gpu, elsewhere)
 
 
-def _tell(here: str, gpu: str, differences: Sequence[str]) -> None:
+def _version(library: str, meta: Mapping[str, Any]) -> str:
+    return f"no {library}" if meta[library] is None else f"{library} {meta[library]}"
+
+
+def _tell(here: str, gpu: str, theirs: Sequence[str], ours: Sequence[str]) -> None:
     """Warn of a profile that is used though it was measured elsewhere."""
-    what = ", ".join(differences)
+    what = f"with {', '.join(theirs)} (here {', '.join(ours)})" if theirs else ""
     if gpu != here:
         text = f"no profile of {here}: that of {gpu} is used"
-        text += f", which was measured with {what}" if what else ""
+        text += f", which was measured {what}" if what else ""
     else:
-        text = f"the profile of {here} is used, though it was measured with {what}"
+        text = f"the profile of {here} is used, though it was measured {what}"
     _once(f"{text}; `python -m accel tune` measures on this machine")
 
 

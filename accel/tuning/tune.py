@@ -134,7 +134,7 @@ class OwnProfile:
     """The user's profile, which engines use from the next process on."""
 
     def __init__(self, hardware: Hardware, cache: DiskCache) -> None:
-        self._profile, self._cache = Profile(hardware, cache), cache
+        self._profile, self._cache = Profile(hardware, cache, own_only=True), cache
 
     @property
     def place(self) -> str:
