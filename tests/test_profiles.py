@@ -85,6 +85,7 @@ META = profiles.identity(GPU)
         ('{\n"version": 2,\n"meta" {}}', "line 3: Expecting ':' delimiter"),
         ("\n[]", "line 1: it is no JSON object"),
         ("[" * 100000, "line 1: "),
+        ('{"version": ' + "9" * 5000 + "}", "line 1: it holds more than JSON is read for here"),
         (lines({"version": 2, "meta": META}), "line 1: 'entries' is missing"),
         (lines({"meta": META, "entries": {}}), "line 1: 'version' is missing"),
         (lines({"entries": {}, "version": 99, "meta": {}}), "line 3: it has version 99, and 2 is"),

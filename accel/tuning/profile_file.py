@@ -77,8 +77,8 @@ def parsed(text: str) -> Content:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise InvalidFile(f"line {error.lineno}: {error.msg}") from None
-    except RecursionError:
-        raise InvalidFile("line 1: it is nested too deeply") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
+        raise InvalidFile("line 1: it holds more than JSON is read for here") from None
     return checked(data, _Lines(text))
 
 
@@ -122,7 +122,7 @@ def checked(data: Any, line: Line = _nowhere) -> Content:
             content.entries[call] = entry
         else:
             name, what = found
-            content.faults.append(f"{line('entries', call, name)}{call}: {what}")
+            content.faults.append(f"{line('entries', call, name)}{_plain(call)}: {what}")
     return content
 
 
@@ -188,8 +188,16 @@ def _is_count(value: Any) -> bool:
 def _shown(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "lists in lists"
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _plain(call: str) -> str:
+    """A call as one line that every log can take."""
+    return json.dumps(call)[1:-1]
 
 
 class _Lines:
@@ -257,7 +265,7 @@ def write_whole(path: Path, text: str) -> None:
     """Have the file at `path` hold `text`, in one step: whoever reads sees all of it or none."""
     part = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     try:
-        with part.open("x", encoding="utf-8") as file:
+        with part.open("x", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

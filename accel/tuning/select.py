@@ -45,7 +45,8 @@ class Choice:
     """A selected kernel, its configuration, why it was selected, and its time if that is known.
 
     provisional: another one is being compiled, and will be selected from then on. about: where the
-    time is not known, what one of a size near by suggests.
+    time is not known, what one of a size near by, or of another GPU, suggests. elsewhere: where
+    that was measured, if not on such a machine.
     """
 
     kernel: Kernel
@@ -54,6 +55,7 @@ class Choice:
     us: float | None = None
     provisional: bool = False
     about: float | None = None
+    elsewhere: str | None = None
 
 
 class Selector:
@@ -132,15 +134,18 @@ class Selector:
         entry = self.profile.get(key)
         found = None if entry is None else _offered(entry, call, candidates)
         if entry is not None and found is not None and entry.elsewhere is not None:
-            return Choice(*found, f"measured on {entry.elsewhere}", about=entry.us)
+            reason = f"measured on {entry.elsewhere}"
+            return Choice(*found, reason, about=entry.us, elsewhere=entry.elsewhere)
         if entry is not None and found is not None:
             return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
         near = None if entry is not None else self.profile.near(key)
         found = None if near is None else _adopted(near[1], call, candidates, self.hardware)
         if near is not None and found is not None:
             about = near[1].us * family_of(key)[1] / family_of(near[0])[1]
-            where = f" on {near[1].elsewhere}" if near[1].elsewhere else ""
-            return Choice(*found, f"measured{where} at a size near this, {near[0]}", about=about)
+            elsewhere = near[1].elsewhere
+            where = f" on {elsewhere}" if elsewhere else ""
+            reason = f"measured{where} at a size near this, {near[0]}"
+            return Choice(*found, reason, about=about, elsewhere=elsewhere)
         kernel, config = candidates[0]
         if len(candidates) == 1:
             return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")
