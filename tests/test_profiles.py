@@ -416,7 +416,7 @@ def test_kernels_that_are_not_here_are_ignored_in_one_line(
         add_call(5).key: {"kernel": "tiled", "config": {"tile": 64}, "us": 2.0},
     }
     ship(folder, "sm_90", entries)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="accel"):
         for _ in range(2):
             (choice,) = select(cache, add_call(4), measuring=False)
     assert choice.kernel.name == "tiled" and "near this" in choice.reason
