@@ -28,7 +28,8 @@ class Select:
     """References as kernels; us: times by operator.
 
     ours: the operators whose kernel counts as ours. near: times of sizes near by instead. apart:
-    whether linear layers and convolutions add their residuals in a pass apart.
+    whether linear layers and convolutions add their residuals in a pass apart. elsewhere: the
+    operators that were timed on another GPU.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class Select:
         provisional: Sequence[str] = (),
         near: Mapping[str, float | None] | None = None,
         apart: bool = True,
+        elsewhere: Sequence[str] = (),
     ) -> None:
+        self.elsewhere = elsewhere
         self.us, self.ours, self.provisional = us, ours, provisional
         self.near, self.apart = near or {}, apart
 
@@ -55,7 +58,8 @@ class Select:
         if name in ("linear", "conv2d"):
             kernel = replace(kernel, adds_apart=self.apart)
         us, about = self.us.get(name), self.near.get(name)
-        return Choice(kernel, {}, "a test", us, name in self.provisional, about)
+        where = "another GPU" if name in self.elsewhere else None
+        return Choice(kernel, {}, "a test", us, name in self.provisional, about, where)
 
 
 @pytest.fixture
@@ -103,6 +107,17 @@ def test_the_pictures_are_the_same_bits(runner: Runner) -> None:
 )
 def test_the_faster_pair_is_taken(runner: Runner, before: Any, after: Any, taken: bool) -> None:
     assert (moved(bound(runner, Select(times(before, after)))) > 0) == taken
+
+
+def test_times_of_two_gpus_are_not_compared(runner: Runner) -> None:
+    """Those of one other are, among themselves."""
+    slower = times((12, 4), (13, 5))
+    alike = Select({}, near=slower, elsewhere=(*PAIR, *MOVED))
+    assert moved(bound(runner, alike)) == 0
+    here = {name: us for name, us in slower.items() if name in PAIR}
+    there = {name: us for name, us in slower.items() if name in MOVED}
+    mixed = Select(here, near=there, elsewhere=MOVED)
+    assert moved(bound(runner, mixed)) > 0, "as where nothing is known"
 
 
 @pytest.mark.parametrize(

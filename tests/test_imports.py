@@ -34,7 +34,10 @@ LAYERS: dict[str, set[str]] = {
     "hosts": {"accel", "compiler", "lora", "models", "plan", "runtime", "structure"},
     "demo": {"accel", "lora", "models", "structure"},
     "bench": {"accel", "kernels", "models", "tuning"},
-    "cli": {"accel", "bench", "compiler", "demo", "lora", "models", "plan", "structure", "tuning"},
+    "cli": {
+        *("accel", "bench", "compiler", "demo", "lora", "models", "plan", "runtime", "structure"),
+        "tuning",
+    },
     "__main__": {"cli"},
     "nodes": {"accel", "hosts"},
     "scripts": {"accel", "hosts"},

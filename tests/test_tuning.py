@@ -191,7 +191,7 @@ def test_an_entry_that_makes_no_sense_is_left_out(
     good = {"kernel": "x", "config": {"tile": 64}, "us": 3.0}
     data = {
         "version": profiles.PROFILE_VERSION,
-        "meta": {"gpu": GPU.name},
+        "meta": profiles.identity(GPU),
         "entries": {"bad": fields, "good": good},
     }
     (tmp_path / "gpu.json").write_text(json.dumps(data))
@@ -215,7 +215,7 @@ def test_the_users_own_measurements_go_before_the_shipped(
     cache: DiskCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipped = {name: {"kernel": "x", "config": {}, "us": 3.0} for name in ("a", "b")}
-    data = {"version": profiles.PROFILE_VERSION, "meta": {"gpu": GPU.name}, "entries": shipped}
+    data = {"version": profiles.PROFILE_VERSION, "meta": profiles.identity(GPU), "entries": shipped}
     (tmp_path / "gpu.json").write_text(json.dumps(data))
     monkeypatch.setattr(profiles, "SHIPPED", tmp_path)
     Profile(GPU, cache).add({"a": Entry("y", {}, 2.0)})

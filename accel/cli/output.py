@@ -11,7 +11,14 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -59,17 +66,23 @@ def print_table(
 
 
 @contextlib.contextmanager
-def progress(title: str) -> Iterator[Report]:
-    """A bar on stderr while the block runs; where stderr is no terminal, nothing is shown."""
+def progress(title: str, time_left: bool = False) -> Iterator[Report]:
+    """A bar on stderr while the block runs; where stderr is no terminal, nothing is shown.
+
+    time_left: say how long it will still take, for what takes minutes at an even pace.
+    """
     console = stderr()
+    left = (TextColumn("left:"), TimeRemainingColumn()) if time_left else ()
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.fields[title]}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeElapsedColumn(),
+        *left,
         TextColumn("{task.description}", style="dim"),
         console=console,
+        speed_estimate_period=300,
         transient=True,
         disable=not console.is_terminal,
     ) as bar:

@@ -107,7 +107,9 @@ def _faster(after: Sequence[Choice], before: Sequence[Choice], site: _Site) -> b
     if after[-1].kernel.launches is None:
         return False
     own, other = _time(after), _time(before)
-    if own is None or other is None:
+    # The times of two GPUs cannot be set against each other.
+    mixed = len({choice.elsewhere for choice in (*after, *before)}) > 1
+    if own is None or other is None or mixed:
         return not site.bare or before[0].kernel.adds_apart
     return own <= other
 

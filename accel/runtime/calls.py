@@ -43,6 +43,20 @@ def calls_of(plan: Plan, dims: Mapping[str, int], dtype: torch.dtype) -> list[Ca
     return list({call.key: call for call in collector.calls}.values())
 
 
+def calls_at(plan: Plan, width: int, height: int, batch: int, tokens: int = 77) -> list[Call]:
+    """Every distinct call in fp16 of a plan at an image size in pixels.
+
+    Without the plan's optional inputs (ControlNets, T2I-Adapters), and with all of them.
+    """
+    sizes = {"batch": batch, "height": height // 8, "width": width // 8, "tokens": tokens}
+    dims = {name: sizes[name] for name in plan.dims}
+    bare = plan.without(entry.name for entry in plan.inputs if entry.optional)
+    found = calls_of(bare, dims, torch.float16)
+    if bare is not plan:
+        found += calls_of(plan, dims, torch.float16)
+    return list({call.key: call for call in found}.values())
+
+
 def timed_calls(hardware: Hardware) -> int:
     """How many calls were timed on such a GPU, by us or on this machine."""
     return len(Profile(hardware, profile_cache()))

@@ -55,26 +55,38 @@ class Measurement:
     problem: str | None = None
 
 
+Prune = Callable[[Call, Sequence[tuple[Kernel, Config]]], Sequence[tuple[Kernel, Config]]]
+"""Of a call's candidates those that are worth timing, in the same order."""
+
+
 def measure(
-    calls: Sequence[Call], compiler: Compiler, device: torch.device
+    calls: Sequence[Call], compiler: Compiler, device: torch.device, prune: Prune | None = None
 ) -> Iterator[tuple[Call, list[Measurement]]]:
-    """Each call with the times of its candidates, in the order of preference."""
+    """Each call with the times of its candidates, in the order of preference.
+
+    prune: leaves candidates out, which are neither compiled nor timed then.
+    """
     hardware = compiler.hardware
     with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
         compiler.compile(
-            (kernel, config, call) for call in calls for kernel, config in _timed(call, hardware)
+            (kernel, config, call)
+            for call in calls
+            for kernel, config in _timed(call, hardware, prune)
         )
         torch.cuda.synchronize(device)
         clock = Clock(device, hardware)
         for call in calls:
-            yield call, _measure(call, hardware, device, clock.timer)
+            yield call, _measure(call, hardware, device, clock.timer, prune)
         del clock
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
 
-def _timed(call: Call, hardware: Hardware) -> Sequence[tuple[Kernel, Config]]:
-    return kernels.candidates(call, hardware)[:-1]  # without the reference
+def _timed(
+    call: Call, hardware: Hardware, prune: Prune | None = None
+) -> Sequence[tuple[Kernel, Config]]:
+    found = kernels.candidates(call, hardware)[:-1]  # without the reference
+    return found if prune is None else prune(call, found)
 
 
 Run = Callable[[int], torch.Tensor]
@@ -85,9 +97,13 @@ Timer = Callable[[], float]
 
 
 def _measure(
-    call: Call, hardware: Hardware, device: torch.device, timer_of: Callable[[Run], Timer]
+    call: Call,
+    hardware: Hardware,
+    device: torch.device,
+    timer_of: Callable[[Run], Timer],
+    prune: Prune | None = None,
 ) -> list[Measurement]:
-    found = _timed(call, hardware)
+    found = _timed(call, hardware, prune)
     try:
         operands = Operands(call, hardware, device)
         expected = operands.expected()

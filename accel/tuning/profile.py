@@ -1,9 +1,10 @@
 """Profiles: what was measured on one GPU, by call.
 
-A profile that comes with the pack (`tuning_profiles/<gpu>.json`) is read first; over it lies the
-user's own, in the disk cache. Both hold the same JSON:
-`{"meta": {...}, "entries": {call: {"kernel": name, "config": {...}, "us": microseconds}}}`.
-What cannot be understood is left out with a warning.
+The user's own profile lies in the disk cache and goes before one that comes with the pack
+(`tuning_profiles/*.json`): of this GPU, or of the most alike that has one. What was measured on
+another GPU, or with other libraries, is known as such: its choices are used, and its times compare
+ways to compute the same, but nothing counts as measured here. Own profiles and files hold the same
+JSON (`profile_file.py`).
 """
 
 from __future__ import annotations
@@ -13,70 +14,68 @@ import logging
 import math
 import re
 import string
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from ..cache import DiskCache
+from ..errors import InvalidFile
 from ..hardware import Hardware
 from ..kernels.registry import Config
 from ..settings import settings
+from . import profile_file
+from .profile_file import Content
 
 logger = logging.getLogger(__name__)
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = profile_file.VERSION
 KIND = "profile"
 NEAR = 1.5
 """How many times as many rows a measured call may have and still speak for another."""
 
 SHIPPED = Path(__file__).resolve().parents[2] / "tuning_profiles"
 
+VERSIONS = ("torch", "cuda", "cudnn", "triton")
+"""Libraries on whose versions measurements depend."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """The fastest that was measured for one call: microseconds of one run."""
+    """The fastest that was measured for one call: microseconds of one run.
+
+    elsewhere: the GPU, and the versions of libraries that are others here, if it was not measured
+    on this machine's kind.
+    """
 
     kernel: str
     config: Config
     us: float
+    elsewhere: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The entry as `json.dumps` takes it."""
         return {"kernel": self.kernel, "config": dict(self.config), "us": round(self.us, 3)}
 
 
-class Profile:
-    """Measured entries of one GPU with one set of library versions, kept in the disk cache."""
+class _Known:
+    """Entries by call, and which calls differ in image size alone."""
 
-    def __init__(self, hardware: Hardware, cache: DiskCache | None) -> None:
-        self._meta = identity(hardware)
-        self._cache = cache
-        self._key = xxhash.xxh3_64_hexdigest(json.dumps(self._meta, sort_keys=True).encode())
-        self._entries = shipped(hardware)
-        self._measured: dict[str, Entry] = {}
-        if cache is not None:
-            self._measured = _entries(cache.get(self._key, KIND) or {}, "the cached profile")
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self.entries: dict[str, Entry] = {}
         self._families: dict[str, dict[int, str]] = {}
-        self._learn(self._entries | self._measured)
+        self.learn(entries)
 
-    def _learn(self, entries: Mapping[str, Entry]) -> None:
-        self._entries |= entries
+    def learn(self, entries: Mapping[str, Entry]) -> None:
+        self.entries |= entries
         for call in entries:
             family, rows = family_of(call)
             self._families.setdefault(family, {})[rows] = call
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, call: str) -> Entry | None:
-        """What is known of a call, by its key."""
-        return self._entries.get(call)
-
     def near(self, call: str) -> tuple[str, Entry] | None:
-        """The measured call that differs from `call` in image size alone and is nearest to it."""
         family, rows = family_of(call)
         known = self._families.get(family, {})
         if not known:
@@ -84,22 +83,93 @@ class Profile:
         nearest = min(known, key=lambda other: abs(math.log(other / rows)))
         if max(nearest / rows, rows / nearest) > NEAR:
             return None
-        return known[nearest], self._entries[known[nearest]]
+        return known[nearest], self.entries[known[nearest]]
+
+
+class Profile:
+    """Measured entries of one GPU with one set of library versions, kept in the disk cache.
+
+    own_only: know nothing of what comes with the pack.
+    """
+
+    def __init__(self, hardware: Hardware, cache: DiskCache | None, own_only: bool = False) -> None:
+        self._meta = identity(hardware)
+        self._cache = cache
+        self._key = xxhash.xxh3_64_hexdigest(json.dumps(self._meta, sort_keys=True).encode())
+        self._measured = self._kept()
+        found = Shipped({}) if own_only else shipped(hardware)
+        self._same_gpu = found.gpu == hardware.name
+        self._here = _Known({**({} if found.elsewhere else found.entries), **self._measured})
+        self._elsewhere = _Known(found.entries if found.elsewhere else {})
+
+    def __len__(self) -> int:
+        """How many calls were measured on such a GPU, whatever the versions of the libraries."""
+        others = self._elsewhere.entries if self._same_gpu else {}
+        return len(others.keys() | self._here.entries.keys())
+
+    def get(self, call: str) -> Entry | None:
+        """What is known of a call, by its key.
+
+        Of another GPU, or with other libraries, only where no size near by was measured here.
+        """
+        entry = self._here.entries.get(call)
+        if entry is not None or self._here.near(call) is not None:
+            return entry
+        return self._elsewhere.entries.get(call)
+
+    def near(self, call: str) -> tuple[str, Entry] | None:
+        """The measured call that differs from `call` in image size alone and is nearest to it."""
+        return self._here.near(call) or self._elsewhere.near(call)
+
+    def own(self) -> Mapping[str, Entry]:
+        """What was measured on this machine."""
+        return dict(self._measured)
+
+    def ignore_unknown(self, kernels: Iterable[str]) -> None:
+        """Leave out what the pack's profile says of kernels that are not among these."""
+        names, own = set(kernels), self._measured
+        unknown = {
+            call: entry.kernel
+            for known in (self._here, self._elsewhere)
+            for call, entry in known.entries.items()
+            if entry.kernel not in names and call not in own
+        }
+        if not unknown:
+            return
+        self._here, self._elsewhere = (
+            _Known({call: entry for call, entry in known.entries.items() if call not in unknown})
+            for known in (self._here, self._elsewhere)
+        )
+        which = ", ".join(sorted(set(unknown.values())))
+        count = len(unknown)
+        _once(
+            f"{count} entries of the profile are of kernels that are not here: {which}",
+            logging.INFO,
+        )
 
     def add(self, measured: Mapping[str, Entry]) -> None:
         """Remember measurements, here and on disk, beside those that another process made."""
-        self._learn(measured)
-        self._measured |= measured
+        self._here.learn(measured)
+        self._measured = {**self._measured, **measured}
         if self._cache is None:
             return
-        others = _entries(self._cache.get(self._key, KIND) or {}, "the cached profile")
-        self._measured = {**others, **self._measured}
+        self._measured = {**self._kept(), **self._measured}
         self._cache.put(self._key, KIND, self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """The measurements of this machine, as a file under `tuning_profiles/` holds them."""
         entries = {call: entry.to_json() for call, entry in sorted(self._measured.items())}
         return {"version": PROFILE_VERSION, "meta": self._meta, "entries": entries}
+
+    def _kept(self) -> dict[str, Entry]:
+        data = None if self._cache is None else self._cache.get(self._key, KIND)
+        if data is None:
+            return {}
+        try:
+            return _entries(profile_file.checked(data), "the profile in the cache")
+        except InvalidFile as error:
+            _once(f"the profile in the cache is ignored: {error}")
+            return {}
 
 
 def profile_cache(root: Path | None = None) -> DiskCache:
@@ -158,44 +228,97 @@ def identity(hardware: Hardware) -> dict[str, Any]:
     }
 
 
-def shipped(hardware: Hardware) -> dict[str, Entry]:
-    """Entries of the profile that comes with the pack for this GPU; empty if there is none."""
+@dataclass(frozen=True)
+class Shipped:
+    """What comes with the pack. gpu: on which it was measured. elsewhere: as the entries'."""
+
+    entries: Mapping[str, Entry]
+    gpu: str | None = None
+    elsewhere: str | None = None
+
+
+def shipped(hardware: Hardware) -> Shipped:
+    """The profile that comes with the pack for this GPU, or else for the one most like it.
+
+    That one has the same compute capability and about as many multiprocessors. Its entries, and
+    those of this GPU with other versions of libraries, say where they were measured.
+    """
+    if hardware.kind != "cuda":
+        return Shipped({})
+    mine = identity(hardware)
+    fitting = [
+        (path, content)
+        for path, content in _shipped_files()
+        if content.meta["gpu"] == hardware.name or content.meta["capability"] == mine["capability"]
+    ]
+    if not fitting:
+        return Shipped({})
+    path, content = min(fitting, key=lambda pair: _distance(pair[1].meta, mine))
+    entries = _entries(content, f"the profile {path.name}", path)
+    gpu = str(content.meta["gpu"])
+    differing = [name for name in VERSIONS if content.meta[name] != mine[name]]
+    if gpu == hardware.name and not differing:
+        return Shipped(entries, gpu)
+    versions = [_version(name, content.meta) for name in differing]
+    elsewhere = f"{gpu} with {', '.join(versions)}" if versions else gpu
+    _tell(hardware.name, gpu, versions, [_version(name, mine) for name in differing])
+    marked = {call: replace(entry, elsewhere=elsewhere) for call, entry in entries.items()}
+    return Shipped(marked, gpu, elsewhere)
+
+
+def _version(library: str, meta: Mapping[str, Any]) -> str:
+    return f"no {library}" if meta[library] is None else f"{library} {meta[library]}"
+
+
+def _tell(here: str, gpu: str, theirs: Sequence[str], ours: Sequence[str]) -> None:
+    """Warn of a profile that is used though it was measured elsewhere."""
+    what = f"with {', '.join(theirs)} (here {', '.join(ours)})" if theirs else ""
+    if gpu != here:
+        text = f"no profile of {here}: that of {gpu} is used"
+        text += f", which was measured {what}" if what else ""
+    else:
+        text = f"the profile of {here} is used, though it was measured {what}"
+    _once(f"{text}; `python -m accel tune` measures on this machine")
+
+
+def _distance(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> tuple[Any, ...]:
+    """How unlike the two are on which profiles were made: the GPU first, then the libraries."""
+    return (
+        theirs["gpu"] != mine["gpu"],
+        abs(theirs["multiprocessors"] - mine["multiprocessors"]),
+        sum(theirs[name] != mine[name] for name in VERSIONS),
+    )
+
+
+def _shipped_files() -> list[tuple[Path, Content]]:
+    found = []
     for path in sorted(SHIPPED.glob("*.json")):
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            logger.warning("the profile %s is ignored: %s", path.name, error)
-            continue
-        meta = data.get("meta") if isinstance(data, dict) else None
-        if isinstance(meta, dict) and meta.get("gpu") == hardware.name:
-            return _entries(data, f"the profile {path.name}")
-    return {}
-
-
-def _entries(data: Mapping[str, Any], what: str) -> dict[str, Entry]:
-    if not data:
-        return {}
-    if data.get("version") != PROFILE_VERSION or not isinstance(data.get("entries"), Mapping):
-        logger.warning("%s is ignored: it has version %s", what, data.get("version"))
-        return {}
-    found = {}
-    for call, fields in data["entries"].items():
-        entry = _entry(fields)
-        if entry is None:
-            logger.warning("%s: the entry of %s is ignored: %s", what, call, str(fields)[:80])
-        else:
-            found[call] = entry
+            found.append((path, profile_file.read(path)))
+        except InvalidFile as error:
+            _once(f"the profile {path.name} is ignored: {error}", path=path)
     return found
 
 
-def _entry(fields: Any) -> Entry | None:
-    if not isinstance(fields, Mapping):
-        return None
-    kernel, config, us = (fields.get(name) for name in ("kernel", "config", "us"))
-    if not isinstance(kernel, str) or not isinstance(config, Mapping):
-        return None
-    if not all(isinstance(value, (int, str, bool)) for value in config.values()):
-        return None
-    if isinstance(us, bool) or not isinstance(us, (int, float)) or not 0 < us < math.inf:
-        return None
-    return Entry(kernel, dict(config), float(us))
+def _entries(content: Content, what: str, path: Path | None = None) -> dict[str, Entry]:
+    if content.faults:
+        count = len(content.faults)
+        left_out = "an entry is left out" if count == 1 else f"{count} entries are left out"
+        _once(f"{what}: {left_out}: {content.summary()}", path=path)
+    return {
+        call: Entry(fields["kernel"], fields["config"], float(fields["us"]))
+        for call, fields in content.entries.items()
+    }
+
+
+_said: set[tuple[Path | None, str]] = set()
+_said_lock = threading.Lock()
+
+
+def _once(message: str, level: int = logging.WARNING, path: Path | None = None) -> None:
+    """Log, though profiles are read again and again, each thing once."""
+    with _said_lock:
+        if (path, message) in _said:
+            return
+        _said.add((path, message))
+    logger.log(level, "%s", message)

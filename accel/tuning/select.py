@@ -45,7 +45,8 @@ class Choice:
     """A selected kernel, its configuration, why it was selected, and its time if that is known.
 
     provisional: another one is being compiled, and will be selected from then on. about: where the
-    time is not known, what one of a size near by suggests.
+    time is not known, what one of a size near by, or of another GPU, suggests. elsewhere: where
+    that was measured, if not on such a machine.
     """
 
     kernel: Kernel
@@ -54,6 +55,7 @@ class Choice:
     us: float | None = None
     provisional: bool = False
     about: float | None = None
+    elsewhere: str | None = None
 
 
 class Selector:
@@ -77,6 +79,9 @@ class Selector:
         self._waiting = waiting or self._measuring
         self._choices: dict[str, Choice] = {}
         self._lock = threading.Lock()
+        if device.type == "cuda":
+            kernels.load_triton()
+            profile.ignore_unknown(kernel.name for kernel in kernels.kernels())
 
     def select(self, calls: Sequence[Call]) -> list[Choice]:
         """A choice for each call; calls with equal keys get the same."""
@@ -128,13 +133,19 @@ class Selector:
         candidates = kernels.candidates(call, self.hardware)
         entry = self.profile.get(key)
         found = None if entry is None else _offered(entry, call, candidates)
+        if entry is not None and found is not None and entry.elsewhere is not None:
+            reason = f"measured on {entry.elsewhere}"
+            return Choice(*found, reason, about=entry.us, elsewhere=entry.elsewhere)
         if entry is not None and found is not None:
             return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
         near = None if entry is not None else self.profile.near(key)
         found = None if near is None else _adopted(near[1], call, candidates, self.hardware)
         if near is not None and found is not None:
             about = near[1].us * family_of(key)[1] / family_of(near[0])[1]
-            return Choice(*found, f"measured at a size near this, {near[0]}", about=about)
+            elsewhere = near[1].elsewhere
+            where = f" on {elsewhere}" if elsewhere else ""
+            reason = f"measured{where} at a size near this, {near[0]}"
+            return Choice(*found, reason, about=about, elsewhere=elsewhere)
         kernel, config = candidates[0]
         if len(candidates) == 1:
             return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")
@@ -201,10 +212,13 @@ class Selector:
             return replace(self._library(call), reason=f"the library's: none ran ({why})"), None
         kernel = next(r.kernel for r in results if r.kernel.name == entry.kernel)
         reason = f"measured, the fastest of {len(results)}"
-        ours = [r for r in results if r.kernel.launches is not None]
-        # Where Triton does not work today it may tomorrow.
-        keep = not ours or any(r.us is not None for r in ours)
-        return Choice(kernel, entry.config, reason, entry.us), entry if keep else None
+        return Choice(kernel, entry.config, reason, entry.us), entry if lasting(results) else None
+
+
+def lasting(results: Sequence[Measurement]) -> bool:
+    """Whether later processes should go by it: where Triton does not work today it may tomorrow."""
+    ours = [r for r in results if r.kernel.launches is not None]
+    return not ours or any(r.us is not None for r in ours)
 
 
 def fastest(results: Sequence[Measurement]) -> Entry | None:
@@ -241,6 +255,8 @@ def _default(call: Call, candidates: Candidates) -> Choice:
 
 def _offered(entry: Entry, call: Call, candidates: Candidates) -> tuple[Kernel, Config] | None:
     """The candidate that a profile's entry names; None if it cannot be had here."""
+    if _is_numbered(entry):
+        return _first_of(entry, call, candidates)
     for kernel, config in candidates:
         if kernel.name == entry.kernel and dict(config) == dict(entry.config):
             return _to_be_had(kernel, config, call)
@@ -254,10 +270,36 @@ def _adopted(
 
     The code is the same, then, and need not be compiled anew.
     """
+    if _is_numbered(entry):
+        return _first_of(entry, call, candidates)
     for kernel, _ in candidates:
         if kernel.name == entry.kernel:
             found = _to_be_had(kernel, entry.config, call)
             return found if found and _fits(kernel, entry.config, call, hardware) else None
+    return None
+
+
+_NUMBERED = {"cublaslt.": "algorithm", "cudnn_frontend.": "plan"}
+"""Kernels of libraries that choose by a number in a list of the library's own making."""
+
+
+def _is_numbered(entry: Entry) -> bool:
+    """Whether it names a library's algorithm by a number that means another one here.
+
+    The lists are heuristics' answers for one GPU and one version of the library: number 5 there is
+    some other algorithm here, if there is one.
+    """
+    return entry.elsewhere is not None and any(
+        entry.kernel.startswith(prefix) and name in entry.config
+        for prefix, name in _NUMBERED.items()
+    )
+
+
+def _first_of(entry: Entry, call: Call, candidates: Candidates) -> tuple[Kernel, Config] | None:
+    """What the entry's library itself names first here; None if it cannot be had."""
+    for kernel, config in candidates:
+        if kernel.name == entry.kernel:
+            return _to_be_had(kernel, config, call)
     return None
 
 

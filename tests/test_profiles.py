@@ -1,0 +1,424 @@
+"""Files of profiles: what is refused and on which line; whose measurements count for what."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernels.harness import chip
+
+from accel.cache import DiskCache
+from accel.errors import InvalidFile
+from accel.hardware import Hardware
+from accel.kernels import Call, TensorSpec, load_triton, registry
+from accel.runtime.alternatives import _time
+from accel.tuning import profile as profiles
+from accel.tuning import profile_file
+from accel.tuning.compiling import Compiler
+from accel.tuning.profile import SHIPPED, Entry, Profile
+from accel.tuning.select import Choice, Selector
+
+GPU = chip()
+GOOD = {"kernel": "library", "config": {"tile": 64, "wide": True, "kind": "a"}, "us": 3.5}
+
+
+def document(entries: Any = None, hardware: Hardware = GPU, **changes: Any) -> dict[str, Any]:
+    found = {"version": profile_file.VERSION, "meta": profiles.identity(hardware)}
+    return {**found, "entries": {"call": GOOD} if entries is None else entries, **changes}
+
+
+def lines(data: Any) -> str:
+    """The file as `indent=1` makes it: a field a line."""
+    return json.dumps(data, indent=1)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the profiles that come with the pack, and nothing said yet."""
+    found = tmp_path / "tuning_profiles"
+    found.mkdir()
+    monkeypatch.setattr(profiles, "SHIPPED", found)
+    monkeypatch.setattr(profiles, "_said", set())
+    return found
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> DiskCache:
+    return DiskCache(tmp_path / "cache", 1 << 20, "profile-test")
+
+
+# The file.
+
+
+def test_what_comes_with_the_pack_is_right() -> None:
+    paths = sorted(SHIPPED.glob("*.json"))
+    assert paths
+    for path in paths:
+        content = profile_file.read(path)
+        assert not content.faults and len(content.entries) > 100
+
+
+def test_what_is_written_is_read_alike_and_is_sorted() -> None:
+    others = [["library", {}, 4], ["tiled", {"tile": 32}, 5.5]]
+    data = document({"b": GOOD, "a": {**GOOD, "others": others}}, fit={"a": [1.5, None]})
+    content = profile_file.parsed(json.dumps(data))
+    text = profile_file.written(content)
+    assert profile_file.parsed(text) == content and json.loads(text) == data
+    assert profile_file.written(profile_file.parsed(text)) == text
+    assert text.index('"a": {"kernel') < text.index('"b": {"kernel')
+
+
+META = profiles.identity(GPU)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "line 1: Expecting value"),
+        ('{\n"version": 2,\n"meta" {}}', "line 3: Expecting ':' delimiter"),
+        ("\n[]", "line 1: it is no JSON object"),
+        ("[" * 100000, "line 1: "),
+        ('{"version": ' + "9" * 5000 + "}", "line 1: it holds more than JSON is read for here"),
+        (lines({"version": 2, "meta": META}), "line 1: 'entries' is missing"),
+        (lines({"meta": META, "entries": {}}), "line 1: 'version' is missing"),
+        (lines({"entries": {}, "version": 99, "meta": {}}), "line 3: it has version 99, and 2 is"),
+        (lines({"version": True, "meta": META, "entries": {}}), "line 2: it has version true"),
+        (lines({"version": "2", "meta": META, "entries": {}}), 'line 2: it has version "2"'),
+        (lines(document(entries=[])), "line 15: 'entries' is no JSON object"),
+        (lines(document(extra=1)), "line 26: a profile has no field 'extra'"),
+        (lines(document(fit=[])), "line 26: 'fit' is no JSON object"),
+        (lines(document(meta=None)), "line 3: 'meta' is no JSON object"),
+        (lines(document(meta={"gpu": "a"})), "line 3: 'meta' lacks 'capability'"),
+        (lines(document(meta={**META, "gpu": ""})), "line 4: 'gpu' is \"\", and not a name"),
+        (
+            lines(document(meta={**META, "capability": "9.0"})),
+            "line 5: 'capability' is \"9.0\", and not two numbers such as [9, 0]",
+        ),
+        (
+            lines(document(meta={**META, "multiprocessors": 0})),
+            "line 9: 'multiprocessors' is 0, and not a number of at least 1",
+        ),
+        (lines(document(meta={**META, "cudnn": 9.19})), "line 12: 'cudnn' is 9.19, and not a ver"),
+    ],
+)
+def test_a_fault_of_the_whole_refuses_the_file_and_names_the_line(
+    text: str, complaint: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InvalidFile) as error:
+        profile_file.parsed(text)
+    assert str(error.value).startswith(complaint)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+    (folder / "gpu.json").write_text(text)
+    for _ in range(2):
+        assert Profile(GPU, None).get("call") is None
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == f"the profile gpu.json is ignored: {error.value}"
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in GOOD.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("entry", "place", "complaint"),
+    [
+        (None, '"bad"', "null is no JSON object"),
+        (3, '"bad"', "3 is no JSON object"),
+        (without("kernel"), '"bad"', "'kernel' is missing"),
+        (without("us"), '"bad"', "'us' is missing"),
+        ({**GOOD, "ms": 1}, '"ms"', "an entry has no field 'ms'"),
+        ({**GOOD, "kernel": 3}, '"kernel"', "'kernel' is 3, and not a name"),
+        ({**GOOD, "config": None}, '"config"', "'config' is null, and no JSON object"),
+        (
+            {**GOOD, "config": {"tile": [1]}},
+            '"config"',
+            "'tile' of 'config' is [1], and no whole number",
+        ),
+        (
+            {**GOOD, "config": {"tile": 1.5}},
+            '"config"',
+            "'tile' of 'config' is 1.5, and no whole number",
+        ),
+        (
+            {**GOOD, "us": math.nan},
+            '"us"',
+            "'us' is nan, and not microseconds between 0 and 10000000",
+        ),
+        ({**GOOD, "us": math.inf}, '"us"', "'us' is inf, and not microseconds"),
+        ({**GOOD, "us": -1}, '"us"', "'us' is -1, and not microseconds"),
+        ({**GOOD, "us": 0}, '"us"', "'us' is 0, and not microseconds"),
+        ({**GOOD, "us": 1.1e7}, '"us"', "'us' is 11000000.0, and not microseconds"),
+        ({**GOOD, "us": "3.5"}, '"us"', "'us' is \"3.5\", and not a number"),
+        ({**GOOD, "us": True}, '"us"', "'us' is true, and not a number"),
+        ({**GOOD, "others": {}}, '"others"', "'others' is {}, and not a list"),
+        (
+            {**GOOD, "others": [["x", {}]]},
+            '"others"',
+            "one of 'others' is [\"x\", {}], and not [kernel, ",
+        ),
+        ({**GOOD, "others": [["x", {}, 0]]}, '"others"', "in one of 'others' 'us' is 0, and not"),
+    ],
+    ids=str,
+)
+def test_a_fault_of_an_entry_leaves_it_out_and_names_the_line(
+    entry: Any, place: str, complaint: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fields around it have the same names, and so may a call."""
+    text = lines(document({"us": GOOD, "bad": entry, "good": GOOD}))
+    content = profile_file.parsed(text)
+    (fault,) = content.faults
+    rows = text.splitlines()
+    start = next(number for number, row in enumerate(rows) if '"bad"' in row)
+    line = next(n for n, row in enumerate(rows) if n >= start and row.strip().startswith(place))
+    assert fault.startswith(f"line {line + 1}: bad: {complaint}")
+    assert content.entries.keys() == {"us", "good"}
+    (folder / "gpu.json").write_text(text)
+    for _ in range(2):
+        profile = Profile(GPU, None)
+        assert profile.get("bad") is None
+        assert profile.get("good") == Entry("library", GOOD["config"], 3.5)  # type: ignore[arg-type]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == f"the profile gpu.json: an entry is left out: {fault}"
+
+
+def test_many_faults_are_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "gpu.json").write_text(lines(document({f"call {n}": n for n in range(100)})))
+    assert Profile(GPU, None).get("call 3") is None
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert "100 entries are left out: line " in said and said.endswith("; and 95 more")
+
+
+def test_a_line_is_found_wherever_the_key_stands() -> None:
+    text = '{"a": 1,\n"b": [{"c": 2,\n"d": "x, {y"}, [3, 4]], "e\\u0041":\n{"":\n5}}'
+    assert profile_file.lines_of(text) == {
+        ("a",): 1,
+        ("b",): 2,
+        ("b", "", "c"): 2,
+        ("b", "", "d"): 3,
+        ("eA",): 3,
+        ("eA", ""): 4,
+    }
+
+
+def test_the_users_own_profile_is_checked_as_well(
+    cache: DiskCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    profile = Profile(GPU, cache)
+    cache.put(profile._key, profiles.KIND, document({"good": GOOD, "bad": {**GOOD, "us": -1}}))
+    again = Profile(GPU, cache)
+    assert again.get("good") is not None and again.get("bad") is None
+    assert "the profile in the cache: an entry is left out: bad: 'us' is -1" in caplog.text
+    cache.put(profile._key, profiles.KIND, {"entries": 3})
+    assert Profile(GPU, cache).own() == {}
+    assert "the profile in the cache is ignored: 'version' is missing" in caplog.text
+
+
+def test_text_that_is_none_is_refused(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "gpu.json").write_bytes(b"\xff\xfe\x00")
+    (folder / "good.json").write_text(lines(document()))
+    assert Profile(GPU, None).get("call") is not None, "the others still count"
+    assert "the profile gpu.json is ignored: it is not UTF-8 text" in caplog.text
+
+
+# Of another GPU, or with other libraries.
+
+
+def ship(folder: Path, name: str, entries: Any = None, **changes: Any) -> None:
+    hardware = replace(GPU, name=name, **changes)
+    file = folder / f"{name.replace(' ', '_')}.json"
+    file.write_text(json.dumps(document(entries, hardware)))
+
+
+def test_the_very_gpu_goes_before_any_that_is_like_it(folder: Path) -> None:
+    ship(folder, "A GPU", {"call": {**GOOD, "us": 1.0}})
+    ship(folder, "sm_90", {"call": {**GOOD, "us": 2.0}}, multiprocessors=50)
+    assert profiles.shipped(GPU).gpu == "sm_90"
+
+
+def test_the_nearest_of_the_same_capability_is_used_and_said_once(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ship(folder, "Far", multiprocessors=16)
+    ship(folder, "Near", multiprocessors=114)
+    ship(folder, "Other", capability=(8, 0))
+    for _ in range(2):
+        profile = Profile(GPU, None)
+        entry = profile.get("call")
+        assert entry is not None and entry.elsewhere == "Near" and entry.us == 3.5
+        assert len(profile) == 0, "nothing was timed on such a GPU"
+    (record,) = caplog.records
+    assert record.getMessage().startswith("no profile of sm_90: that of Near is used; ")
+    assert "python -m accel tune" in record.getMessage()
+
+
+def test_no_gpu_is_like_one_of_another_capability(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ship(folder, "Other", capability=(8, 0))
+    assert Profile(GPU, None).get("call") is None
+    assert profiles.shipped(replace(GPU, kind="cpu", capability=None)).entries == {}
+    assert not caplog.records
+
+
+def test_other_versions_are_said_once_with_what_differs(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ship(folder, "sm_90", torch="2.0.0", cudnn=None)
+    for _ in range(2):
+        profile = Profile(GPU, None)
+        entry = profile.get("call")
+        assert entry is not None and entry.elsewhere == "sm_90 with torch 2.0.0, no cudnn"
+        assert len(profile) == 1, "it was timed on such a GPU"
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(
+        "the profile of sm_90 is used, though it was measured with "
+        f"torch 2.0.0, no cudnn (here torch {torch.__version__}, cudnn 9.19.0); "
+    )
+
+
+def test_another_gpu_with_other_versions_is_said_together(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ship(folder, "Near", triton="3.4.0")
+    assert profiles.shipped(GPU).elsewhere == "Near with triton 3.4.0"
+    (record,) = caplog.records
+    wanted = "that of Near is used, which was measured with triton 3.4.0 (here triton 3.6.0); "
+    assert wanted in record.getMessage()
+
+
+def test_of_several_of_this_gpu_that_with_the_same_libraries_is_used(folder: Path) -> None:
+    for name, version in (("a", "1.0"), ("b", GPU.torch), ("c", "3.0")):
+        data = document({"call": {**GOOD, "kernel": name}}, replace(GPU, torch=version))
+        (folder / f"{name}.json").write_text(json.dumps(data))
+    assert Profile(GPU, None).get("call") == Entry("b", GOOD["config"], 3.5)  # type: ignore[arg-type]
+
+
+# What the selector makes of it.
+
+
+def add_call(rows: int = 4) -> Call:
+    spec = TensorSpec.of(torch.empty((rows, 8), device="meta"))
+    return Call("add", spec, (spec, spec), {})
+
+
+Make = Callable[..., None]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Registers kernels for `add` that exist only in this test, beside which there are none."""
+    load_triton()  # not into this test's list
+    monkeypatch.setattr(registry, "_KERNELS", [])
+
+    def make(name: str, *configs: Any, **traits: Any) -> None:
+        offered = (lambda call, hardware: configs) if configs else None
+        registry.kernel("add", name=name, configs=offered, **traits)(lambda out, *rest: out)
+
+    return make
+
+
+def select(cache: DiskCache | None, *calls: Call, measuring: bool = True) -> list[Choice]:
+    device = torch.device("cuda")
+    profile = Profile(GPU, cache)
+    return Selector(Compiler(GPU, device, cache), device, profile, measuring).select(calls)
+
+
+def entry_of(kernel: str, config: Any = None, us: float = 3.5) -> dict[str, Any]:
+    return {add_call().key: {"kernel": kernel, "config": config or {}, "us": us}}
+
+
+def test_a_choice_of_another_gpu_is_used_and_its_time_is_not_this_ones(
+    made: Make, folder: Path
+) -> None:
+    made("library")
+    made("tiled", {"tile": 64}, {"tile": 32})
+    ship(folder, "Near", entry_of("tiled", {"tile": 32}))
+    exact, near = select(None, add_call(4), add_call(5))
+    assert (exact.kernel.name, exact.config) == ("tiled", {"tile": 32})
+    assert exact.us is None and exact.about == 3.5 and exact.reason == "measured on Near"
+    assert near.us is None and near.about == pytest.approx(3.5 * 5 / 4)
+    assert near.reason == f"measured on Near at a size near this, {add_call(4).key}"
+    assert _time([exact, near]) == pytest.approx(3.5 * 9 / 4), "ways are compared among themselves"
+
+
+def test_a_choice_with_other_libraries_is_used_as_one_of_another_gpu(
+    made: Make, folder: Path
+) -> None:
+    made("library")
+    made("tiled", {"tile": 64})
+    ship(folder, "sm_90", entry_of("tiled", {"tile": 64}), torch="2.0.0")
+    (choice,) = select(None, add_call())
+    assert choice.kernel.name == "tiled" and choice.us is None and choice.about == 3.5
+    assert choice.reason == "measured on sm_90 with torch 2.0.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("cublaslt.linear", "algorithm"), ("cudnn_frontend.conv2d", "plan")]
+)
+@pytest.mark.parametrize("rows", [4, 5], ids=["this size", "a size near by"])
+def test_a_librarys_numbers_mean_nothing_on_another_gpu(
+    name: str, number: str, rows: int, made: Make, folder: Path
+) -> None:
+    made("library")
+    made(name, {number: 0}, {number: 1}, {number: 5})
+    ship(folder, "Near", entry_of(name, {number: 5}))
+    (choice,) = select(None, add_call(rows))
+    assert (choice.kernel.name, choice.config) == (name, {number: 0})
+    assert choice.us is None and choice.about is not None
+    (folder / "Near.json").unlink()
+    ship(folder, "sm_90", entry_of(name, {number: 5}))
+    (choice,) = select(None, add_call(rows))
+    assert choice.config == {number: 5}, "on this one they mean what they say"
+
+
+def test_the_users_own_measurements_go_before_those_of_another_gpu(
+    made: Make, folder: Path, cache: DiskCache
+) -> None:
+    made("library")
+    made("tiled", {"tile": 64})
+    ship(folder, "Near", entry_of("tiled", {"tile": 64}))
+    Profile(GPU, cache).add({add_call(4).key: Entry("library", {}, 9.0)})
+    (own,) = select(cache, add_call(4))
+    assert (own.kernel.name, own.us) == ("library", 9.0)
+
+
+def test_the_users_own_at_a_size_near_by_goes_before_this_size_of_another_gpu(
+    made: Make, folder: Path, cache: DiskCache
+) -> None:
+    made("library")
+    made("tiled", {"tile": 64})
+    ship(folder, "Near", entry_of("tiled", {"tile": 64}))
+    Profile(GPU, cache).add({add_call(5).key: Entry("library", {}, 10.0)})
+    (own,) = select(cache, add_call(4))
+    assert own.kernel.name == "library" and own.about == pytest.approx(8.0)
+    assert add_call(5).key in own.reason and "Near" not in own.reason
+
+
+def test_kernels_that_are_not_here_are_ignored_in_one_line(
+    made: Make, folder: Path, cache: DiskCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    made("library")
+    made("tiled", {"tile": 64})
+    entries = {
+        add_call(4).key: {"kernel": "gone", "config": {}, "us": 1.0},
+        add_call(40).key: {"kernel": "lost", "config": {}, "us": 1.0},
+        add_call(5).key: {"kernel": "tiled", "config": {"tile": 64}, "us": 2.0},
+    }
+    ship(folder, "sm_90", entries)
+    with caplog.at_level(logging.INFO, logger="accel"):
+        for _ in range(2):
+            (choice,) = select(cache, add_call(4), measuring=False)
+    assert choice.kernel.name == "tiled" and "near this" in choice.reason
+    said = [r.getMessage() for r in caplog.records]
+    assert said == ["2 entries of the profile are of kernels that are not here: gone, lost"]
