@@ -297,7 +297,7 @@ def test_chinese(desk: Desk, routes: Routes) -> None:
             "正在追踪网络",
             "a block calls .item()",  # an error of another program
             "GGUF 文件：其权重经过量化",
-            "该文件 为空：请重新获取该文件",
+            "该文件为空：请重新获取该文件",
         ):
             assert expected in said, expected
         assert "Engines" not in said

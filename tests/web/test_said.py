@@ -10,6 +10,7 @@ import pytest
 
 from .browser import Desk
 from .test_graph import NODE, badges, example, vue
+from .test_run import LINE
 from .test_texts import ROOT, said
 
 __all__ = ["vue"]  # the fixture
@@ -27,9 +28,6 @@ SAY = """({ node_id, state, text }) => {
     send("switchyard.status", { node_id, state, text });
     send("progress_text", { nodeId: node_id, text });
 }"""
-
-LINE = """(id) => app.graph.getNodeById(id).widgets
-    .find((widget) => widget.name === "$$node-text-preview")?.value"""
 
 REPORT = """\
 dreamshaper_8.safetensors: engine for 14 of 20 calls · 1 LoRA · host's path: FreeU changes the up \
@@ -86,7 +84,7 @@ def test_every_template_finds_its_own_translation(chinese: Desk) -> None:
         ),
         (
             "host's path: another pack changes how blocks run",
-            "原有路径：其他扩展 更改了各模块的运行方式",
+            "原有路径：其他扩展更改了各模块的运行方式",
         ),
         (
             "host's path: X replaces a part of the network (input_blocks.1) (X)",
@@ -94,7 +92,7 @@ def test_every_template_finds_its_own_translation(chinese: Desk) -> None:
         ),
         (
             "host's path: input_blocks.0.0 (Conv2d) has its method forward replaced",
-            "原有路径：input_blocks.0.0 (Conv2d) 的方法 forward 被替换",
+            "原有路径：input_blocks.0.0 (Conv2d)的方法 forward 被替换",
         ),
         (
             "not accelerated: Flux is not supported: Stable Diffusion 1, 2 and XL are",

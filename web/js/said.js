@@ -22,6 +22,9 @@ const REASONS = "; ";
 /** A reason's last part: its node, whose name may have brackets too. */
 const NODE = /^(.*\S) \(([^()]*(?:\([^()]*\)[^()]*)*)\)$/s;
 
+/** Between two of these stands no space; templates have one around names in Latin script. */
+const HAN = /\p{Script=Han}/u;
+
 /** @type {WeakMap<object, Rule[]>} */
 const rulesByTable = new WeakMap();
 
@@ -76,7 +79,10 @@ function phrase(text, rules) {
 function fill(text, { pattern, names, text: template }, rules) {
     const found = text.match(pattern) ?? [];
     const values = Object.fromEntries(names.map((name, index) => [name, found[index + 1]]));
-    return template.replace(/\{(\w+)\}/g, (_, name) => phrase(values[name], rules));
+    return template.replace(/( ?)\{(\w+)\}( ?)/g, (_, before, name, after) => {
+        const value = phrase(values[name], rules);
+        return (HAN.test(value[0]) ? "" : before) + value + (HAN.test(value.at(-1)) ? "" : after);
+    });
 }
 
 /**
