@@ -5,9 +5,11 @@ import { accelerateWorkflow } from "./js/accelerate.js";
 import { BADGE_SETTING, addBadge, hasStatus, redrawBadges, showStatus } from "./js/badge.js";
 import { canCompare, compareOnce } from "./js/compare.js";
 import { loadTexts, onSetting, setting, t } from "./js/i18n.js";
+import { redrawLines, translateLines } from "./js/line.js";
 import { toast } from "./js/notify.js";
 import { Panel } from "./js/panel.js";
 import { addReport, isReport } from "./js/report.js";
+import { said } from "./js/said.js";
 import { listen } from "./js/server.js";
 import { TAB, storedTab } from "./js/tab.js";
 
@@ -34,9 +36,10 @@ function onBuild(build) {
         return;
     }
     if (!building.delete(build.id) || setting(TELL_SETTING) === false) return;
-    if (build.state === "ready") toast("success", t("builds.toastReady", { title: build.title }));
+    const title = said(build.title);
+    if (build.state === "ready") toast("success", t("builds.toastReady", { title }));
     if (build.state === "failed") {
-        toast("warn", t("builds.toastFailed", { title: build.title, error: build.error ?? "" }));
+        toast("warn", t("builds.toastFailed", { title, error: said(build.error ?? "") }));
     }
 }
 
@@ -111,10 +114,15 @@ app.registerExtension({
         addPanel();
         listen("switchyard.status", showStatus);
         listen("switchyard.build", onBuild);
+        translateLines();
         onSetting("Comfy.Locale", redrawBadges);
+        onSetting("Comfy.Locale", redrawLines);
         onSetting(BADGE_SETTING, redrawBadges);
         await loadTexts();
     },
+
+    /** Nodes that were made anew have lost their lines. */
+    afterConfigureGraph: redrawLines,
 
     /** @param {any} node */
     nodeCreated(node) {

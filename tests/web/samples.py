@@ -29,7 +29,7 @@ RUN: dict[str, Any] = {
     "controlnets": 1,
     "reasons": [
         {"text": "FreeU changes the up blocks", "node": "FreeU_V2"},
-        {"text": "the budget for engines is smaller than this network", "node": None},
+        {"text": "the engine needs 6.1 GiB of VRAM and 4.0 are there", "node": None},
     ],
     "graphs": 1,
     "captures": 0,
@@ -102,7 +102,7 @@ STATE: dict[str, Any] = {
             "title": "SDXL inpainting",
             "state": "building",
             "fraction": 0.41,
-            "text": "tracing the up blocks",
+            "text": "tracing the network",
             "error": None,
         },
         {
@@ -136,10 +136,10 @@ CHECKPOINTS: list[dict[str, Any]] = [
         "flux1-dev-Q4.gguf",
         "unsupported",
         folder="diffusion_models",
-        why="GGUF weights are quantised",
+        why="a GGUF file: its weights are quantised",
     ),
     _checkpoint(
-        "half-downloaded.safetensors", "unreadable", why="the file is shorter than it says"
+        "half-downloaded.safetensors", "unreadable", why="the file is empty: get the file again"
     ),
     _checkpoint(
         "canny-sdxl.safetensors",

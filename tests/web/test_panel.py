@@ -34,7 +34,7 @@ def test_shows_gpu_engines_checkpoints_builds_and_time_saved(desk: Desk, routes:
         "1 h 23 min",
         "runs: 212 · steps on the engine: 4,240",
         "building 41 %",
-        "tracing the up blocks",
+        "tracing the network",
         "a block calls .item()",
         "14 of 20 steps on the engine · 42 ms a step",
         "FreeU changes the up blocks",
@@ -44,7 +44,7 @@ def test_shows_gpu_engines_checkpoints_builds_and_time_saved(desk: Desk, routes:
         "used 3 days ago",
         "used never",
         "1216 × 832 · batch 2 · ControlNet",
-        "GGUF weights are quantised",
+        "a GGUF file: its weights are quantised",
         "5 of 8 ready",
     ):
         assert expected in said, expected
@@ -289,13 +289,25 @@ def test_chinese(desk: Desk, routes: Routes) -> None:
         panel.get_by_text("累计节省的时间").wait_for()
         panel.get_by_text("引擎就绪").first.wait_for()
         said = panel.inner_text()
-        assert "1 小时 23 分" in said
+        for expected in (
+            "1 小时 23 分",
+            "FreeU 更改了上采样块",
+            "引擎需要 6.1 GiB 显存，只有 4.0 GiB",
+            "如果不需要，请绕过“FreeU_V2”",
+            "正在追踪网络",
+            "a block calls .item()",  # an error of another program
+            "GGUF 文件：其权重经过量化",
+            "该文件为空：请重新获取该文件",
+        ):
+            assert expected in said, expected
         assert "Engines" not in said
         # A key without a text would stand there as it is.
         assert not any(f"{name}." in said for name in ("panel", "run", "engines", "checkpoints"))
     finally:
         desk.set("Comfy.Locale", "en")
-    desk.open_panel().get_by_text("Time saved so far").wait_for()
+    panel = desk.open_panel()
+    panel.get_by_text("Time saved so far").wait_for()
+    assert "FreeU changes the up blocks" in panel.inner_text()
 
 
 def test_without_a_gpu_and_before_the_first_run(desk: Desk, routes: Routes) -> None:

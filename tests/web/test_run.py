@@ -16,6 +16,8 @@ from .test_graph import BUILD, EMPTY, badges
 pytestmark = pytest.mark.comfyui
 
 NODE = "SwitchyardAccelerate"
+LINE = """(id) => app.graph.getNodeById(id).widgets
+    .find((widget) => widget.name === "$$node-text-preview")?.value"""
 SIZE = 64
 
 NODES = [
@@ -190,6 +192,12 @@ def test_from_search_to_deletion(desk: Desk, server: Server) -> None:
         desk.open()  # titles of nodes are translated when the page is loaded
         desk.wait(f"() => LiteGraph.createNode('{NODE}').title === '加速模型'")
         desk.open_panel().get_by_text("累计节省的时间").wait_for()
+        # What the server says of a run, too; the report that goes on to other nodes is as it was.
+        seed(desk, 3)
+        entry = queue(desk, server)
+        desk.until(lambda: str(desk.run(LINE, node)).startswith("引擎 · "))
+        assert "engine: 4 calls" in entry["outputs"][str(ids["report"])]["text"][0]
+        assert "引擎：4 次调用" in desk.run(shown, ids["report"])
         desk.picture("chinese")
     finally:
         desk.set("Comfy.Locale", "en")

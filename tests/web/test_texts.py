@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from .templates import collect, split
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "web").rglob("*.js"))
 LANGUAGES = ("en", "zh")
+SAID = "switchyard.said."
 NODES = (
     "SwitchyardAccelerate",
     "SwitchyardLoadCheckpoint",
@@ -41,6 +44,8 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, str]:
 @pytest.mark.parametrize("name", ["main", "nodeDefs", "commands", "settings"])
 def test_both_languages_have_the_same_texts_and_places(name: str) -> None:
     english, chinese = (flat(read(language, name)) for language in LANGUAGES)
+    # The server's own texts: English needs no table of them.
+    chinese = {key: text for key, text in chinese.items() if not key.startswith(SAID)}
     assert english.keys() == chinese.keys()
     for key, text in english.items():
         assert text and chinese[key], key
@@ -60,6 +65,108 @@ def test_every_text_that_a_script_asks_for_is_there_and_none_is_left_over() -> N
     stems |= {f"{name}.title" for name in ("builds", "run", "engines", "checkpoints")}
     unused = {key for key in texts if key not in asked and not key.startswith(tuple(stems))}
     assert not unused
+
+
+NEVER_SHOWN = {
+    "calls of diffusers' networks alone": {
+        "ControlNet residuals come together: down_block_additional_residuals and "
+        "mid_block_additional_residual",
+        "added_cond_kwargs must have the tensors text_embeds and time_ids",
+        "down_block_additional_residuals for T2I-Adapters",
+        "down_block_additional_residuals must be {} tensors, not {}",
+        "down_intrablock_additional_residuals does not fit the network: {} where it has {}",
+        "down_intrablock_additional_residuals must be a list of tensors",
+        "text_embeds {} and time_ids {} must give {} channels, {} of them for each time id",
+        "time_ids must have the batch of text_embeds, {}, not {}",
+    },
+    "building a network of diffusers": {
+        "diffusers has no ControlNet of this architecture",
+        "diffusers has no UNet whose middle is {} and last level {} deep",
+        "diffusers has no block with attention in some layers only: {}",
+        "the number of attention heads is unknown: give the module itself",
+    },
+    "requests that only another program would send": {
+        "the body is no JSON",
+        "the body is too long",
+        "the body must be application/json",
+        'the body must be {"id": …} with 32 hexadecimal digits',
+    },
+    "for users of the package alone": {
+        "the state dict is of no known family, and names and shapes alone do not fix the network: "
+        "a module is needed",
+        "this engine has no weights: load_weights first",
+        "{} is of no known family, and names and shapes alone do not fix the network: "
+        "a module is needed",
+    },
+    "logged for developers, and the file's weights stay a copy": {
+        "the checkpoint {}; needed is {}",
+    },
+    "faults of the pack": {"the graph has no output"},
+    "the same in every language": {"{}x"},
+    "no texts": {
+        "allow_fp16_accumulation",
+        "build",
+        "host",
+        "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
+        "runpy.run_module('accel.hosts.comfyui.build_process', run_name='__main__')",
+    },
+}
+
+
+def said() -> dict[str, str]:
+    """The server's texts in Chinese, under their templates."""
+    table: dict[str, str] = read("zh", "main")["switchyard"]["said"]
+    return table
+
+
+def bare(template: str) -> str:
+    """Without the names of its places."""
+    return re.sub(r"\{\w+\}", "{}", template)
+
+
+def test_every_text_of_the_server_is_translated_and_none_is_left_over() -> None:
+    texts = collect()
+    shown = {template: at for one in texts for template, at in one.shown.items()}
+    never = set().union(*NEVER_SHOWN.values())
+    assert len(shown) > 200  # the reading itself works
+    translated = {bare(template) for template in said()}
+    missing = {t: at for t, at in shown.items() if t not in translated | never}
+    assert missing == {}
+    assert translated - set().union(*(one.all for one in texts)) == set()
+    assert never - shown.keys() == set()
+    assert never & translated == set()
+
+
+def test_collecting_finds_texts_of_every_form() -> None:
+    shown = {template for one in collect() for template in one.shown}
+    for expected in (
+        "{} changes {}",  # an f-string in Reason(…)
+        "another pack",  # what stands in for a name in it
+        "the up blocks",  # in a table
+        "building {} %",  # from a variable, before a dot
+        "host's path meanwhile",
+        "{} LoRAs",
+        "the device has no room for its engine beside the model's",  # an error
+        "{} MiB for this image size do not fit on {}",
+        "has its method {} replaced",  # returned as a reason
+        "tracing the network",  # told as progress
+    ):
+        assert expected in shown, expected
+
+
+def test_translations_of_the_servers_texts_fit_into_each_other() -> None:
+    numbers = {"count", "db", "ms", "percent", "ratio"}  # as in said.js
+    script = (ROOT / "web" / "js" / "said.js").read_text("utf-8")
+    assert set(re.findall(r'"(\w+)"', script.split("NUMBERS = ")[1].split(";")[0])) == numbers
+    for english, chinese in said().items():
+        places = [re.findall(r"\{(\w+)\}", text) for text in (english, chinese)]
+        assert sorted(places[0]) == sorted(places[1]), english
+        assert len(set(places[0])) == len(places[0]), english
+        assert split(english) == [english]
+        # Something may stand before what a text begins with, as in "host's path: …".
+        first = re.match(r"\{(\w+)\}", english)
+        if first and first[1] not in numbers:
+            assert chinese.startswith(first[0]), english
 
 
 def test_advice_has_a_text_for_each_rule() -> None:
@@ -90,8 +197,6 @@ def test_help_pages_say_as_much_in_both_languages(node: str) -> None:
         lines = page.read_text("utf-8").splitlines()
         kinds = [re.match(r"(#+|-|\| \*\*\w+\*\*|\|)?", line) for line in lines if line]
         shapes.append([kind[0] for kind in kinds if kind])
-        # What the node says itself stands there in English, in both.
-        shapes[-1] += [text for line in lines for text in re.findall(r"^- \*\*([^*]+)\*\*", line)]
     assert shapes[0] == shapes[1]
 
 

@@ -4,6 +4,7 @@
  */
 
 import { t } from "./i18n.js";
+import { said } from "./said.js";
 
 /** First match wins. */
 const ADVICE = /** @type {[RegExp, string][]} */ ([
@@ -24,5 +25,5 @@ const ADVICE = /** @type {[RegExp, string][]} */ ([
 export function advice({ text, node }) {
     const key = ADVICE.find(([pattern]) => pattern.test(text))?.[1];
     if (key) return t(`advice.${key}`);
-    return node ? t("advice.node", { node }) : t("advice.other");
+    return node ? t("advice.node", { node: said(node) }) : t("advice.other");
 }

@@ -90,6 +90,14 @@ export function showStatus(status) {
     redrawBadges();
 }
 
+/** @returns {Status[]} those whose nodes are in the workflow at hand */
+export function shownStatuses() {
+    return [...statuses].flatMap(([name, status]) => {
+        const node = findNode(status.node_id);
+        return node && nameOf(node) === name ? [status] : [];
+    });
+}
+
 /** Show all badges again: after a status, or once the language or the setting has changed. */
 export function redrawBadges() {
     app.canvas?.setDirty?.(true, true);
@@ -103,7 +111,7 @@ export function redrawBadges() {
  * @param {string | number | null | undefined} path
  * @returns {any} null when this workflow has no such node
  */
-function findNode(path) {
+export function findNode(path) {
     if (path === null || path === undefined) return null;
     let graph = rootGraph();
     let node = null;

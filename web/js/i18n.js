@@ -58,15 +58,24 @@ export function onSetting(id, callback) {
 
 /**
  * @param {string} key below `switchyard` in main.json
+ * @returns {any} the text or the table of texts in the chosen language alone
+ */
+export function translated(key) {
+    return find(locale(), key);
+}
+
+/** @param {string} language @param {string} key @returns {any} */
+function find(language, key) {
+    return key.split(".").reduce((node, part) => node?.[part], messages[language]?.switchyard);
+}
+
+/**
+ * @param {string} key below `switchyard` in main.json
  * @param {Object<string, string | number>} [values] for the `{name}` places
  * @returns {string}
  */
 export function t(key, values = {}) {
-    const path = key.split(".");
-    /** @param {string} language */
-    const find = (language) =>
-        path.reduce((node, part) => node?.[part], messages[language]?.switchyard);
-    const text = find(locale()) ?? find("en");
+    const text = find(locale(), key) ?? find("en", key);
     if (typeof text !== "string") return key;
     return text.replace(/\{(\w+)\}/g, (place, name) => String(values[name] ?? place));
 }

@@ -6,6 +6,7 @@ import { button, h, refill } from "./dom.js";
 import { ago, dimensions, duration, number, percent, size } from "./format.js";
 import { loadTexts, onSetting, t } from "./i18n.js";
 import { confirmDelete, toast } from "./notify.js";
+import { said } from "./said.js";
 import { listen, server } from "./server.js";
 
 /** @typedef {import("./server.js").Build} Build */
@@ -108,7 +109,7 @@ export class Panel {
         else builds[index] = build;
         this.fillBuilds();
         if (build.state === before) return;
-        this.say(`${build.title}: ${t(`builds.${build.state}`)}`);
+        this.say(`${said(build.title)}: ${t(`builds.${build.state}`)}`);
         if (build.state !== "building") void this.refresh();
     }
 
@@ -142,7 +143,7 @@ export class Panel {
                 this.say(text);
             }
         } catch (error) {
-            toast("error", error instanceof Error ? error.message : String(error));
+            toast("error", said(error instanceof Error ? error.message : String(error)));
         }
         await this.refresh();
     }
@@ -248,7 +249,8 @@ export class Panel {
      * @returns {HTMLElement}
      */
     failure(message) {
-        return h("p", { class: "sy-error", role: "alert" }, t("panel.error", { message }));
+        const text = t("panel.error", { message: said(message) });
+        return h("p", { class: "sy-error", role: "alert" }, text);
     }
 
     /** @returns {HTMLElement[]} */
@@ -262,7 +264,7 @@ export class Panel {
                       ? t("gpu.timed", { n: number(gpu.timed_calls) })
                       : t("gpu.notTimed"),
               ]
-            : [gpu?.problem ?? t(gpu ? "gpu.cpu" : "gpu.noneWhy")];
+            : [gpu?.problem ? said(gpu.problem) : t(gpu ? "gpu.cpu" : "gpu.noneWhy")];
         return [
             h("div", { class: "sy-strong" }, gpu ? gpu.name : t("gpu.none")),
             h("div", { class: "sy-dim" }, facts.filter(Boolean).join(" · ")),
@@ -307,7 +309,8 @@ export class Panel {
      * @returns {HTMLElement}
      */
     build(build) {
-        const { id, title, state, fraction, text, error } = build;
+        const { id, state, fraction, text, error } = build;
+        const title = said(build.title);
         const running = state === "building";
         const known = typeof fraction === "number";
         return h(
@@ -344,8 +347,8 @@ export class Panel {
                     value: known ? fraction : null,
                     "aria-label": title,
                 }),
-            running && text && h("div", { class: "sy-dim" }, text),
-            !running && error && h("div", { class: "sy-why" }, error),
+            running && text && h("div", { class: "sy-dim" }, said(text)),
+            !running && error && h("div", { class: "sy-why" }, said(error)),
         );
     }
 
@@ -389,7 +392,7 @@ export class Panel {
                   )
                 : fine && h("p", { class: "sy-dim" }, t(`run.fine.${run.mode}`)),
             run.compiling && h("p", { class: "sy-dim" }, t("run.compiling")),
-            run.error && h("p", { class: "sy-why" }, t("run.error", { error: run.error })),
+            run.error && h("p", { class: "sy-why" }, t("run.error", { error: said(run.error) })),
         ];
     }
 
@@ -401,8 +404,8 @@ export class Panel {
         return h(
             "li",
             {},
-            reason.node && h("div", { class: "sy-strong" }, reason.node),
-            h("div", {}, reason.text),
+            reason.node && h("div", { class: "sy-strong" }, said(reason.node)),
+            h("div", {}, said(reason.text)),
             h("div", { class: "sy-advice" }, advice(reason)),
         );
     }
@@ -441,7 +444,8 @@ export class Panel {
      * @returns {HTMLElement}
      */
     engine(engine) {
-        const { id, title, family, structure, bytes, source, sizes } = engine;
+        const { id, family, structure, bytes, source, sizes } = engine;
+        const title = said(engine.title);
         return h(
             "li",
             { class: "sy-item", "data-engine": id },
@@ -486,12 +490,12 @@ export class Panel {
     /** @param {Engine} engine */
     async deleteEngine(engine) {
         const sure = await confirmDelete(t("engines.confirmTitle"), t("engines.confirm"), [
-            `${engine.title} · ${size(engine.bytes)}`,
+            `${said(engine.title)} · ${size(engine.bytes)}`,
         ]);
         if (!sure) return;
         await this.act(async () => {
             const { freed_bytes: freed } = await server.deleteEngine(engine.id);
-            return t("engines.deleted", { title: engine.title, size: size(freed) });
+            return t("engines.deleted", { title: said(engine.title), size: size(freed) });
         });
     }
 
@@ -557,8 +561,12 @@ export class Panel {
                 h("span", { class: "sy-name", title: name }, name.slice(cut)),
                 pill(t(`checkpoints.${badge}`), BADGE_TONES[badge]),
             ),
-            h("div", { class: "sy-dim" }, [title || family, folder].filter(Boolean).join(" · ")),
-            why && h("div", { class: "sy-why" }, why),
+            h(
+                "div",
+                { class: "sy-dim" },
+                [title ? said(title) : family, folder].filter(Boolean).join(" · "),
+            ),
+            why && h("div", { class: "sy-why" }, said(why)),
         );
     }
 }

@@ -1,7 +1,8 @@
-/** The Engine Report's text, on the node itself. */
+/** The Engine Report's text, on the node itself. The node's output stays as the server has it. */
 
 import { app } from "../../../scripts/app.js";
 import { ComfyWidgets } from "../../../scripts/widgets.js";
+import { said } from "./said.js";
 
 const WIDGET = "text";
 
@@ -27,6 +28,6 @@ export function addReport(node) {
     const onExecuted = node.onExecuted;
     node.onExecuted = function (/** @type {any} */ output, /** @type {any[]} */ ...rest) {
         onExecuted?.call(this, output, ...rest);
-        widget.value = output?.text?.[0] ?? "";
+        widget.value = said(output?.text?.[0] ?? "");
     };
 }
