@@ -17,11 +17,16 @@ ACCEL = Path(__file__).parents[2] / "accel"
 HOST = sorted((ACCEL / "hosts" / "comfyui").glob("*.py"))
 """Files all of whose texts are looked at."""
 
-OTHERS = ("bench", "cli", "demo", "hosts", "lora", "__main__.py", "cache.py", "session.py")
-"""What a user of the host never meets, below `accel`."""
+OTHERS = (
+    *("bench", "cli", "demo", "hosts", "lora", "__main__.py", "cache.py", "session.py"),
+    *("tuning/profile_file.py", "tuning/tune.py"),
+)
+"""What a user of the host never meets, below `accel`: folders and files."""
 
 BELOW = sorted(
-    path for path in ACCEL.rglob("*.py") if path.relative_to(ACCEL).parts[0] not in OTHERS
+    path
+    for path in ACCEL.rglob("*.py")
+    if not {path.relative_to(ACCEL).parts[0], path.relative_to(ACCEL).as_posix()} & {*OTHERS}
 )
 """Files whose errors, reasons and progress reach the host's user, and nothing else of them."""
 
