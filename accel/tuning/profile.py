@@ -32,6 +32,9 @@ KIND = "profile"
 NEAR = 1.5
 """How many times as many rows a measured call may have and still speak for another."""
 
+OTHERS = 4
+"""Candidates beside the fastest that an entry keeps, for the performance model."""
+
 SHIPPED = Path(__file__).resolve().parents[2] / "tuning_profiles"
 
 
