@@ -35,7 +35,7 @@ from accel.kernels.registry import Call, Config, Kernel
 from accel.plan.schema import Plan
 from accel.runtime.calls import calls_of
 from accel.tuning.chips import KNOWN, Chip
-from accel.tuning.cost import Fit, Model, Times, fit
+from accel.tuning.cost import Model, Times, fit
 from accel.tuning.keys import call_of
 from accel.tuning.profile import OTHERS
 

@@ -252,7 +252,10 @@ class Model:
         if name not in self._groups:
             points: list[_Point] = []
             for other, times in self._measured.get(name, {}).items():
-                call = call_of(other)
+                try:
+                    call = call_of(other)
+                except ValueError:  # an entry of another version
+                    continue
                 kept = [(n, c, us) for n, c, us in times if us > 0]
                 options = [self._options(call, n, c) for n, c, _ in kept]
                 made = _points(other, [(n, c) for n, c, _ in kept], options, [t for *_, t in kept])
@@ -308,10 +311,11 @@ def _carried(group: _Group, wanted: Sequence[_Point]) -> tuple[Array, Array]:
     count = len(group.points)
     means, spreads = _inferred(group.points, wanted)
     ids: dict[str, int] = {}
+    common = [(p.family, p.kernel, p.tile, p.config, p.call) for p in points]
     tables = [
         np.array([ids.setdefault(text, len(ids)) for text in texts])
-        for texts in zip(*((p.family, p.kernel, p.tile, p.config, p.call) for p in points), strict=True)
-    ]  # fmt: skip
+        for texts in zip(*common, strict=True)
+    ]
     family, kernel, tile, config, call = (table[:, None] == table[None, :] for table in tables)
     rows = np.array([p.rows for p in points])
     apart = np.abs(rows[:, None] - rows[None, :])

@@ -3,7 +3,9 @@
 A profile that comes with the pack (`tuning_profiles/<gpu>.json`) is read first; over it lies the
 user's own, in the disk cache. Both hold the same JSON:
 `{"meta": {...}, "entries": {call: {"kernel": name, "config": {...}, "us": microseconds}}}`.
-What cannot be understood is left out with a warning.
+An entry may also have `"others": [[name, {...}, microseconds], ...]`, the next best, and the file
+`"fit"`, the constants of the performance model (`cost.Fit`). What cannot be understood is left out
+with a warning.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import logging
 import math
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,10 +47,15 @@ class Entry:
     kernel: str
     config: Config
     us: float
+    others: tuple[tuple[str, Config, float], ...] = ()
+    """The next best, which the performance model learns from too: at most `OTHERS`."""
 
     def to_json(self) -> dict[str, Any]:
         """The entry as `json.dumps` takes it."""
-        return {"kernel": self.kernel, "config": dict(self.config), "us": round(self.us, 3)}
+        made = {"kernel": self.kernel, "config": dict(self.config), "us": round(self.us, 3)}
+        if self.others:
+            made["others"] = [[name, dict(c), round(us, 3)] for name, c, us in self.others]
+        return made
 
 
 class Profile:
@@ -58,10 +65,17 @@ class Profile:
         self._meta = identity(hardware)
         self._cache = cache
         self._key = xxhash.xxh3_64_hexdigest(json.dumps(self._meta, sort_keys=True).encode())
-        self._entries = shipped(hardware)
+        document, name = _shipped_document(hardware)
+        self._entries = _entries(document, name)
+        self.fit: Mapping[str, Any] | None = _mapping(document.get("fit"))
+        """Constants of the performance model, as `cost.Fit.to_json` wrote them."""
+        self._own_fit: Mapping[str, Any] | None = None
         self._measured: dict[str, Entry] = {}
         if cache is not None:
-            self._measured = _entries(cache.get(self._key, KIND) or {}, "the cached profile")
+            own = cache.get(self._key, KIND) or {}
+            self._measured = _entries(own, "the cached profile")
+            self._own_fit = _mapping(own.get("fit"))
+            self.fit = self._own_fit or self.fit
         self._families: dict[str, dict[int, str]] = {}
         self._learn(self._entries | self._measured)
 
@@ -77,6 +91,15 @@ class Profile:
     def get(self, call: str) -> Entry | None:
         """What is known of a call, by its key."""
         return self._entries.get(call)
+
+    def items(self) -> Iterable[tuple[str, Entry]]:
+        """All entries, by the keys of their calls."""
+        return self._entries.items()
+
+    def keep_fit(self, fit: Mapping[str, Any]) -> None:
+        """Remember constants of the performance model, here and on disk, with what is measured."""
+        self.fit = self._own_fit = fit
+        self.add({})
 
     def near(self, call: str) -> tuple[str, Entry] | None:
         """The measured call that differs from `call` in image size alone and is nearest to it."""
@@ -95,14 +118,16 @@ class Profile:
         self._measured |= measured
         if self._cache is None:
             return
-        others = _entries(self._cache.get(self._key, KIND) or {}, "the cached profile")
-        self._measured = {**others, **self._measured}
+        other = self._cache.get(self._key, KIND) or {}
+        self._measured = {**_entries(other, "the cached profile"), **self._measured}
+        self._own_fit = self._own_fit or _mapping(other.get("fit"))
         self._cache.put(self._key, KIND, self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """The measurements of this machine, as a file under `tuning_profiles/` holds them."""
         entries = {call: entry.to_json() for call, entry in sorted(self._measured.items())}
-        return {"version": PROFILE_VERSION, "meta": self._meta, "entries": entries}
+        made = {"version": PROFILE_VERSION, "meta": self._meta, "entries": entries}
+        return made if self._own_fit is None else {**made, "fit": dict(self._own_fit)}
 
 
 def profile_cache(root: Path | None = None) -> DiskCache:
@@ -163,6 +188,11 @@ def identity(hardware: Hardware) -> dict[str, Any]:
 
 def shipped(hardware: Hardware) -> dict[str, Entry]:
     """Entries of the profile that comes with the pack for this GPU; empty if there is none."""
+    return _entries(*_shipped_document(hardware))
+
+
+def _shipped_document(hardware: Hardware) -> tuple[Mapping[str, Any], str]:
+    """The file that comes with the pack for this GPU, empty if there is none, and what it is."""
     for path in sorted(SHIPPED.glob("*.json")):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -171,8 +201,12 @@ def shipped(hardware: Hardware) -> dict[str, Entry]:
             continue
         meta = data.get("meta") if isinstance(data, dict) else None
         if isinstance(meta, dict) and meta.get("gpu") == hardware.name:
-            return _entries(data, f"the profile {path.name}")
-    return {}
+            return data, f"the profile {path.name}"
+    return {}, "no profile"
+
+
+def _mapping(value: Any) -> Mapping[str, Any] | None:
+    return value if isinstance(value, Mapping) else None
 
 
 def _entries(data: Mapping[str, Any], what: str) -> dict[str, Entry]:
@@ -194,11 +228,22 @@ def _entries(data: Mapping[str, Any], what: str) -> dict[str, Entry]:
 def _entry(fields: Any) -> Entry | None:
     if not isinstance(fields, Mapping):
         return None
-    kernel, config, us = (fields.get(name) for name in ("kernel", "config", "us"))
+    fastest = _timed(fields.get("kernel"), fields.get("config"), fields.get("us"))
+    others = fields.get("others", ())
+    if not isinstance(others, (list, tuple)):
+        others = ()
+    read = [
+        _timed(*other) for other in others if isinstance(other, (list, tuple)) and len(other) == 3
+    ]
+    kept = [other for other in read if other is not None][:OTHERS]
+    return None if fastest is None else Entry(*fastest, tuple(kept))
+
+
+def _timed(kernel: Any, config: Any, us: Any) -> tuple[str, Config, float] | None:
     if not isinstance(kernel, str) or not isinstance(config, Mapping):
         return None
     if not all(isinstance(value, (int, str, bool)) for value in config.values()):
         return None
     if isinstance(us, bool) or not isinstance(us, (int, float)) or not 0 < us < math.inf:
         return None
-    return Entry(kernel, dict(config), float(us))
+    return kernel, dict(config), float(us)

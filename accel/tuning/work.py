@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import ceil, prod
-from typing import Any
 
 from ..kernels.registry import Call, Config, TensorSpec
 from .chips import Chip
@@ -208,12 +208,12 @@ def _matmul(tma: bool) -> Callable[[Chip, Call, Config], Work]:
 
 def _conv(call: Call) -> tuple[Product, int, int]:
     """As a product; with its taps and input channels."""
-    x, weight, _, embedding, residual = call.tensors
+    x, weight, _, _, residual = call.tensors
     assert x is not None and weight is not None
     channels, *kernel, inputs = weight.shape
     taps = prod(kernel)
     activations = _bytes(x) + _bytes(residual) + _bytes(call.out)
-    added = sum(prod(call.out.shape) for t in (residual,) if t is not None)
+    added = 0 if residual is None else prod(residual.shape)
     rows = call.out.rows
     return (
         Product(rows, channels, taps * inputs, _bytes(weight), activations, added),
@@ -269,6 +269,12 @@ LIBRARY_TILES = tuple(
 
 
 def _hidden(chip: Chip, problem: Product) -> list[Work]:
+    """One for each tile, for the caller to add to."""
+    return [Work(dict(w.fixed), dict(w.overlapped)) for w in _of_tiles(chip, problem)]
+
+
+@lru_cache(maxsize=4096)
+def _of_tiles(chip: Chip, problem: Product) -> Sequence[Work]:
     """One for each tile, with the split of K that suits it best."""
     wide = chip.capability[0] in (9, 10)
     found = []
@@ -559,6 +565,6 @@ def works(chip: Chip, call: Call, name: str, config: Config) -> Sequence[Work]:
         return ()
     try:
         found = describe(chip, call, config)
-    except (KeyError, ValueError, ZeroDivisionError):
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
         return ()
     return found if isinstance(found, list) else (found,)
