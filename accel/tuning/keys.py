@@ -51,7 +51,7 @@ def _tensor(text: str) -> TensorSpec:
         # One number: from row to row, which is all there is of two dimensions.
         stride = (*given, 1) if len(given) == 1 and len(shape) == 2 else given
     if len(stride) != len(shape):
-        raise ValueError(f"{text[:80]!r} has other strides than sizes")
+        raise ValueError(f"{text[:80]!r} has other strides than sizes, in a call's key")
     return TensorSpec(shape, stride, _DTYPES[dtype], not odd, bool(constant))
 
 
