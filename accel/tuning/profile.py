@@ -4,7 +4,7 @@ The user's own profile lies in the disk cache and goes before one that comes wit
 (`tuning_profiles/*.json`): of this GPU, or of the most alike that has one. What was measured on
 another GPU, or with other libraries, is known as such: its choices are used, and its times compare
 ways to compute the same, but nothing counts as measured here. Own profiles and files hold the same
-JSON (`profile_file.py`).
+JSON (`profile_file.py`): entries, the next best beside each, and the performance model's constants.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ KIND = "profile"
 NEAR = 1.5
 """How many times as many rows a measured call may have and still speak for another."""
 
+OTHERS = 4
+"""Candidates beside the fastest that an entry keeps, for the performance model."""
+
 SHIPPED = Path(__file__).resolve().parents[2] / "tuning_profiles"
 
 VERSIONS = ("torch", "cuda", "cudnn", "triton")
@@ -47,6 +50,7 @@ VERSIONS = ("torch", "cuda", "cudnn", "triton")
 class Entry:
     """The fastest that was measured for one call: microseconds of one run.
 
+    others: the next best, which the performance model learns from too, at most `OTHERS`.
     elsewhere: the GPU, and the versions of libraries that are others here, if it was not measured
     on this machine's kind.
     """
@@ -54,11 +58,15 @@ class Entry:
     kernel: str
     config: Config
     us: float
+    others: tuple[tuple[str, Config, float], ...] = ()
     elsewhere: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The entry as `json.dumps` takes it."""
-        return {"kernel": self.kernel, "config": dict(self.config), "us": round(self.us, 3)}
+        made = {"kernel": self.kernel, "config": dict(self.config), "us": round(self.us, 3)}
+        if self.others:
+            made["others"] = [[name, dict(c), round(us, 3)] for name, c, us in self.others]
+        return made
 
 
 class _Known:
@@ -96,8 +104,10 @@ class Profile:
         self._meta = identity(hardware)
         self._cache = cache
         self._key = xxhash.xxh3_64_hexdigest(json.dumps(self._meta, sort_keys=True).encode())
-        self._measured = self._kept()
+        self._measured, self._own_fit = self._kept()
         found = Shipped({}) if own_only else shipped(hardware)
+        self.fit = self._own_fit or found.fit
+        """Constants of the performance model, as `cost.Fit.to_json` wrote them."""
         self._same_gpu = found.gpu == hardware.name
         self._here = _Known({**({} if found.elsewhere else found.entries), **self._measured})
         self._elsewhere = _Known(found.entries if found.elsewhere else {})
@@ -120,6 +130,15 @@ class Profile:
     def near(self, call: str) -> tuple[str, Entry] | None:
         """The measured call that differs from `call` in image size alone and is nearest to it."""
         return self._here.near(call) or self._elsewhere.near(call)
+
+    def items(self) -> Iterable[tuple[str, Entry]]:
+        """What was measured on such a machine, by the keys of the calls."""
+        return self._here.entries.items()
+
+    def keep_fit(self, fit: Mapping[str, Any]) -> None:
+        """Remember constants of the performance model, here and on disk, with what is measured."""
+        self.fit = self._own_fit = fit
+        self.add({})
 
     def own(self) -> Mapping[str, Entry]:
         """What was measured on this machine."""
@@ -153,23 +172,28 @@ class Profile:
         self._measured = {**self._measured, **measured}
         if self._cache is None:
             return
-        self._measured = {**self._kept(), **self._measured}
+        kept, fit = self._kept()
+        self._measured = {**kept, **self._measured}
+        self._own_fit = self._own_fit or fit
         self._cache.put(self._key, KIND, self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """The measurements of this machine, as a file under `tuning_profiles/` holds them."""
         entries = {call: entry.to_json() for call, entry in sorted(self._measured.items())}
-        return {"version": PROFILE_VERSION, "meta": self._meta, "entries": entries}
+        document = {"version": PROFILE_VERSION, "meta": self._meta, "entries": entries}
+        return document | ({"fit": dict(self._own_fit)} if self._own_fit else {})
 
-    def _kept(self) -> dict[str, Entry]:
+    def _kept(self) -> tuple[dict[str, Entry], Mapping[str, Any] | None]:
+        """Entries and constants of the cache."""
         data = None if self._cache is None else self._cache.get(self._key, KIND)
         if data is None:
-            return {}
+            return {}, None
         try:
-            return _entries(profile_file.checked(data), "the profile in the cache")
+            content = profile_file.checked(data)
         except InvalidFile as error:
             _once(f"the profile in the cache is ignored: {error}")
-            return {}
+            return {}, None
+        return _entries(content, "the profile in the cache"), content.fit
 
 
 def profile_cache(root: Path | None = None) -> DiskCache:
@@ -230,11 +254,15 @@ def identity(hardware: Hardware) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Shipped:
-    """What comes with the pack. gpu: on which it was measured. elsewhere: as the entries'."""
+    """What comes with the pack. gpu: on which it was measured. elsewhere: as the entries'.
+
+    fit: constants of the performance model, of this very GPU.
+    """
 
     entries: Mapping[str, Entry]
     gpu: str | None = None
     elsewhere: str | None = None
+    fit: Mapping[str, Any] | None = None
 
 
 def shipped(hardware: Hardware) -> Shipped:
@@ -258,7 +286,7 @@ def shipped(hardware: Hardware) -> Shipped:
     gpu = str(content.meta["gpu"])
     differing = [name for name in VERSIONS if content.meta[name] != mine[name]]
     if gpu == hardware.name and not differing:
-        return Shipped(entries, gpu)
+        return Shipped(entries, gpu, fit=content.fit)
     versions = [_version(name, content.meta) for name in differing]
     elsewhere = f"{gpu} with {', '.join(versions)}" if versions else gpu
     _tell(hardware.name, gpu, versions, [_version(name, mine) for name in differing])
@@ -306,9 +334,13 @@ def _entries(content: Content, what: str, path: Path | None = None) -> dict[str,
         left_out = "an entry is left out" if count == 1 else f"{count} entries are left out"
         _once(f"{what}: {left_out}: {content.summary()}", path=path)
     return {
-        call: Entry(fields["kernel"], fields["config"], float(fields["us"]))
+        call: Entry(fields["kernel"], fields["config"], float(fields["us"]), _others(fields))
         for call, fields in content.entries.items()
     }
+
+
+def _others(fields: Mapping[str, Any]) -> tuple[tuple[str, Config, float], ...]:
+    return tuple((kernel, config, float(us)) for kernel, config, us in fields.get("others", ()))
 
 
 _said: set[tuple[Path | None, str]] = set()

@@ -22,9 +22,11 @@ from ..errors import OutOfMemory
 from ..hardware import Hardware, describe
 from ..kernels.registry import Call, Config, Kernel
 from ..settings import settings
+from .chips import chip_of
 from .compiling import Compiler, launches_of
+from .cost import Fit, Model
 from .measure import Measurement, measure
-from .profile import Entry, Profile, family_of, profile_cache
+from .profile import OTHERS, Entry, Profile, family_of, profile_cache
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +47,8 @@ class Choice:
     """A selected kernel, its configuration, why it was selected, and its time if that is known.
 
     provisional: another one is being compiled, and will be selected from then on. about: where the
-    time is not known, what one of a size near by, or of another GPU, suggests. elsewhere: where
-    that was measured, if not on such a machine.
+    time is not known, what the performance model predicts, or one of a size near by, or of another
+    GPU, suggests. elsewhere: where that was measured, if not on such a machine.
     """
 
     kernel: Kernel
@@ -78,6 +80,7 @@ class Selector:
         self._measuring = measuring and device.type == "cuda"
         self._waiting = waiting or self._measuring
         self._choices: dict[str, Choice] = {}
+        self._model = _model(self.hardware, profile)
         self._lock = threading.Lock()
         if device.type == "cuda":
             kernels.load_triton()
@@ -129,7 +132,11 @@ class Selector:
         }
 
     def _known(self, key: str, call: Call) -> Choice | None:
-        """The choice that needs no measurement: a profile's, or the only candidate there is."""
+        """The choice that needs no measurement.
+
+        A profile's, the performance model's where it was calibrated, that of a size near by, or the
+        only candidate there is. Where measuring is on, only sizes near by are left to the model.
+        """
         candidates = kernels.candidates(call, self.hardware)
         entry = self.profile.get(key)
         found = None if entry is None else _offered(entry, call, candidates)
@@ -140,6 +147,10 @@ class Selector:
             return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
         near = None if entry is not None else self.profile.near(key)
         found = None if near is None else _adopted(near[1], call, candidates, self.hardware)
+        if len(candidates) > 2 and (near is not None or not self._measuring):
+            predicted = self._predicted(call, candidates, found)
+            if predicted is not None:
+                return predicted
         if near is not None and found is not None:
             about = near[1].us * family_of(key)[1] / family_of(near[0])[1]
             elsewhere = near[1].elsewhere
@@ -152,6 +163,29 @@ class Selector:
         if len(candidates) == 2 and (kernel.launches is None or kernel.unmeasured):
             return Choice(kernel, config, "the only kernel for this call")
         return None if self._measuring else _default(call, candidates)
+
+    def _predicted(
+        self, call: Call, candidates: Candidates, near: tuple[Kernel, Config] | None
+    ) -> Choice | None:
+        """What the performance model takes for the fastest, with the time that it expects.
+
+        near: what a size near by runs, whose code is there: it is taken if it is as good.
+        """
+        if self._model is None:
+            return None
+        offered = list(candidates[:-1])  # without the reference
+        if near is not None and not any(_same(near, other) for other in offered):
+            offered.append(near)
+        ranked = [r for r in self._model.rank(call, offered) if r.us is not None]
+        if near is not None and ranked:
+            limit = TIE * (ranked[0].us or 0.0)
+            ranked.sort(
+                key=lambda r: not (_same(near, (r.kernel, r.config)) and (r.us or 0.0) <= limit)
+            )
+        for r in ranked:
+            if _to_be_had(r.kernel, r.config, call):
+                return Choice(r.kernel, r.config, f"predicted, {r.us:.1f} us", about=r.us)
+        return None
 
     def _proven(self, choices: Mapping[str, tuple[Call, Choice]]) -> dict[str, Choice | None]:
         """The choices of our kernels, none of which ran in this process yet, where they can run.
@@ -191,6 +225,8 @@ class Selector:
             for call, results in measure(calls, self.compiler, self.device):
                 self._choices[call.key], entry = self._best(call, results)
                 if entry is not None:
+                    if self._model is not None:
+                        self._model.add({call.key: _times(entry)})
                     found[call.key] = entry
                     measured += 1
                 problems.update((r.kernel.name, r.problem) for r in results if r.problem)
@@ -236,7 +272,30 @@ def fastest(results: Sequence[Measurement]) -> Entry | None:
         key=lambda pair: not pair[1].config.get("pdl", False),
     )
     us, best = tied[0]
-    return Entry(best.kernel.name, best.config, us)
+    rest = sorted((pair for pair in measured if pair[1] is not best), key=lambda pair: pair[0])
+    others = tuple((r.kernel.name, r.config, took) for took, r in rest[:OTHERS])
+    return Entry(best.kernel.name, best.config, us, others)
+
+
+def _model(hardware: Hardware, profile: Profile) -> Model | None:
+    """The performance model, if a profile has its constants for this GPU."""
+    chip = chip_of(hardware)
+    if chip is None or profile.fit is None:
+        return None
+    try:
+        fitted = Fit.from_json(profile.fit)
+    except ValueError as error:
+        logger.warning("times are not predicted: %s", error)
+        return None
+    return Model(chip, fitted, {call: _times(entry) for call, entry in profile.items()})
+
+
+def _times(entry: Entry) -> list[tuple[str, Config, float]]:
+    return [(entry.kernel, entry.config, entry.us), *entry.others]
+
+
+def _same(one: tuple[Kernel, Config], other: tuple[Kernel, Config]) -> bool:
+    return one[0].name == other[0].name and dict(one[1]) == dict(other[1])
 
 
 def _default(call: Call, candidates: Candidates) -> Choice:
