@@ -171,7 +171,7 @@ class Model:
     ) -> None:
         self.chip, self.fitted = chip, fitted or Fit()
         self._measured: dict[str, dict[str, Times]] = defaultdict(dict)
-        self._groups: dict[str, _Group] = {}
+        self._groups: dict[str, list[_Point]] = {}
         self.add(measured or {})
 
     def add(self, measured: Mapping[str, Times]) -> None:
@@ -249,7 +249,8 @@ class Model:
         factor = self.fitted.tiles.get(_tile_of(name, config), 1.0)
         return _logs(self.fitted.constants.get(name, {}), found) + math.log(factor)
 
-    def _group(self, key: str) -> _Group:
+    def _group(self, key: str) -> list[_Point]:
+        """What was measured of calls of the same weights."""
         name = _group_of(key)
         if name not in self._groups:
             points: list[_Point] = []
@@ -262,7 +263,7 @@ class Model:
                 options = [self._options(call, n, c) for n, c, _ in kept]
                 made = _points(other, [(n, c) for n, c, _ in kept], options, [t for *_, t in kept])
                 points += [point for point in made if point.options.size]
-            self._groups[name] = _Group(points)
+            self._groups[name] = points
         return self._groups[name]
 
 
@@ -283,13 +284,6 @@ class _Point:
     time: float = 0.0  # the logarithm of microseconds, where measured
 
 
-class _Group:
-    """The measured points of calls of the same weights."""
-
-    def __init__(self, points: Sequence[_Point]) -> None:
-        self.points = points
-
-
 def _points(
     key: str,
     candidates: Sequence[tuple[str, Config]],
@@ -307,11 +301,11 @@ def _points(
     ]
 
 
-def _carried(group: _Group, wanted: Sequence[_Point]) -> tuple[Array, Array]:
+def _carried(measured: Sequence[_Point], wanted: Sequence[_Point]) -> tuple[Array, Array]:
     """Logarithms of the times of points and their spreads, by those that are measured."""
-    points = [*group.points, *wanted]
-    count = len(group.points)
-    means, spreads = _inferred(group.points, wanted)
+    points = [*measured, *wanted]
+    count = len(measured)
+    means, spreads = _inferred(measured, wanted)
     ids: dict[str, int] = {}
     common = [(p.family, p.kernel, p.tile, p.config, p.call) for p in points]
     tables = [
@@ -335,7 +329,7 @@ def _carried(group: _Group, wanted: Sequence[_Point]) -> tuple[Array, Array]:
     if count == 0:
         return means, np.sqrt(own) + spreads
     across = covariance[count:, :count]
-    residuals = np.array([p.time for p in group.points]) - means[:count]
+    residuals = np.array([p.time for p in measured]) - means[:count]
     system = covariance[:count, :count] + _NOISE**2 * np.eye(count)
     solved = np.linalg.solve(system, np.column_stack([residuals, across.T]))
     left = own - np.einsum("ij,ji->i", across, solved[:, 1:])

@@ -85,8 +85,8 @@ class Tile:
 class Product:
     """A matrix product, or a convolution as one: rows (pixels) x depth (taps x channels) x columns.
 
-    covered: tiles that cover the rows, where a tile is a box of pixels. weight, activations: bytes.
-    added: elements that the epilogue reads. gated: whether half of the columns are gates (GEGLU).
+    weight, activations: bytes. added: elements that the epilogue reads. gated: whether half of the
+    columns are gates (GEGLU).
     """
 
     rows: int
