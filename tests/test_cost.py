@@ -28,7 +28,15 @@ from harness import chip as hardware_of
 
 ROOT = Path(__file__).resolve().parents[1]
 H200 = next(chip for chip in KNOWN if chip.name == "NVIDIA H200")
-GPU = dataclasses.replace(hardware_of(), name="NVIDIA H200", multiprocessors=132)
+GPU = dataclasses.replace(
+    hardware_of(),
+    name="NVIDIA H200",
+    multiprocessors=132,
+    torch="2.11.0+cu130",  # these as the profile that comes with the pack was measured
+    cuda="13.0",
+    cudnn="9.19.0",
+    triton="3.6.0",
+)
 TMA = "triton.matmul_tma"
 
 TILE: dict[str, int | str | bool] = {
@@ -391,23 +399,16 @@ def test_profiles_keep_the_next_best_and_the_fit(tmp_path: Path) -> None:
     assert third.fit == found and third.get("a") == entry
 
 
-def test_others_that_make_no_sense_are_left_out(tmp_path: Path) -> None:
+def test_more_others_than_are_kept_are_left_out(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, 1 << 20, "profile-test")
-    profile = Profile(dataclasses.replace(GPU, name="none"), cache)
+    gpu = dataclasses.replace(GPU, name="none")
+    profile = Profile(gpu, cache)
     entry = {"kernel": "x", "config": {}, "us": 1.0}
-    document = profile.to_json() | {
-        "entries": {
-            "a": entry | {"others": [["y", {}, 2.0], ["z", {}, -1], ["z"], 3, ["y", {"a": []}, 1]]},
-            "b": entry | {"others": "none"},
-            "c": entry | {"others": [["y", {}, float(n)] for n in range(1, 9)]},
-        },
-        "fit": 7,
-    }
-    cache.put(profile._key, "profile", document)
-    again = Profile(dataclasses.replace(GPU, name="none"), cache)
-    assert again.get("a") == Entry("x", {}, 1.0, (("y", {}, 2.0),))
-    assert again.get("b") == Entry("x", {}, 1.0)
-    assert len(again._entries["c"].others) == OTHERS and again.fit is None
+    entries = {"c": entry | {"others": [["y", {}, float(n)] for n in range(1, 9)]}}
+    cache.put(profile._key, "profile", profile.to_json() | {"entries": entries})
+    found = Profile(gpu, cache).get("c")
+    assert found is not None and [us for *_, us in found.others] == [1.0, 2.0, 3.0, 4.0]
+    assert len(found.others) == OTHERS
 
 
 def test_the_fastest_brings_the_next_best() -> None:

@@ -162,7 +162,8 @@ def to_file(path: Path, calls: list[Call] = CALLS, **options: Any) -> tuning.Tun
 def test_the_engine_uses_what_was_tuned_from_then_on(clock: Clock, cache: DiskCache) -> None:
     done = tune(CALLS, COMPILER, CPU, OwnProfile(GPU, cache))
     assert (done.calls, done.known, done.measured, done.failed) == (40, 0, 40, 0)
-    assert Profile(GPU, cache).get(CALLS[2].key) == Entry("library", {}, 24.5)
+    others = (("tiled", {"tile": 64}, 24.5),)
+    assert Profile(GPU, cache).get(CALLS[2].key) == Entry("library", {}, 24.5, others)
     again = tune(CALLS, COMPILER, CPU, OwnProfile(GPU, cache))
     assert (again.known, again.measured, len(clock.asked)) == (40, 0, 40)
 
@@ -178,7 +179,8 @@ def test_a_file_is_a_profile_that_can_be_shipped(
     expected = profiles.identity(GPU) | {"memory_mib": 24 << 10, "driver": None, "command": "tune"}
     assert expected.items() <= data["meta"].items() and "date" in data["meta"]
     monkeypatch.setattr(profiles, "SHIPPED", tmp_path)
-    assert Profile(GPU, None).get(CALLS[0].key) == Entry("library", {}, 8.5)
+    others = (("tiled", {"tile": 64}, 8.5),)
+    assert Profile(GPU, None).get(CALLS[0].key) == Entry("library", {}, 8.5, others)
     assert len(Profile(GPU, None)) == 40
 
 

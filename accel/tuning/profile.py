@@ -340,7 +340,8 @@ def _entries(content: Content, what: str, path: Path | None = None) -> dict[str,
 
 
 def _others(fields: Mapping[str, Any]) -> tuple[tuple[str, Config, float], ...]:
-    return tuple((kernel, config, float(us)) for kernel, config, us in fields.get("others", ()))
+    kept = fields.get("others", ())[:OTHERS]
+    return tuple((kernel, config, float(us)) for kernel, config, us in kept)
 
 
 _said: set[tuple[Path | None, str]] = set()
