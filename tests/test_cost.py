@@ -478,7 +478,7 @@ def test_a_size_near_by_keeps_its_code_where_that_is_as_good(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     profile, key = shipped()
-    monkeypatch.setattr("accel.tuning.select.TIE", 1e9)  # whatever runs there is as good
+    monkeypatch.setattr("accel.tuning.select.KEPT", 1e9)  # whatever runs there is as good
     (choice,) = selector(profile).select([resized(key, 8064 + 64)])
     near = profile.near(resized(key, 8064 + 64).key)
     assert near is not None

@@ -36,6 +36,13 @@ TIE = 1.02
 What measuring leaves open is so decided alike from run to run.
 """
 
+KEPT = 1.1
+"""What a size near by runs is kept within this factor of the best that is predicted.
+
+Its code is compiled, and predictions are not more exact than that: on sizes that were held out this
+costs nothing.
+"""
+
 SAVED_AT_ONCE = 16
 """Measurements that are written to disk together; a process that is killed loses no more."""
 
@@ -178,7 +185,7 @@ class Selector:
             offered.append(near)
         ranked = [r for r in self._model.rank(call, offered) if r.us is not None]
         if near is not None and ranked:
-            limit = TIE * (ranked[0].us or 0.0)
+            limit = KEPT * (ranked[0].us or 0.0)
             ranked.sort(
                 key=lambda r: not (_same(near, (r.kernel, r.config)) and (r.us or 0.0) <= limit)
             )
