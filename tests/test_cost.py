@@ -461,6 +461,21 @@ def test_without_a_fit_a_size_near_by_is_asked() -> None:
         assert choice.reason.startswith("measured at a size near"), nothing
 
 
+def test_a_model_that_fails_costs_no_picture(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise ZeroDivisionError("no rows")
+
+    monkeypatch.setattr(Model, "rank", fails)
+    profile, key = shipped()
+    chooser = selector(profile)
+    for rows in (7168, 7232):
+        (choice,) = chooser.select([resized(key, rows)])
+        assert choice.reason.startswith("measured at a size near")
+    assert sum("predicted no more" in r.getMessage() for r in caplog.records) == 1
+
+
 def test_far_from_what_is_measured_measuring_goes_before_predicting() -> None:
     profile, key = shipped()
     far, near = (resized(key, rows) for rows in (400_000, 7168))

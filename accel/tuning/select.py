@@ -183,7 +183,12 @@ class Selector:
         offered = list(candidates[:-1])  # without the reference
         if near is not None and not any(_same(near, other) for other in offered):
             offered.append(near)
-        ranked = [r for r in self._model.rank(call, offered) if r.us is not None]
+        try:
+            ranked = [r for r in self._model.rank(call, offered) if r.us is not None]
+        except Exception as error:  # a guess must not cost a picture
+            logger.warning("times are predicted no more: %s failed: %s", call.key, error)
+            self._model = None
+            return None
         if near is not None and ranked:
             limit = KEPT * (ranked[0].us or 0.0)
             ranked.sort(
