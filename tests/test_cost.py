@@ -21,7 +21,7 @@ from accel.tuning.compiling import Compiler
 from accel.tuning.cost import Fit, Model, fit
 from accel.tuning.keys import call_of
 from accel.tuning.profile import OTHERS, Entry, Profile, family_of
-from accel.tuning.select import Selector, fastest
+from accel.tuning.select import Selector, _named, fastest
 
 sys.path.append(str(Path(__file__).parent / "kernels"))
 from harness import chip as hardware_of
@@ -474,6 +474,35 @@ def test_a_model_that_fails_costs_no_picture(
         (choice,) = chooser.select([resized(key, rows)])
         assert choice.reason.startswith("measured at a size near")
     assert sum("predicted no more" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_what_was_wrong_here_is_not_predicted_and_a_guess_stays() -> None:
+    profile, key = shipped()
+    call = resized(key, 7168)
+    chooser = selector(profile)
+    (first,) = chooser.select([call])
+    assert chooser._known(call.key, call) is chooser._guesses[call.key]
+    other = selector(profile)
+    other._refused.add(_named(first.kernel, first.config))
+    other.profile.near = lambda call: None  # type: ignore[method-assign]
+    (second,) = other.select([call])
+    assert second.reason.startswith("predicted")
+    assert _named(second.kernel, second.config) != _named(first.kernel, first.config)
+
+
+def test_a_damaged_entry_costs_no_other() -> None:
+    model = Model(H200, measured={"nonsense": [("x", {}, 1.0)]})
+    call = linear(2048, 1280, 1280)
+    bad = [(TMA, TILE | {"split": "auto"}, 9.0), (TMA, TILE, 14.0)]
+    model.add({call.key: bad})
+    found = model.us(call, TMA, TILE)
+    assert found is not None and 10 < found < 18
+
+
+def test_an_l40_is_no_l4() -> None:
+    l40 = dataclasses.replace(GPU, name="NVIDIA L40", capability=(8, 9), multiprocessors=142)
+    found = chip_of(l40)
+    assert found is not None and found.dram_gbps > 600
 
 
 def test_far_from_what_is_measured_measuring_goes_before_predicting() -> None:

@@ -105,7 +105,8 @@ def run(options: argparse.Namespace) -> int:
             done = tune(calls, compiler, device, store, details, fresh, report=report)
     except KeyboardInterrupt:
         output.stderr().print(
-            f"what is measured is in {store.place}: the same command goes on from there",
+            f"what is measured is in {store.place}: the same command goes on from there"
+            + (", without --fresh" if fresh else ""),
             markup=False,
             soft_wrap=True,
         )

@@ -95,7 +95,8 @@ def chip_of(hardware: Hardware) -> Chip | None:
     """
     if hardware.kind != "cuda" or hardware.capability is None:
         return None
-    named = [chip for chip in KNOWN if hardware.name.startswith(chip.name)]
+    # Whole words: an L40 is no L4.
+    named = [chip for chip in KNOWN if f"{hardware.name} ".startswith(f"{chip.name} ")]
     if named:
         found = max(named, key=lambda chip: len(chip.name))
     else:

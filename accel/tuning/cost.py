@@ -171,7 +171,7 @@ class Model:
     ) -> None:
         self.chip, self.fitted = chip, fitted or Fit()
         self._measured: dict[str, dict[str, Times]] = defaultdict(dict)
-        self._groups: dict[str, list[_Point]] = {}
+        self._groups: dict[str, _Group] = {}
         self.add(measured or {})
 
     def add(self, measured: Mapping[str, Times]) -> None:
@@ -249,21 +249,20 @@ class Model:
         factor = self.fitted.tiles.get(_tile_of(name, config), 1.0)
         return _logs(self.fitted.constants.get(name, {}), found) + math.log(factor)
 
-    def _group(self, key: str) -> list[_Point]:
+    def _group(self, key: str) -> _Group:
         """What was measured of calls of the same weights."""
         name = _group_of(key)
         if name not in self._groups:
             points: list[_Point] = []
             for other, times in self._measured.get(name, {}).items():
-                try:
-                    call = call_of(other)
-                except ValueError:  # an entry of another version
-                    continue
-                kept = [(n, c, us) for n, c, us in times if us > 0]
-                options = [self._options(call, n, c) for n, c, _ in kept]
-                made = _points(other, [(n, c) for n, c, _ in kept], options, [t for *_, t in kept])
-                points += [point for point in made if point.options.size]
-            self._groups[name] = points
+                for kernel, config, us in times:
+                    try:
+                        options = [self._options(call_of(other), kernel, config)]
+                        made = _points(other, [(kernel, config)], options, [us])
+                    except ValueError:  # of another version, or damaged
+                        continue
+                    points += [point for point in made if point.options.size]
+            self._groups[name] = _Group(points)
         return self._groups[name]
 
 
@@ -284,6 +283,14 @@ class _Point:
     time: float = 0.0  # the logarithm of microseconds, where measured
 
 
+@dataclass
+class _Group:
+    """What was measured of calls that are alike. inverse: of their times' covariance, made once."""
+
+    points: list[_Point]
+    inverse: Array | None = None
+
+
 def _points(
     key: str,
     candidates: Sequence[tuple[str, Config]],
@@ -301,8 +308,9 @@ def _points(
     ]
 
 
-def _carried(measured: Sequence[_Point], wanted: Sequence[_Point]) -> tuple[Array, Array]:
+def _carried(group: _Group, wanted: Sequence[_Point]) -> tuple[Array, Array]:
     """Logarithms of the times of points and their spreads, by those that are measured."""
+    measured = group.points
     points = [*measured, *wanted]
     count = len(measured)
     means, spreads = _inferred(measured, wanted)
@@ -330,10 +338,11 @@ def _carried(measured: Sequence[_Point], wanted: Sequence[_Point]) -> tuple[Arra
         return means, np.sqrt(own) + spreads
     across = covariance[count:, :count]
     residuals = np.array([p.time for p in measured]) - means[:count]
-    system = covariance[:count, :count] + _NOISE**2 * np.eye(count)
-    solved = np.linalg.solve(system, np.column_stack([residuals, across.T]))
-    left = own - np.einsum("ij,ji->i", across, solved[:, 1:])
-    return means[count:] + across @ solved[:, 0], np.sqrt(np.maximum(left, 0.0)) + spreads
+    if group.inverse is None:
+        group.inverse = np.linalg.inv(covariance[:count, :count] + _NOISE**2 * np.eye(count))
+    weights = across @ group.inverse
+    left = own - np.einsum("ij,ij->i", weights, across)
+    return means[count:] + weights @ residuals, np.sqrt(np.maximum(left, 0.0)) + spreads
 
 
 def _inferred(measured: Sequence[_Point], wanted: Sequence[_Point]) -> tuple[Array, Array]:

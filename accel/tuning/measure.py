@@ -41,6 +41,9 @@ TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Relative L2 distance from the reference in the same dtype beyond which a result is wrong: some
 twenty times what rounding explains."""
 
+WRONG = "wrong result"
+"""The problem of a candidate that is off by more than that."""
+
 MAX_COPY_BYTES = 1 << 30
 """What the copies of one call's weights may take."""
 
@@ -135,7 +138,7 @@ def _measure(
                 "%s %s is not used: on this GPU its result for %s is off by %.2g",
                 *(kernel.name, dict(config), call.key, distance),
             )
-            results.append(Measurement(kernel, config, None, "wrong result"))
+            results.append(Measurement(kernel, config, None, WRONG))
     _time_again(results, timers)
     return results
 

@@ -7,6 +7,7 @@ nobody is to wait for compilers are they provisional at first: libraries run unt
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -25,7 +26,7 @@ from ..settings import settings
 from .chips import chip_of
 from .compiling import Compiler, launches_of
 from .cost import Fit, Model
-from .measure import Measurement, measure
+from .measure import WRONG, Measurement, measure
 from .profile import OTHERS, Entry, Profile, family_of, profile_cache
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ class Selector:
         self._waiting = waiting or self._measuring
         self._choices: dict[str, Choice] = {}
         self._model = _model(self.hardware, profile)
+        self._guesses: dict[str, Choice] = {}
+        self._refused: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
         if device.type == "cuda":
             kernels.load_triton()
@@ -178,9 +181,15 @@ class Selector:
 
         near: what a size near by runs, whose code is there: it is taken if it is as good.
         """
+        if call.key in self._guesses:  # asked again while its code is being compiled
+            return self._guesses[call.key]
         if self._model is None:
             return None
-        offered = list(candidates[:-1])  # without the reference
+        offered = [
+            (kernel, config)
+            for kernel, config in candidates[:-1]  # without the reference
+            if _named(kernel, config) not in self._refused
+        ]
         if near is not None and not any(_same(near, other) for other in offered):
             offered.append(near)
         try:
@@ -196,7 +205,8 @@ class Selector:
             )
         for r in ranked:
             if _to_be_had(r.kernel, r.config, call):
-                return Choice(r.kernel, r.config, f"predicted, {r.us:.1f} us", about=r.us)
+                found = Choice(r.kernel, r.config, f"predicted, {r.us:.1f} us", about=r.us)
+                return self._guesses.setdefault(call.key, found)
         return None
 
     def _proven(self, choices: Mapping[str, tuple[Call, Choice]]) -> dict[str, Choice | None]:
@@ -242,6 +252,8 @@ class Selector:
                     found[call.key] = entry
                     measured += 1
                 problems.update((r.kernel.name, r.problem) for r in results if r.problem)
+                wrong = [r for r in results if r.problem == WRONG]
+                self._refused.update(_named(r.kernel, r.config) for r in wrong)
                 if len(found) >= SAVED_AT_ONCE:
                     self.profile.add(found)
                     found = {}
@@ -302,12 +314,16 @@ def _model(hardware: Hardware, profile: Profile) -> Model | None:
     return Model(chip, fitted, {call: _times(entry) for call, entry in profile.items()})
 
 
+def _named(kernel: Kernel, config: Config) -> tuple[str, str]:
+    return kernel.name, json.dumps(dict(config), sort_keys=True)
+
+
 def _times(entry: Entry) -> list[tuple[str, Config, float]]:
     return [(entry.kernel, entry.config, entry.us), *entry.others]
 
 
 def _same(one: tuple[Kernel, Config], other: tuple[Kernel, Config]) -> bool:
-    return one[0].name == other[0].name and dict(one[1]) == dict(other[1])
+    return _named(*one) == _named(*other)
 
 
 def _default(call: Call, candidates: Candidates) -> Choice:

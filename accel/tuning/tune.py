@@ -326,7 +326,8 @@ def tune(
     except RuntimeError as error:  # CUDA's own: the GPU is of no more use to this process
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SwitchyardError(
-            f"measuring stopped: {reason}; what is measured is kept, the same command goes on"
+            f"measuring stopped: {reason}; what is measured is kept, the same command"
+            f"{' without --fresh' if fresh else ''} goes on"
         ) from error
     finally:
         save()
