@@ -226,19 +226,9 @@ class DiskCache:
 
     def _write(self, path: Path, content: bytes) -> None:
         """Make `path` hold `content`, in one step. Raises CacheUnavailable."""
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("xb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
+            write_whole(path, content)
         except OSError as error:
             raise _unavailable(self.root, error) from error
         _touch(path)
@@ -324,6 +314,21 @@ def _unlink(path: Path) -> bool:
         logger.warning("cannot remove %s: %s", path, error.strerror)
         return False
     return True
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Have the file at `path` hold `content`, in one step: whoever reads sees all of it or none."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _unavailable(root: Path, error: OSError) -> CacheUnavailable:

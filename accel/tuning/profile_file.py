@@ -12,12 +12,9 @@ out. Both are told with the line at which they stand.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import re
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -259,18 +256,3 @@ def by_lines(values: Mapping[str, Any]) -> str:
     """A JSON object, sorted, with one line for each of its values."""
     lines = (f"{json.dumps(name)}: {json.dumps(values[name])}" for name in sorted(values))
     return "{\n" + ",\n".join(lines) + "\n}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Have the file at `path` hold `text`, in one step: whoever reads sees all of it or none."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
-    try:
-        with part.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..cache import DiskCache
+from ..cache import DiskCache, write_whole
 from ..errors import CacheUnavailable, InvalidFile, InvalidInput, SwitchyardError
 from ..hardware import Hardware
 from ..kernels.registry import Call
@@ -189,7 +189,7 @@ class ProfileFile:
         """Write these and what there was, in one step."""
         self._content.entries |= {call: entry.to_json() for call, entry in entries.items()}
         self._content.meta = {**self._content.meta, **spec(self._hardware, self._command)}
-        profile_file.write_whole(self._path, profile_file.written(self._content))
+        write_whole(self._path, profile_file.written(self._content).encode())
 
 
 def spec(hardware: Hardware, command: str) -> dict[str, Any]:
@@ -242,7 +242,7 @@ class Details:
             f"{json.dumps(call)}: {self._lines[call]}" for call in sorted(self._lines)
         )
         text = f'{{"meta": {json.dumps(self._meta)},\n"calls": {{\n{calls}\n}}}}\n'
-        profile_file.write_whole(self._path, text)
+        write_whole(self._path, text.encode())
 
 
 def _detailed(path: Path, hardware: Hardware) -> dict[str, str]:
