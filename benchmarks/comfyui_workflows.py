@@ -110,7 +110,7 @@ class Results:
                 **described,
                 "comfyui": installation.version,
                 "note": "random weights. rel_err: the worst call's distance from float32, of the "
-                "noise it predicts (with guidance); rel_err_host: ComfyUI's own worst; ratio: the "
+                "noise predicted for both prompts; rel_err_host: ComfyUI's own worst; ratio: the "
                 f"worst of a call. Passed where no ratio is above {scenarios.RATIO:g}, or, "
                 f"where the host computes in float32, no rel_err above {scenarios.CLOSE:g}",
             },

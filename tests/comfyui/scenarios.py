@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, equal
+from torch import Tensor, equal, stack
 
 from .checkpoints import CONFIGS
 from .server import Server
@@ -224,10 +224,12 @@ class Comparison:
                     if key.startswith("input_") and _away(record[key], expected[key]) > CLOSE
                 ]
             for call in range(sum(key.startswith("x_") for key in expected)):
-                x, result = expected[f"x_{call}"], expected[f"denoised_{call}"]
-                size = (x - result).norm()  # of the noise that the network predicts
+                names = [name for name in (f"cond_{call}", f"uncond_{call}") if name in expected]
+                x = expected[f"x_{call}"]
+                # Of the noise that the network predicts for either prompt.
+                size = stack([x - expected[name] for name in names]).norm()
                 error, host = (
-                    float((record[f"denoised_{call}"] - result).norm() / size)
+                    float(stack([record[name] - expected[name] for name in names]).norm() / size)
                     for record in (found, own)
                 )
                 where = f"{name}, call {call}"

@@ -71,7 +71,10 @@ def ran(error, calls=2):
     x = torch.linspace(-1, 1, 64)
     record = {"latent": x, "input_latent": x}
     for call in range(calls):
-        record |= {f"x_{call}": x, f"denoised_{call}": x - 1 - error * (call + 1) * x.sign()}
+        denoised = x - 1 - error * (call + 1) * x.sign()
+        # What guidance made of both does not count.
+        record |= {f"x_{call}": x, f"denoised_{call}": (1 + 9 * error) * x}
+        record |= {f"cond_{call}": denoised, f"uncond_{call}": denoised.clone()}
     return Ran({"record": record}, {}, [])
 
 

@@ -139,7 +139,7 @@ def apply_context(model: Any) -> None:
 
     def wrap(executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None,
              *args: Any, **kw: Any) -> Tensor:  # fmt: skip
-        scale = 1 + t.float().mean() / 40
+        scale = 1 + t.float().mean().to(c_crossattn.device) / 40
         result: Tensor = executor(x, t, c_concat, c_crossattn * scale, *args, **kw)
         return result
 

@@ -114,9 +114,21 @@ class _Calls:
         if self._follow:
             x = self._follow[f"x_{self._count}"].to(x)
         self._recorded[f"x_{self._count}"] = x.clone()
-        denoised: Tensor = self._model(x, sigma, **extra)
+        options = dict(extra.get("model_options") or {})
+        after = "sampler_post_cfg_function"
+        options[after] = [self._keep, *options.get(after, ())]
+        denoised: Tensor = self._model(x, sigma, **{**extra, "model_options": options})
         self._recorded[f"denoised_{self._count}"] = denoised.clone()
         self._count += 1
+        return denoised
+
+    def _keep(self, args: dict[str, Any]) -> Tensor:
+        """The predictions for both prompts, before guidance, which multiplies what they differ."""
+        for name in ("cond", "uncond"):
+            found = args.get(f"{name}_denoised")
+            if isinstance(found, Tensor):
+                self._recorded[f"{name}_{self._count}"] = found.clone()
+        denoised: Tensor = args["denoised"]
         return denoised
 
 
@@ -136,8 +148,9 @@ class TestSampler:
     """KSampler, which also saves what it computed to `<record>.safetensors` in the output folder:
 
     the noisy latent and the denoised one of every call of the denoiser (`x_0`, `denoised_0`, …),
-    the last (`latent`), and what was encoded for it (`input_…`). follow: the path of such a file,
-    along whose noisy latents the denoiser is called. `ui.run` is the journal's entry.
+    what it is for either prompt (`cond_0`, `uncond_0`, …), the last (`latent`), and what was
+    encoded for it (`input_…`). follow: the path of such a file, along whose noisy latents the
+    denoiser is called. `ui.run` is the journal's entry.
     """
 
     CATEGORY = "Switchyard tests"
