@@ -29,8 +29,11 @@ STAMP = VENV / "switchyard.json"
 MINIMUM_PYTHON = (3, 10)
 # Each level installs the optional dependencies of those before it too.
 LEVELS = ("demo", "test")
-# What tests of kernels want, in the .venv alone; a CUDA build of torch says which version.
-TRITON = {"linux": ["triton"], "win32": ["triton-windows"]}
+# What tests of kernels want, in the .venv alone; a CUDA build of torch says which versions.
+COMPILERS = {
+    "linux": ["triton", "nvidia-cuda-nvrtc"],
+    "win32": ["triton-windows", "nvidia-cuda-nvrtc"],
+}
 # What many installations of torch bring still: kernels must compile with it too.
 OLDER_TRITON = {"linux": "triton==3.6.0"}
 CHECKS = (
@@ -118,7 +121,7 @@ def say(line: str) -> None:
 def fingerprint() -> str:
     """Hash of all that is to be installed, for any level."""
     older = OLDER_TRITON.get(sys.platform, "")
-    wanted = (required(), *map(optional, LEVELS), TRITON.get(sys.platform, []), [older])
+    wanted = (required(), *map(optional, LEVELS), COMPILERS.get(sys.platform, []), [older])
     parts = ["\n".join(names) for names in wanted]
     parts.append((ROOT / "constraints.txt").read_text("utf-8"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -214,7 +217,7 @@ def make_venv(level: str) -> None:
     for name in LEVELS[: LEVELS.index(level) + 1]:
         packages += optional(name)
     if level == "test":
-        packages += TRITON.get(sys.platform, [])
+        packages += COMPILERS.get(sys.platform, [])
     say(f"[2/2] installing torch and {len(packages) - 1} packages: minutes, gigabytes with CUDA")
     pip = [str(venv_python()), "-m", "pip", "install", "-c", str(ROOT / "constraints.txt")]
     run_step([*pip, *packages], "pip install")

@@ -15,10 +15,10 @@ from .registry import (
     Config,
     Kernel,
     TensorSpec,
+    compiled_kernel,
     kernel,
     kernels,
     reference,
-    triton_kernel,
 )
 from .registry import candidates as _candidates
 
@@ -30,6 +30,7 @@ __all__ = [
     "Launch",
     "TensorSpec",
     "candidates",
+    "compiled_kernel",
     "cublaslt",
     "cudnn",
     "kernel",
@@ -37,13 +38,13 @@ __all__ = [
     "library",
     "load_triton",
     "reference",
-    "triton_kernel",
 ]
 
 logger = logging.getLogger(__name__)
 
-_TRITON = ("norm", "matmul", "gemv", "attention", "conv", "pointwise")
-"""Modules whose kernels need Triton, which costs a second to import and may be missing."""
+_TRITON = ("norm", "matmul", "gemv", "attention", "attention_hopper", "conv", "pointwise")
+"""Modules whose kernels need Triton (one only its cache), which costs a second to import and may be
+missing."""
 
 
 @cache

@@ -37,7 +37,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..hardware import Hardware
 from .launch import Launch, interpreted
-from .registry import Call, Config, TensorSpec, triton_kernel
+from .registry import Call, Config, TensorSpec, compiled_kernel
 
 WIDEST = 160
 """Columns of a head; wider ones leave no registers for anything else."""
@@ -614,7 +614,7 @@ def _fits(call: Call, config: Config, hardware: Hardware) -> bool:
     return _shared(config, shape) <= shape.shared
 
 
-def _readable(spec: TensorSpec, width: int) -> bool:
+def readable(spec: TensorSpec, width: int) -> bool:
     """Whether rows can be read in vectors, and offsets within an image have 32 bits."""
     if len(spec.shape) != 3 or spec.shape[2] != width or not spec.aligned:
         return False
@@ -641,7 +641,7 @@ def _supports(call: Call, hardware: Hardware) -> bool:
         and width % heads == 0
         and width // heads % 8 == 0
         and width // heads <= WIDEST
-        and all(_readable(spec, width) for spec in (query, key, value))
+        and all(readable(spec, width) for spec in (query, key, value))
         and key.shape == value.shape
         and key.shape[0] == query.shape[0]
         and min(query.shape + key.shape) > 0
@@ -653,7 +653,7 @@ def _supports(call: Call, hardware: Hardware) -> bool:
     )
 
 
-@triton_kernel(
+@compiled_kernel(
     "attention",
     name="triton.attention",
     supports=_supports,
@@ -681,11 +681,11 @@ def attention(
         "query": query,
         "key": key,
         "value": value,
-        "query_batch": _image(query),
+        "query_batch": images_apart(query),
         "query_row": query.stride(1),
-        "key_batch": _image(key),
+        "key_batch": images_apart(key),
         "key_row": key.stride(1),
-        "value_batch": _image(value),
+        "value_batch": images_apart(value),
         "value_row": value.stride(1),
         "queries": queries,
         "keys": keys,
@@ -719,11 +719,11 @@ def attention(
     return [Launch(_stream, (-(-queries // rows), images * heads), args, options)]
 
 
-def _image(x: torch.Tensor) -> int:
+def images_apart(x: torch.Tensor) -> int:
     """Elements from one image to the next; where there is but one, its stride may be anything."""
     return x.stride(0) if x.shape[0] > 1 else x.shape[1] * x.stride(1)
 
 
 def _descriptor(x: torch.Tensor, keys: int, columns: int) -> TensorDescriptor:
     """Of blocks of `keys` rows and `columns` columns of an image, zero beyond its last key."""
-    return TensorDescriptor(x, list(x.shape), [_image(x), x.stride(1), 1], [1, keys, columns])
+    return TensorDescriptor(x, list(x.shape), [images_apart(x), x.stride(1), 1], [1, keys, columns])

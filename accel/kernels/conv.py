@@ -39,7 +39,7 @@ from .conv_device import (
     tap_products,
 )
 from .launch import Launch, interpreted
-from .registry import Call, Config, TensorSpec, triton_kernel
+from .registry import Call, Config, TensorSpec, compiled_kernel
 
 HALVES = (torch.float16, torch.bfloat16)
 MOST_CONFIGS = 9
@@ -331,7 +331,7 @@ def _pointer_configs(call: Call, hardware: Hardware) -> list[Config]:
     return configs
 
 
-@triton_kernel(
+@compiled_kernel(
     "conv2d",
     name="triton.conv2d",
     priority=3,
@@ -466,7 +466,7 @@ def _tma_configs(call: Call, hardware: Hardware) -> list[Config]:
     return configs
 
 
-@triton_kernel(
+@compiled_kernel(
     "conv2d",
     name="triton.conv2d_tma",
     priority=2,
@@ -712,7 +712,7 @@ def _few_in_configs(call: Call, hardware: Hardware) -> list[Config]:
     return found
 
 
-@triton_kernel(
+@compiled_kernel(
     "conv2d",
     name="triton.conv2d_few_in",
     unmeasured=True,
@@ -789,7 +789,7 @@ def _few_out_configs(call: Call, hardware: Hardware) -> list[Config]:
     return [*found, {**found[0], "early": False}] if early else found
 
 
-@triton_kernel(
+@compiled_kernel(
     "conv2d",
     name="triton.conv2d_few_out",
     unmeasured=True,

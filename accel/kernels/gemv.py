@@ -19,7 +19,7 @@ from ..hardware import Hardware
 from .launch import Launch, interpreted
 from .matmul import gelu_erf, options, row_stride
 from .overlap import can_overlap
-from .registry import Call, Config, triton_kernel
+from .registry import Call, Config, compiled_kernel
 
 ROWS = 16
 """Of x, at most."""
@@ -148,7 +148,7 @@ def _configs(call: Call, hardware: Hardware) -> list[Config]:
     return [*configs, {"block_n": ranked[0], "pdl": False}] if pdl else configs
 
 
-@triton_kernel(
+@compiled_kernel(
     "linear", name="triton.gemv", unmeasured=True, supports=_supports, configs=_configs, priority=0
 )
 def gemv(

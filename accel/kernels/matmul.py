@@ -36,7 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..hardware import Hardware
 from . import cublaslt, library, overlap
 from .launch import Launch, interpreted
-from .registry import NO_CONFIG, Call, Config, TensorSpec, kernel, triton_kernel
+from .registry import NO_CONFIG, Call, Config, TensorSpec, compiled_kernel, kernel
 
 CONFIGS, CONFIGS_TMA = 8, 6
 
@@ -941,7 +941,7 @@ def _workspace(call: Call, config: Config) -> int:
     return 4 * split * call.out.rows * weight.shape[0] if split > 1 else 0
 
 
-@triton_kernel(
+@compiled_kernel(
     "linear",
     name="triton.matmul_tma",
     supports=_supports_tma,
@@ -965,7 +965,7 @@ def matmul_tma(
     return _launches(True, out, x, weight, bias, residual, activation, config, workspace)
 
 
-@triton_kernel(
+@compiled_kernel(
     "linear",
     name="triton.matmul",
     supports=_supports,

@@ -41,7 +41,7 @@ from triton import cdiv, next_power_of_2
 from ..hardware import Hardware
 from . import overlap
 from .launch import Launch, interpreted
-from .registry import Call, Config, TensorSpec, triton_kernel
+from .registry import Call, Config, TensorSpec, compiled_kernel
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -857,7 +857,7 @@ def _group_norm_workspace(call: Call, config: Config) -> int:
     return int(8 * image.batch * image.groups * shares * 4 * cdiv(blocks, 4))
 
 
-@triton_kernel(
+@compiled_kernel(
     "group_norm",
     name="triton.group_norm",
     unmeasured=True,
@@ -1007,7 +1007,7 @@ def _dense(shape: tuple[int, ...], dtype: torch.dtype) -> TensorSpec:
     return TensorSpec.of(torch.empty(shape, dtype=dtype, device="meta"))
 
 
-@triton_kernel(
+@compiled_kernel(
     "concat_group_norm",
     name="triton.concat_group_norm",
     unmeasured=True,
@@ -1182,7 +1182,7 @@ def _layer_norm_configs(call: Call, hardware: Hardware) -> list[Config]:
     return _overlapped(found or [{"rows": 1, "warps": 4, "halves": False}], hardware)
 
 
-@triton_kernel(
+@compiled_kernel(
     "layer_norm",
     name="triton.layer_norm",
     unmeasured=True,
@@ -1262,7 +1262,7 @@ def _add_layer_norm_supported(call: Call, hardware: Hardware) -> bool:
     )
 
 
-@triton_kernel(
+@compiled_kernel(
     "add_layer_norm",
     name="triton.add_layer_norm",
     unmeasured=True,

@@ -37,7 +37,7 @@ from ..ops.pointwise import (
     SPLIT,
 )
 from .launch import Launch
-from .registry import Call, Config, TensorSpec, triton_kernel
+from .registry import Call, Config, TensorSpec, compiled_kernel
 
 PARTS = 4
 """Tensors that a concatenation may join, each with or without a residual."""
@@ -316,7 +316,7 @@ def _launch(
     return [Launch(_pointwise, grid, args, _options(config))]
 
 
-@triton_kernel(
+@compiled_kernel(
     "pointwise",
     name="triton.pointwise",
     unmeasured=True,
@@ -348,7 +348,7 @@ def _single(op: str, program_of: Callable[..., tuple[int | float, ...]]) -> None
     ) -> list[Launch]:
         return _launch(out, tensors, program_of(**attrs), config)
 
-    triton_kernel(
+    compiled_kernel(
         op, name=f"triton.{op}", unmeasured=True, supports=_supports, configs=_configs, priority=2
     )(launches)
 
@@ -441,7 +441,7 @@ def _supports_concat(call: Call, hardware: Hardware) -> bool:
     return True
 
 
-@triton_kernel(
+@compiled_kernel(
     "concat",
     name="triton.concat",
     unmeasured=True,
@@ -518,7 +518,7 @@ def _supports_upsample(call: Call, hardware: Hardware) -> bool:
     return max(width * channels, x.shape[2] * stride) < _OFFSETS and _runs(out, hardware)
 
 
-@triton_kernel(
+@compiled_kernel(
     "upsample_nearest",
     name="triton.upsample_nearest",
     unmeasured=True,

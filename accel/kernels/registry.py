@@ -11,18 +11,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .. import ops
 from ..hardware import Hardware
 from .launch import Launch
+from .nvrtc import CudaLaunch
 
 Config = Mapping[str, int | str | bool]
 """Named parameters of one variant of a kernel (tile sizes, warps, …), as JSON data."""
 
 Run = Callable[..., torch.Tensor]
+AnyLaunch = Launch | CudaLaunch
+L = TypeVar("L", Launch, CudaLaunch)
 """`run(out, *tensors, **attrs) -> result`; `out` is None for a kernel that allocates, and may be a
 tuple where the operator has several results (`ops.Op.results`). A kernel with configurations also
 takes `config=`, and `workspace=` (uint8, or None for 0 bytes)."""
@@ -148,7 +151,7 @@ class Kernel:
     `configs(call, hardware)`: its variants for the call, the likeliest first; a handful.
     `workspace(call, config)`: bytes of scratch memory that a run needs.
     `fits(call, config, hardware)`: whether a configuration of a size near by can serve this call.
-    `launches`: of a Triton kernel, the launches that a run consists of.
+    `launches`: of a kernel that is compiled here, the launches that a run consists of.
     `adds_apart`: a residual costs it a further pass over memory.
     """
 
@@ -163,7 +166,7 @@ class Kernel:
     configs: Callable[[Call, Hardware], Sequence[Config]] | None = None
     workspace: Callable[[Call, Config], int] = lambda call, config: 0
     fits: Callable[[Call, Config, Hardware], bool] = lambda call, config, hardware: True
-    launches: Callable[..., Sequence[Launch]] | None = None
+    launches: Callable[..., Sequence[AnyLaunch]] | None = None
     adds_apart: bool = False
 
 
@@ -185,16 +188,16 @@ def kernel(
     return register
 
 
-def triton_kernel(
+def compiled_kernel(
     op: str, *, name: str, **traits: Any
-) -> Callable[[Callable[..., Sequence[Launch]]], Callable[..., Sequence[Launch]]]:
+) -> Callable[[Callable[..., Sequence[L]]], Callable[..., Sequence[L]]]:
     """Register a function that returns the launches which compute `out`, in order.
 
     It is called as `function(out, *tensors, config=…, workspace=…, **attrs)` and launches nothing
     itself, so that the same launches can be run, captured, or compiled where there is no GPU.
     """
 
-    def register(function: Callable[..., Sequence[Launch]]) -> Callable[..., Sequence[Launch]]:
+    def register(function: Callable[..., Sequence[L]]) -> Callable[..., Sequence[L]]:
         def run(out: torch.Tensor, *tensors: torch.Tensor | None, **rest: Any) -> torch.Tensor:
             for launch in function(out, *tensors, **rest):
                 launch.run()

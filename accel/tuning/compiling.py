@@ -1,4 +1,4 @@
-"""Compiling Triton kernels ahead of their use: many at once, or in the background.
+"""Compiling kernels ahead of their use: many at once, or in the background.
 
 Compiling takes a third of a second a kernel, most of it in Python, whose lock lets one thread work
 at a time. So many kernels are compiled by several processes, which leave what they made in Triton's
@@ -29,8 +29,8 @@ import xxhash
 from .. import kernels, processes
 from ..cache import DiskCache
 from ..hardware import Hardware
-from ..kernels.launch import Launch, cache_token, pretend
-from ..kernels.registry import Call, Config, Kernel, TensorSpec
+from ..kernels.launch import cache_token, pretend
+from ..kernels.registry import AnyLaunch, Call, Config, Kernel, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Compiler:
         if len(unknown) > FEW:
             compile_apart(unknown, self.hardware, processors())
 
-        def warm(item: tuple[str, tuple[Variant, Launch]]) -> str | None:
+        def warm(item: tuple[str, tuple[Variant, AnyLaunch]]) -> str | None:
             key, (_, launch) = item
             with torch.cuda.device(self._device), contextlib.suppress(Exception):
                 launch.warm()
@@ -119,7 +119,7 @@ class Compiler:
                 target=self._work, args=(found,), name="switchyard-compile", daemon=True
             ).start()
 
-    def _work(self, found: Mapping[str, tuple[Variant, Launch]]) -> None:
+    def _work(self, found: Mapping[str, tuple[Variant, AnyLaunch]]) -> None:
         try:
             wanted = {key: variant for key, (variant, _) in found.items()}
             done = compile_apart(wanted, self.hardware, processors() // 4, NICENESS)
@@ -158,9 +158,9 @@ def processors() -> int:
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
-def _launches(variants: Iterable[Variant]) -> Mapping[str, tuple[Variant, Launch]]:
+def _launches(variants: Iterable[Variant]) -> Mapping[str, tuple[Variant, AnyLaunch]]:
     """The distinct launches of the variants, by what tells their code apart."""
-    found: dict[str, tuple[Variant, Launch]] = {}
+    found: dict[str, tuple[Variant, AnyLaunch]] = {}
     for variant in variants:
         if variant[0].launches is None:
             continue
@@ -171,8 +171,8 @@ def _launches(variants: Iterable[Variant]) -> Mapping[str, tuple[Variant, Launch
     return found
 
 
-def launches_of(kernel: Kernel, config: Config, call: Call) -> Sequence[Launch]:
-    """The launches of a Triton kernel for a call, on `meta` tensors: to compile, not to run."""
+def launches_of(kernel: Kernel, config: Config, call: Call) -> Sequence[AnyLaunch]:
+    """The launches of a compiled kernel for a call, on `meta` tensors: to compile, not to run."""
     assert kernel.launches is not None
     tensors = [None if spec is None else _meta(spec) for spec in call.tensors]
     extra: dict[str, Any] = {}

@@ -378,6 +378,13 @@ def _attention(chip: Chip, call: Call, config: Config) -> Work:
     )
 
 
+def _attention_hopper(chip: Chip, call: Call, config: Config) -> Work:
+    groups, keys, stages, blocks = _numbers(config, "groups", "keys", "stages", "blocks")
+    registers = REGISTERS // (128 * groups * blocks)
+    same = {"rows": 64 * groups, "keys": keys, "warps": 4 * groups, "stages": stages}
+    return _attention(chip, call, {**same, "registers": min(255, registers)})
+
+
 def _moves(
     chip: Chip,
     launches: float,
@@ -518,6 +525,7 @@ FORMS: Mapping[str, Describe] = {
     "triton.conv2d_few_out": _few_out,
     "triton.gemv": _gemv,
     "triton.attention": _attention,
+    "cuda.attention": _attention_hopper,
     "cudnn.attention": _attention,
     "flash.attention": _attention,
     "torch.sdpa": _attention,

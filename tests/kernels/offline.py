@@ -34,6 +34,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from accel import kernels  # noqa: E402
 from accel.kernels import Call, Config, Launch, TensorSpec  # noqa: E402
+from accel.kernels.nvrtc import CudaLaunch  # noqa: E402
 from accel.tuning.compiling import launches_of  # noqa: E402
 
 NETWORKS = (("sd15", 64, 64, 1), ("sd15-controlnet", 64, 64, 1), ("sdxl", 128, 128, 1))
@@ -114,20 +115,53 @@ def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> 
                         yield capability, kernel.name, dict(config), call.key, launch
 
 
-def compile_one(capability: tuple[int, int], launch: Launch) -> dict[str, Any]:
+def compile_one(capability: tuple[int, int], launch: Launch | CudaLaunch) -> dict[str, Any]:
     """Shared memory, registers, spilled bytes and tensor-core instructions of one variant."""
+    return (
+        compile_cuda(launch)
+        if isinstance(launch, CudaLaunch)
+        else compile_triton(capability, launch)
+    )
+
+
+def compile_cuda(launch: CudaLaunch) -> dict[str, Any]:
+    code = launch.compile()
+    found = usage(code)
+    with_instructions = tool("-sass", code)
+    return {
+        "shared": launch.shared + found["SHARED"],
+        "registers": found["REG"],
+        "threads": launch.threads,
+        "spilled": found["LOCAL"] + found["STACK"],
+        "tensor_cores": "wgmma" if "HGMMA" in with_instructions else None,
+        "dots": True,
+        "vector": "UTMALDG" in with_instructions,
+    }
+
+
+def usage(code: bytes) -> dict[str, int]:
+    """What a block of it needs."""
+    found = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("--dump-resource-usage", code))
+    return {name: int(value) for name, value in found}
+
+
+def tool(option: str, code: bytes) -> str:
+    """What cuobjdump says of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(code)
+        command = [str(BINARIES / "cuobjdump"), option, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_triton(capability: tuple[int, int], launch: Launch) -> dict[str, Any]:
     signature, constants, attributes = launch.specialise()
     source = ASTSource(launch.kernel, signature, constants, attributes)
     number = capability[0] * 10 + capability[1]
     target = GPUTarget("cuda", number, 32)
     compiled = triton.compile(source, target=target, options=dict(launch.options))
     ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [str(BINARIES / "cuobjdump"), "--dump-resource-usage", str(cubin)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    found = usage(compiled.asm["cubin"])
     tensor_core = re.search(r"\b(wgmma|tcgen05\.mma|mma\.sync)", ptx)
     dots = re.search(r"tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma", compiled.asm["ttgir"])
     return {
@@ -139,6 +173,10 @@ def compile_one(capability: tuple[int, int], launch: Launch) -> dict[str, Any]:
         "dots": dots is not None,
         "vector": bool(re.search(r"ld\.global\S*\.v4|cp\.async|ld\.global\S*\.v2\.b64", ptx)),
     }
+
+
+def function_of(launch: Launch | CudaLaunch) -> str:
+    return launch.source if isinstance(launch, CudaLaunch) else launch.kernel.__name__
 
 
 def main() -> None:
@@ -154,7 +192,7 @@ def main() -> None:
     def one(variant: Any) -> dict[str, Any]:
         capability, kernel, config, call, launch = variant
         row = {"chip": f"{capability[0]}{capability[1]}", "kernel": kernel, "config": config}
-        row |= {"call": call, "function": launch.kernel.__name__}
+        row |= {"call": call, "function": function_of(launch)}
         try:
             return row | compile_one(capability, launch)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every GPU generation that it claims, without such a GPU."""
+"""Every kernel of ours compiles for every GPU generation that it claims, without such a GPU."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def test_every_kernel_was_compiled(variants: list[dict[str, Any]]) -> None:
         compiled[row["chip"]].add(row["kernel"])
     assert compiled["90"] == registered
     for chip in ("80", "86", "89", "100", "120"):
-        assert compiled[chip] >= {name for name in registered if "tma" not in name}, chip
+        older = {n for n in registered if n.startswith("triton.") and "tma" not in n}
+        assert compiled[chip] >= older, chip
     assert compiled["75"] >= {"triton.group_norm", "triton.layer_norm", "triton.gemv"}
 
 

@@ -1,0 +1,458 @@
+// Attention on Hopper: every query attends to every key, and a head is as wide as it is.
+//
+// A block of GROUPS warpgroups takes 64 * GROUPS queries of one head of one image. Keys and values
+// come in blocks of KEYS through the copy engine; the last warp to be done with one sends for the
+// next but a few (a warp for that alone would cost all others a fifth of their registers). Each
+// warpgroup keeps its queries, weights and result in registers, and does for a block:
+//
+//     scores  = queries . keys         issued together: the tensor cores have work
+//     result += weights . values       (of the block before) during what follows
+//     weights = 2 ^ (scores * scale - peak)
+//
+// - Products and exponentials (16 a clock) of one warpgroup wait for each other. Several on a
+//   multiprocessor keep both busy: what counts is how few registers and instructions each needs.
+// - A peak only scales a row's weights and result alike, so it need not be the highest logit: that
+//   of the first block stays until a weight leaves the range of half precision. So no maximum is
+//   looked for. Where one is left (hardly ever), the warp makes that block's scores again, by
+//   itself, and goes on from a new peak.
+// - The sums of weights come from the tensor cores, as a product with ones: of the weights as they
+//   were rounded, so that where one key dominates its rounding cancels.
+// - A head of 40 columns is 48 wide in the first product, 40 in the second.
+//
+// Compiled with HEAD (a multiple of 8), KEYS, GROUPS, STAGES, BLOCKS (a multiprocessor), BF16.
+
+typedef unsigned long long uint64;
+typedef unsigned int uint32;
+typedef unsigned short uint16;
+struct __align__(64) Descriptor { uint64 opaque[16]; };  // CUtensorMap
+
+#if BF16
+#define TYPE "bf16"
+#else
+#define TYPE "f16"
+#endif
+
+constexpr int STEP = 16;                   // columns of a first product's step, keys of a second's
+constexpr int STEPS = (HEAD + STEP - 1) / STEP;
+constexpr int CHUNK = 64;                  // columns in a row of 128 bytes, which are swizzled
+constexpr int CHUNKS = (HEAD + CHUNK - 1) / CHUNK;
+constexpr int CHUNK_BYTES = KEYS * CHUNK * 2;
+constexpr int TILE_BYTES = CHUNKS * CHUNK_BYTES;
+constexpr int WARPS = 4 * GROUPS;
+constexpr bool EARLY = STAGES > 2;         // the next keys are waited for during a block
+constexpr float HEADROOM = 2.0f;           // powers of two by which the first weights exceed 1
+constexpr uint32 LIMIT = BF16 ? 0x7f00 : 0x7400;  // 2 ^ 127, 2 ^ 14
+constexpr int ONES_BYTES = STEP * CHUNK * 2;
+constexpr uint32 TWO_ONES = BF16 ? 0x3f803f80 : 0x3c003c00;
+#define MINUS_INFINITY __int_as_float(0xff800000)
+
+// ---- Products -----------------------------------------------------------------------------------
+
+#define D8(a, b, c, d, e, f, g, h) \
+  "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h
+#define R4 "%0, %1, %2, %3"
+#define R16 D8(0, 1, 2, 3, 4, 5, 6, 7) ", " D8(8, 9, 10, 11, 12, 13, 14, 15)
+#define R20 R16 ", %16, %17, %18, %19"
+#define R32 R16 ", " D8(16, 17, 18, 19, 20, 21, 22, 23) ", " D8(24, 25, 26, 27, 28, 29, 30, 31)
+#define R40 R32 ", " D8(32, 33, 34, 35, 36, 37, 38, 39)
+#define R48 R40 ", " D8(40, 41, 42, 43, 44, 45, 46, 47)
+#define R64 R48 ", " D8(48, 49, 50, 51, 52, 53, 54, 55) ", " D8(56, 57, 58, 59, 60, 61, 62, 63)
+#define R80 R64 ", " D8(64, 65, 66, 67, 68, 69, 70, 71) ", " D8(72, 73, 74, 75, 76, 77, 78, 79)
+#define F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define O4 F4(0)
+#define O16 F4(0), F4(4), F4(8), F4(12)
+#define O20 O16, F4(16)
+#define O32 O20, F4(20), F4(24), F4(28)
+#define O40 O32, F4(32), F4(36)
+#define O48 O40, F4(40), F4(44)
+#define O64 O48, F4(48), F4(52), F4(56), F4(60)
+#define O80 O64, F4(64), F4(68), F4(72), F4(76)
+
+// d (+)= a . b over one STEP, of 64 rows and COLUMNS columns. a and d: this thread's part of them.
+template <int COLUMNS, bool ADDS, bool TRANSPOSED> struct Product;
+
+#define PRODUCT(COLUMNS, PARTS, A0, A1, A2, A3, B, ADD, TURN)                                     \
+  template <bool ADDS, bool TRANSPOSED> struct Product<COLUMNS, ADDS, TRANSPOSED> {               \
+    static __device__ __forceinline__ void issue(float (&d)[PARTS], const uint32 (&a)[4],         \
+                                                 uint64 b) {                                      \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD ", 0;\n"                             \
+                   "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE          \
+                   " {" R##PARTS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B              \
+                   ", p, 1, 1, %" #TURN ";\n}\n"                                                  \
+                   : O##PARTS                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(ADDS)),          \
+                     "n"(int(TRANSPOSED)));                                                       \
+    }                                                                                             \
+  };
+
+PRODUCT(8, 4, 4, 5, 6, 7, 8, 9, 10)
+PRODUCT(32, 16, 16, 17, 18, 19, 20, 21, 22)
+PRODUCT(40, 20, 20, 21, 22, 23, 24, 25, 26)
+PRODUCT(64, 32, 32, 33, 34, 35, 36, 37, 38)
+PRODUCT(80, 40, 40, 41, 42, 43, 44, 45, 46)
+PRODUCT(96, 48, 48, 49, 50, 51, 52, 53, 54)
+PRODUCT(128, 64, 64, 65, 66, 67, 68, 69, 70)
+PRODUCT(160, 80, 80, 81, 82, 83, 84, 85, 86)
+
+__device__ __forceinline__ void products_follow() {
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+__device__ __forceinline__ void products_issued() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+template <int LEFT> __device__ __forceinline__ void products_done() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(LEFT) : "memory");
+}
+// And copies, what ordinary instructions have written.
+__device__ __forceinline__ void products_see_memory() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+// What products write must not be read ahead of the wait, nor written behind their issue.
+template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// A tile in shared memory, of rows of CHUNK columns, swizzled by 128 bytes; `further` bytes on.
+__device__ __forceinline__ uint64 matrix(uint32 tiles, int further) {
+  constexpr uint64 SWIZZLED = uint64(1) << 62;
+  constexpr uint64 EIGHT_ROWS = uint64(1024 >> 4) << 32;
+  constexpr uint64 NEXT_CHUNK = uint64((CHUNK_BYTES >> 4) & 0x3fff) << 16;
+  return (SWIZZLED | EIGHT_ROWS | NEXT_CHUNK) + (tiles >> 4) + (further >> 4);
+}
+
+// ---- Shared memory, filled through descriptors --------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(uint32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals));
+}
+__device__ __forceinline__ void barrier_expect(uint32 barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32 barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra.uni over;\n"
+      "bra.uni again;\n"
+      "over:\n}\n" ::"r"(barrier), "r"(parity)
+      : "memory");
+}
+// A tile: all columns of a head, zero beyond them, and beyond the last key.
+__device__ __forceinline__ void load_tile(uint32 to, const Descriptor* from, uint32 barrier,
+                                          int first, int head, int image) {
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; chunk++)
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3, %4, %5}], [%6];\n" ::"r"(to + chunk * CHUNK_BYTES), "l"(from),
+        "r"(chunk * CHUNK), "r"(head), "r"(first), "r"(image), "r"(barrier)
+        : "memory");
+}
+
+// ---- Arithmetic ---------------------------------------------------------------------------------
+
+__device__ __forceinline__ float power(float x) {
+  float y;
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ uint32 rounded(float low, float high) {
+  uint32 pair;
+  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+// Of the four threads that share a row.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ uint32 larger(uint32 a, uint32 b) {
+  uint32 c;
+  asm("max." TYPE "x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+
+// ---- A warpgroup's part -------------------------------------------------------------------------
+
+// A thread's share of 64 rows: two of them, `lane / 4` and that plus 8 of its warp's 16; of each
+// eight columns two.
+struct Rows {
+  uint32 query[STEPS][4];
+  float scores[KEYS / 2];
+  uint32 weights[KEYS / STEP][4];
+  float result[HEAD / 2];
+  float peak[2], total[4];
+
+  __device__ __forceinline__ void load(const uint16* query_, int first, int queries, long long row,
+                                       int lane) {
+#pragma unroll
+    for (int step = 0; step < STEPS; step++)
+#pragma unroll
+      for (int part = 0; part < 4; part++) {
+        int at = first + lane / 4 + part % 2 * 8;
+        int column = step * STEP + lane % 4 * 2 + part / 2 * 8;
+        query[step][part] = 0;
+        if (at < queries && column < HEAD)
+          query[step][part] = *reinterpret_cast<const uint32*>(query_ + at * row + column);
+      }
+  }
+
+  __device__ __forceinline__ void score(uint64 keys) {
+    pin(scores);
+    products_follow();
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      uint64 part = keys + ((step / 4 * CHUNK_BYTES + step % 4 * 32) >> 4);
+      if (step == 0)
+        Product<KEYS, false, false>::issue(scores, query[step], part);
+      else
+        Product<KEYS, true, false>::issue(scores, query[step], part);
+    }
+    products_issued();
+  }
+
+  // The same for this warp alone. Where the others are does not matter.
+  __device__ __forceinline__ void score_alone(uint32 tile, int lane) {
+#pragma unroll
+    for (int i = 0; i < KEYS / 8; i++) {
+      uint32 key = i * 8 + lane / 4;
+#pragma unroll
+      for (int c = 0; c < 4; c++) scores[4 * i + c] = 0.0f;
+#pragma unroll
+      for (int step = 0; step < STEPS; step++) {
+        uint32 b[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          uint32 byte = (step % 4 * STEP + half * 8 + lane % 4 * 2) * 2;
+          uint32 at = tile + step / 4 * CHUNK_BYTES + key * 128 + (byte ^ (key % 8 * 16));
+          asm volatile("ld.shared.b32 %0, [%1];" : "=r"(b[half]) : "r"(at));
+        }
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32"
+                     " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(scores[4 * i]), "+f"(scores[4 * i + 1]), "+f"(scores[4 * i + 2]),
+                       "+f"(scores[4 * i + 3])
+                     : "r"(query[step][0]), "r"(query[step][1]), "r"(query[step][2]),
+                       "r"(query[step][3]), "r"(b[0]), "r"(b[1]));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void gather(uint64 values, uint64 ones) {
+    pin(result);
+    pin(total);
+    products_follow();
+#pragma unroll
+    for (int step = 0; step < KEYS / STEP; step++) {
+      Product<HEAD, true, true>::issue(result, weights[step],
+                                       values + (step * STEP * CHUNK * 2 >> 4));
+      Product<8, true, true>::issue(total, weights[step], ones);
+    }
+    products_issued();
+  }
+
+  __device__ __forceinline__ void mask(int alive, int lane) {
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++)
+      if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= alive) scores[i] = MINUS_INFINITY;
+  }
+
+  __device__ __forceinline__ void highest(float scale, float (&logits)[2]) {
+    logits[0] = logits[1] = MINUS_INFINITY;
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++) logits[i / 2 % 2] = fmaxf(logits[i / 2 % 2], scores[i]);
+#pragma unroll
+    for (int r = 0; r < 2; r++) logits[r] = row_max(logits[r]) * scale - HEADROOM;
+  }
+
+  __device__ __forceinline__ void start(float scale) {
+    highest(scale, peak);
+#pragma unroll
+    for (int i = 0; i < 4; i++) total[i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < HEAD / 2; i++) result[i] = 0.0f;
+  }
+
+  // Weights in place of scores.
+  __device__ __forceinline__ void weigh(float scale) {
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++)
+      scores[i] = power(__fmaf_rn(scores[i], scale, -peak[i / 2 % 2]));
+  }
+
+  // What was weighed by the peak so far goes over to that of new scores too.
+  __device__ __forceinline__ void fade(float scale) {
+    float logits[2];
+    highest(scale, logits);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      logits[r] = fmaxf(logits[r], peak[r]);
+      float fading = power(peak[r] - logits[r]);
+      peak[r] = logits[r];
+      total[2 * r] *= fading;
+      total[2 * r + 1] *= fading;
+#pragma unroll
+      for (int i = 0; i < HEAD / 8; i++) {
+        result[4 * i + 2 * r] *= fading;
+        result[4 * i + 2 * r + 1] *= fading;
+      }
+    }
+  }
+
+  // Whether one of this warp's weights is too large for half precision, or nearly so.
+  __device__ __forceinline__ bool round() {
+    uint32 largest = 0;
+#pragma unroll
+    for (int step = 0; step < KEYS / STEP; step++)
+#pragma unroll
+      for (int part = 0; part < 4; part++) {
+        weights[step][part] =
+            rounded(scores[8 * step + 2 * part], scores[8 * step + 2 * part + 1]);
+        largest = larger(largest, weights[step][part]);
+      }
+    return __any_sync(~0u, (largest & 0xffff) >= LIMIT || largest >> 16 >= LIMIT);
+  }
+
+  __device__ __forceinline__ void store(uint16* out, int first, int queries, long long row,
+                                        int lane) {
+    float share[2] = {1.0f / total[0], 1.0f / total[2]};
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      int at = first + lane / 4 + 8 * r;
+      if (at < queries) {
+        uint32* to = reinterpret_cast<uint32*>(out + at * row + lane % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < HEAD / 8; i++) {
+          const float* pair = &result[4 * i + 2 * r];
+          to[4 * i] = rounded(pair[0] * share[r], pair[1] * share[r]);
+        }
+      }
+    }
+  }
+};
+
+// The block of keys and values that was read last by all warps makes place for a further one.
+struct Blocks {
+  const Descriptor *keys, *values;
+  uint32 tiles, there, left;  // in shared memory: the tiles, their barriers, who has left
+  int head, image, count;
+
+  __device__ __forceinline__ uint32 key_tile(int stage) { return tiles + stage * TILE_BYTES; }
+  __device__ __forceinline__ uint32 value_tile(int stage) {
+    return tiles + (STAGES + stage) * TILE_BYTES;
+  }
+  __device__ __forceinline__ void wait_keys(int stage, int turn) {
+    barrier_wait(there + 8 * stage, turn);
+  }
+  __device__ __forceinline__ void wait_values(int stage, int turn) {
+    barrier_wait(there + 8 * (STAGES + stage), turn);
+  }
+  __device__ __forceinline__ void send_for(int block, int stage) {
+    barrier_expect(there + 8 * stage, TILE_BYTES);
+    load_tile(key_tile(stage), keys, there + 8 * stage, block * KEYS, head, image);
+    barrier_expect(there + 8 * (STAGES + stage), TILE_BYTES);
+    load_tile(value_tile(stage), values, there + 8 * (STAGES + stage), block * KEYS, head, image);
+  }
+  // Of a whole warp, whose products from the block are done.
+  __device__ __forceinline__ void leave(int block, int stage, int lane) {
+    if (lane == 0 && block + STAGES < count) {
+      uint32 others;
+      asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], %2;\n"
+                   : "=r"(others) : "r"(left + 4 * stage), "r"(WARPS - 1) : "memory");
+      if (others == WARPS - 1) send_for(block + STAGES, stage);
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+    attention_hopper(const __grid_constant__ Descriptor key_blocks,
+                     const __grid_constant__ Descriptor value_blocks, const uint16* query,
+                     uint16* out, long long query_image, long long query_row, int queries, int keys,
+                     int heads, float scale) {
+  extern __shared__ char shared[];
+  __shared__ uint64 there[2 * STAGES];
+  __shared__ uint32 left[STAGES];
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int image = blockIdx.y / heads, head = blockIdx.y % heads;
+  Blocks blocks = {&key_blocks,
+                   &value_blocks,
+                   (uint32(__cvta_generic_to_shared(shared)) + 1023) & ~1023u,
+                   uint32(__cvta_generic_to_shared(there)),
+                   uint32(__cvta_generic_to_shared(left)),
+                   head,
+                   image,
+                   (keys + KEYS - 1) / KEYS};
+  uint32 ones_tile = blocks.tiles + 2 * STAGES * TILE_BYTES;
+  for (int i = threadIdx.x; i < ONES_BYTES / 4; i += 32 * WARPS)
+    asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(ones_tile + 4 * i), "r"(TWO_ONES) : "memory");
+  products_see_memory();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2 * STAGES; i++) barrier_init(blocks.there + 8 * i, 1);
+    for (int i = 0; i < STAGES; i++) left[i] = 0;
+    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+    products_see_memory();
+    for (int i = 0; i < STAGES && i < blocks.count; i++) blocks.send_for(i, i);
+  }
+  __syncthreads();
+
+  int first = blockIdx.x * 64 * GROUPS + warp * 16;
+  int width = heads * HEAD;
+  Rows rows;
+  rows.load(query + image * query_image + head * HEAD, first, queries, query_row, lane);
+  uint64 key_tiles = matrix(blocks.tiles, 0);
+  uint64 value_tiles = matrix(blocks.tiles, STAGES * TILE_BYTES);
+  uint64 ones = matrix(ones_tile, 0);
+  blocks.wait_keys(0, 0);
+  rows.score(key_tiles);
+  products_done<0>();
+  pin(rows.scores);
+  if (keys < KEYS) rows.mask(keys, lane);
+  rows.start(scale);
+  rows.weigh(scale);
+  rows.round();
+
+  int turn = 0;
+  if (EARLY && blocks.count > 1) blocks.wait_keys(1, 0);
+  for (int start = 1; start < blocks.count; start += STAGES) {
+#pragma unroll
+    for (int stage = 0; stage < STAGES; stage++) {  // of the block before
+      int block = start + stage;
+      if (block < blocks.count) {
+        int next = (stage + 1) % STAGES, after = (stage + 2) % STAGES;
+        bool ragged = (block + 1) * KEYS > keys;
+        if (!EARLY) blocks.wait_keys(next, turn ^ (next == 0));
+        rows.score(key_tiles + (next * TILE_BYTES >> 4));
+        blocks.wait_values(stage, turn);
+        rows.gather(value_tiles + (stage * TILE_BYTES >> 4), ones);
+        products_done<1>();
+        pin(rows.scores);
+        if (ragged) rows.mask(keys - block * KEYS, lane);
+        rows.weigh(scale);
+        // Here, since its branch keeps the compiler from doing the wait below before the weighing.
+        if (EARLY && block + 1 < blocks.count)
+          blocks.wait_keys(after, turn ^ (stage + 2 >= STAGES));
+        products_done<0>();
+        pin(rows.result);
+        pin(rows.total);
+        if (rows.round()) {
+          rows.score_alone(blocks.key_tile(next), lane);
+          if (ragged) rows.mask(keys - block * KEYS, lane);
+          rows.fade(scale);
+          rows.weigh(scale);
+          rows.round();
+        }
+        blocks.leave(block - 1, stage, lane);
+      }
+    }
+    turn ^= 1;
+  }
+  int stage = (blocks.count - 1) % STAGES;
+  blocks.wait_values(stage, (blocks.count - 1) / STAGES % 2);
+  rows.gather(value_tiles + (stage * TILE_BYTES >> 4), ones);
+  products_done<0>();
+  pin(rows.result);
+  pin(rows.total);
+  rows.store(out + (long long)image * queries * width + head * HEAD, first, queries, width, lane);
+}

@@ -1,0 +1,258 @@
+"""CUDA C++ kernels: static source beside this file, compiled by NVRTC, launched by the driver.
+
+For the few kernels that need to say themselves what waits for what, and of which Triton's tiles,
+powers of two, fit no power of two. NVRTC is the very library that PyTorch's builds for CUDA bring
+along; a compiler, headers or a toolkit are not needed. What was compiled is kept in Triton's cache,
+so that one place holds all code. Compiling needs no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+_POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_…
+_TENSOR_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_…
+_SWIZZLE_128B, _PROMOTION_L2_128B = 3, 2
+
+_NVRTC: dict[str, list[Any]] = {
+    "nvrtcVersion": [_POINTER, _POINTER],
+    "nvrtcCreateProgram": [_POINTER, ctypes.c_char_p, ctypes.c_char_p, _INT, _POINTER, _POINTER],
+    "nvrtcDestroyProgram": [_POINTER],
+    "nvrtcCompileProgram": [_POINTER, _INT, _POINTER],
+    "nvrtcGetProgramLogSize": [_POINTER, _POINTER],
+    "nvrtcGetProgramLog": [_POINTER, _POINTER],
+    "nvrtcGetCUBINSize": [_POINTER, _POINTER],
+    "nvrtcGetCUBIN": [_POINTER, _POINTER],
+}
+_DRIVER: dict[str, list[Any]] = {
+    "cuModuleLoadData": [_POINTER, _POINTER],
+    "cuModuleGetFunction": [_POINTER, _POINTER, ctypes.c_char_p],
+    "cuFuncSetAttribute": [_POINTER, _INT, _INT],
+    # function, grid, block, bytes of shared memory, stream, arguments, extra
+    "cuLaunchKernel": [_POINTER, *(ctypes.c_uint,) * 7, _POINTER, _POINTER, _POINTER],
+    # map, type, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill
+    "cuTensorMapEncodeTiled": [_POINTER, _INT, ctypes.c_uint32, *(_POINTER,) * 5, *(_INT,) * 4],
+}
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """What the copy engine needs to know to bring boxes of a tensor, swizzled by 128 bytes.
+
+    sizes, box: elements, the innermost dimension first. strides: elements, of all but the
+    innermost. What of a box lies outside comes as zeros.
+    """
+
+    tensor: torch.Tensor
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+
+    def encoded(self) -> ctypes.Array[Any]:
+        """A CUtensorMap. Raises RuntimeError where the driver refuses."""
+        rank, width = len(self.sizes), self.tensor.element_size()
+        room = (ctypes.c_byte * (128 + 63))()  # it must start at a multiple of 64
+        start = -ctypes.addressof(room) % 64
+        found = (ctypes.c_byte * 128).from_buffer(room, start)
+        _driver(
+            "cuTensorMapEncodeTiled",
+            *(found, _TENSOR_MAP_TYPES[self.tensor.dtype], rank, self.tensor.data_ptr()),
+            (ctypes.c_uint64 * rank)(*self.sizes),
+            (ctypes.c_uint64 * (rank - 1))(*(width * stride for stride in self.strides)),
+            (ctypes.c_uint32 * rank)(*self.box),
+            (ctypes.c_uint32 * rank)(*(1,) * rank),
+            *(0, _SWIZZLE_128B, _PROMOTION_L2_128B, 0),
+        )
+        return found
+
+
+Argument = TileMap | torch.Tensor | ctypes.c_int64 | ctypes.c_int32 | ctypes.c_float
+
+
+@dataclass(frozen=True)
+class CudaLaunch:
+    """One launch of a CUDA C++ kernel as data, as `launch.Launch` is of a Triton kernel.
+
+    source: a file in this folder, whose kernel has the name of the file up to the first dot.
+    architecture: what it is compiled for ("sm_90a"). grid, threads: blocks, and threads of each.
+    shared: bytes beside what the kernel declares. defines: the numbers that it is compiled with.
+    """
+
+    source: str
+    architecture: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    defines: Mapping[str, int]
+    arguments: Sequence[Argument] = field(default=(), repr=False, compare=False)
+
+    def run(self) -> None:
+        """Launch on the current stream. Raises RuntimeError where that fails."""
+        function = _loaded(torch.cuda.current_device(), self)
+        kept = [_passed(argument) for argument in self.arguments]
+        pointers = (_POINTER * len(kept))(*map(ctypes.addressof, kept))
+        stream = torch.cuda.current_stream().cuda_stream
+        _driver(
+            "cuLaunchKernel",
+            *(function, *self.grid, self.threads, 1, 1, self.shared, stream, pointers, None),
+        )
+
+    def compile(self) -> bytes:
+        """The code (cubin), from Triton's cache if it is there. Raises RuntimeError."""
+        from triton.runtime.cache import get_cache_manager
+
+        name = f"{self.source}.cubin"
+        folder = get_cache_manager(self._hash)
+        path = folder.get_file(name)
+        if path is not None:
+            with contextlib.suppress(OSError):
+                return Path(path).read_bytes()
+        made = compiled(_text(self.source), self.architecture, self.defines)
+        folder.put(made, name, binary=True)
+        return made
+
+    store = compile
+
+    def warm(self) -> None:
+        """Compile, and bring the code to the GPU, which is else done at the first launch."""
+        _loaded(torch.cuda.current_device(), self)
+
+    def key(self) -> str:
+        """What makes it another piece of code than a second launch's."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
+        defines = sorted(self.defines.items())
+        about = (version(), _text(self.source), self.architecture, defines)
+        return hashlib.sha256(repr(about).encode()).hexdigest()
+
+
+def available() -> bool:
+    """Whether there is an NVRTC."""
+    return _library() is not None
+
+
+def version() -> tuple[int, int] | None:
+    """That of NVRTC."""
+    if not available():
+        return None
+    major, minor = _INT(), _INT()
+    _nvrtc("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+def compiled(text: str, architecture: str, defines: Mapping[str, int]) -> bytes:
+    """The cubin of CUDA C++ source. Raises RuntimeError with the compiler's words."""
+    program = _POINTER()
+    _nvrtc("nvrtcCreateProgram", ctypes.byref(program), text.encode(), None, 0, None, None)
+    try:
+        options = [f"--gpu-architecture={architecture}", "-std=c++17", "-default-device"]
+        options += [f"-D{name}={value}" for name, value in defines.items()]
+        words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        try:
+            _nvrtc("nvrtcCompileProgram", program, len(options), words)
+        except RuntimeError as error:
+            log = _read(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")
+            raise RuntimeError(log.rstrip(b"\0").decode(errors="replace").strip()) from error
+        return _read(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN")
+    finally:
+        _nvrtc("nvrtcDestroyProgram", ctypes.byref(program))
+
+
+def _read(program: Any, size: str, content: str) -> bytes:
+    count = _SIZE()
+    _nvrtc(size, program, ctypes.byref(count))
+    buffer = ctypes.create_string_buffer(count.value)
+    _nvrtc(content, program, buffer)
+    return buffer.raw
+
+
+def _passed(argument: Argument) -> Any:
+    """What the driver reads an argument's value from."""
+    if isinstance(argument, TileMap):
+        return argument.encoded()
+    return _POINTER(argument.data_ptr()) if isinstance(argument, torch.Tensor) else argument
+
+
+_lock = threading.Lock()
+_functions: dict[tuple[int, str, int], Any] = {}
+"""Of each device, code and size of shared memory; kept for the life of the process."""
+
+
+def _loaded(device: int, launch: CudaLaunch) -> Any:
+    key = (device, launch.key(), launch.shared)
+    with _lock:
+        if key not in _functions:
+            torch.cuda.current_stream()  # has the device's context made, if it is not there
+            module, function = _POINTER(), _POINTER()
+            _driver("cuModuleLoadData", ctypes.byref(module), launch.compile())
+            name = launch.source.split(".")[0].encode()
+            _driver("cuModuleGetFunction", ctypes.byref(function), module, name)
+            _driver("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared)
+            _functions[key] = function
+        return _functions[key]
+
+
+@cache
+def _text(source: str) -> str:
+    return (FOLDER / source).read_text(encoding="utf-8")
+
+
+@cache
+def _library() -> Any:
+    """NVRTC of PyTorch's CUDA version, where PyTorch has none, any that was installed, or None."""
+    majors = [torch.version.cuda.split(".")[0]] if torch.version.cuda else ["13", "12"]
+    for major in majors:
+        for place in _places(major):
+            with contextlib.suppress(OSError, AttributeError):
+                return _declared(ctypes.CDLL(place), _NVRTC)
+    return None
+
+
+def _places(major: str) -> list[str]:
+    """The library's name alone, which finds the one that PyTorch has loaded; then its files."""
+    name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
+    pytorch = Path(torch.__file__).parent
+    packages = pytorch.parent / "nvidia"
+    folders = (pytorch / "lib", packages / f"cu{major}" / "lib", packages / "cuda_nvrtc" / "lib")
+    return [*(str(folder / name) for folder in folders if (folder / name).is_file()), name]
+
+
+@cache
+def _driver_library() -> Any:
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    return _declared(ctypes.CDLL(name), _DRIVER)
+
+
+def _declared(library: Any, functions: Mapping[str, list[Any]]) -> Any:
+    for name, arguments in functions.items():
+        getattr(library, name).argtypes = arguments
+    return library
+
+
+def _nvrtc(name: str, *arguments: Any) -> None:
+    status = getattr(_library(), name)(*arguments)
+    if status:
+        raise RuntimeError(f"{name} failed with status {status}")
+
+
+def _driver(name: str, *arguments: Any) -> None:
+    status = getattr(_driver_library(), name)(*arguments)
+    if status:
+        raise RuntimeError(f"{name} failed with CUDA's status {status}")

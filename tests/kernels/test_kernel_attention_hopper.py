@@ -1,0 +1,140 @@
+"""Attention in CUDA C++: what it takes, what it refuses, and on a Hopper its results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from harness import CHIPS, DEVICE, check, chip, find, run
+from test_kernel_attention import SIZES, call, crossed, merged, usual
+
+from accel.kernels import Config, load_triton, nvrtc
+from accel.kernels import attention_hopper as family
+from accel.kernels.nvrtc import CudaLaunch
+from accel.tuning.compiling import launches_of
+
+assert load_triton()
+
+NAME = "cuda.attention"
+F16, BF16 = torch.float16, torch.bfloat16
+HERE = DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+
+needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="there is no NVRTC here")
+on_hopper = pytest.mark.skipif(not HERE, reason="its products are those of Hopper alone")
+
+VARIANTS = [(head, config) for head in family.HEADS for config in family._VARIANTS[head]]
+
+
+@needs_nvrtc
+def test_only_hopper_and_known_heads() -> None:
+    kernel, hopper = find(NAME), chip()
+    assert kernel.supports(call(), hopper)
+    for capability in CHIPS:
+        assert kernel.supports(call(), chip(capability)) == (capability == (9, 0))
+    for size in SIZES:
+        assert size.tensors[1] is not None
+        known = size.out.shape[2] // size.attrs["heads"] in family.HEADS
+        many = size.tensors[1].shape[1] > 96
+        assert kernel.supports(size, hopper) == (known and many), size.key
+    query, key, value = call().tensors
+    assert query is not None and key is not None and value is not None
+    refused: list[tuple[Any, ...]] = [
+        (replace(query, dtype=torch.float32), key, value),
+        (query, replace(key, aligned=False), value),
+        (query, key, replace(value, stride=(1, *value.stride[1:]))),
+        (query, replace(key, shape=(1, *key.shape[1:])), value),
+    ]
+    for tensors in refused:
+        assert not kernel.supports(replace(call(), tensors=tensors), hopper)
+
+
+def test_nothing_is_offered_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "_library", lambda: None)
+    assert nvrtc.version() is None
+    assert not find(NAME).supports(call(), chip())
+
+
+@needs_nvrtc
+def test_a_launch_is_data() -> None:
+    """It can be looked at and compiled where there are neither tensors nor a GPU."""
+    size = call(queries=3957, head=40)
+    config = family.variant(4, 64, 3, 1)
+    (launch,) = launches_of(find(NAME), config, size)
+    assert isinstance(launch, CudaLaunch)
+    assert launch.grid == (-(-3957 // 256), 16, 1) and launch.threads == 512
+    (other,) = launches_of(find(NAME), config, call(queries=64 * 64, head=40))
+    assert other.key() == launch.key()  # one code for all sizes
+    (wider,) = launches_of(find(NAME), family._VARIANTS[64][0], call(heads=10, head=64))
+    assert wider.key() != launch.key()
+
+
+@needs_nvrtc
+def test_what_was_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (launch,) = launches_of(find(NAME), family._VARIANTS[160][0], call(queries=256, head=160))
+    assert isinstance(launch, CudaLaunch)
+    made = launch.compile()
+    assert made[:4] == b"\x7fELF"
+    monkeypatch.setattr(nvrtc, "compiled", lambda *about: pytest.fail("compiled again"))
+    assert launch.compile() == made
+
+
+@needs_nvrtc
+def test_what_does_not_compile_says_why() -> None:
+    with pytest.raises(RuntimeError, match="undefined"):
+        nvrtc.compiled("__global__ void f() { nothing(); }", "sm_90a", {})
+
+
+# On a GPU.
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize(("head", "config"), VARIANTS, ids=str)
+def test_every_variant(head: int, config: Config, dtype: torch.dtype) -> None:
+    """Ragged ends of queries and keys, and hostile neighbours."""
+    for queries in (1, 97, 129, 500, 1024):
+        tensors = merged(2, max(queries, 97), 3, head, dtype)
+        tensors[0] = tensors[0][:, :queries]
+        check(NAME, tensors, usual(3, head), config)
+    check(NAME, crossed(2, 33, 231, 2, head, dtype), usual(2, head), config)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("spread", [0.02, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize(("head", "config"), VARIANTS, ids=str)
+def test_flat_and_peaked_softmax(
+    head: int, config: Config, spread: float, dtype: torch.dtype
+) -> None:
+    """From all keys alike to one key alone; peaks are left behind many times."""
+    query, key, value = crossed(1, 300, 900, 2, head, dtype)
+    check(NAME, [(query * spread).to(dtype), key, value], usual(2, head), config)
+
+
+@on_hopper
+@pytest.mark.parametrize("order", ["rising", "falling"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("head", "config"), VARIANTS, ids=str)
+def test_the_highest_logit_comes_last_or_first(
+    head: int, config: Config, order: str, sign: int
+) -> None:
+    """Every block of keys leaves the peak behind by more than fp16 could hold, or none does."""
+    keys = torch.linspace(0.1, 60.0, 450)
+    query = torch.full((1, 70, head), float(sign), dtype=F16, device=DEVICE)
+    key = (keys if order == "rising" else keys.flip(0))[None, :, None].expand(1, 450, head)
+    key = key.contiguous().to(DEVICE, F16)
+    value = torch.randn(1, 450, head, generator=torch.Generator().manual_seed(2))
+    check(NAME, [query, key, value.to(DEVICE, F16)], {"heads": 1, "scale": 4 / head}, config)
+
+
+@on_hopper
+@pytest.mark.parametrize(("head", "config"), VARIANTS, ids=str)
+def test_results_are_the_same_again_and_alone(head: int, config: Config) -> None:
+    tensors = merged(2, 700, 2, head)
+    together = run(NAME, tensors, usual(2, head), config)
+    assert torch.equal(run(NAME, tensors, usual(2, head), config), together)
+    alone = run(NAME, [t[1:2] for t in tensors], usual(2, head), config)
+    assert torch.equal(together[1:2], alone)
