@@ -157,7 +157,7 @@ def test_test_adds_to_demo_and_demo_takes_nothing_away(machine: Machine) -> None
     machine.make("demo")
     assert machine.make("test") == TEST
     assert {*install.optional("demo"), *install.optional("test")} < set(machine.steps[0])
-    assert set(install.TRITON.get(sys.platform, [])) <= set(machine.steps[0])
+    assert set(install.COMPILERS.get(sys.platform, [])) <= set(machine.steps[0])
     assert machine.make("demo") == []
     machine.constraints.write_text("torch==2.14.0\n")
     assert machine.make("demo") == TEST
