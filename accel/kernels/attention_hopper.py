@@ -94,13 +94,12 @@ def attention(
     images, queries, width = query.shape
     head, (groups, keys, stages) = width // heads, _numbers(config, "groups", "keys", "stages")
     tile = -(-head // 64) * keys * _ROW_BYTES
-    ones = 16 * _ROW_BYTES
     launch = CudaLaunch(
         source="attention_hopper.cu",
         architecture="sm_90a",
         grid=(-(-queries // (64 * groups)), images * heads, 1),
         threads=128 * groups,
-        shared=2 * stages * tile + ones + 1024,  # tiles start at a multiple of that
+        shared=2 * stages * tile + 1024,  # tiles start at a multiple of that
         defines={
             **{name.upper(): int(number) for name, number in config.items()},
             "HEAD": head,

@@ -19,6 +19,9 @@ assert load_triton()
 
 NAME = "cuda.attention"
 F16, BF16 = torch.float16, torch.bfloat16
+FACTOR = 1.4
+"""Where one key has nearly all of the weight, its rounding does not cancel: see the source."""
+
 HERE = DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="there is no NVRTC here")
@@ -98,8 +101,8 @@ def test_every_variant(head: int, config: Config, dtype: torch.dtype) -> None:
     for queries in (1, 97, 129, 500, 1024):
         tensors = merged(2, max(queries, 97), 3, head, dtype)
         tensors[0] = tensors[0][:, :queries]
-        check(NAME, tensors, usual(3, head), config)
-    check(NAME, crossed(2, 33, 231, 2, head, dtype), usual(2, head), config)
+        check(NAME, tensors, usual(3, head), config, factor=FACTOR)
+    check(NAME, crossed(2, 33, 231, 2, head, dtype), usual(2, head), config, factor=FACTOR)
 
 
 @on_hopper
@@ -111,7 +114,7 @@ def test_flat_and_peaked_softmax(
 ) -> None:
     """From all keys alike to one key alone; peaks are left behind many times."""
     query, key, value = crossed(1, 300, 900, 2, head, dtype)
-    check(NAME, [(query * spread).to(dtype), key, value], usual(2, head), config)
+    check(NAME, [(query * spread).to(dtype), key, value], usual(2, head), config, factor=FACTOR)
 
 
 @on_hopper
@@ -127,7 +130,13 @@ def test_the_highest_logit_comes_last_or_first(
     key = (keys if order == "rising" else keys.flip(0))[None, :, None].expand(1, 450, head)
     key = key.contiguous().to(DEVICE, F16)
     value = torch.randn(1, 450, head, generator=torch.Generator().manual_seed(2))
-    check(NAME, [query, key, value.to(DEVICE, F16)], {"heads": 1, "scale": 4 / head}, config)
+    check(
+        NAME,
+        [query, key, value.to(DEVICE, F16)],
+        {"heads": 1, "scale": 4 / head},
+        config,
+        factor=FACTOR,
+    )
 
 
 @on_hopper
