@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import cProfile
 import itertools
 import json
 import os
+import pstats
 import socket
 import statistics
 import subprocess
@@ -79,7 +81,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=4, help="timed runs, the first included")
     parser.add_argument("--extra-nodes", action="store_true", help="load ComfyUI's extra nodes too")
     parser.add_argument("--no-fidelity", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="the GPU's own time a step too")
+    parser.add_argument(
+        "--profile", action="store_true", help="the GPU's own time a step, and the host's work too"
+    )
     parser.add_argument("--tour", action="store_true", help="of SD1.5, instead of the rows")
     parser.add_argument("--cpu", action="store_true", help="only to try this program")
     parser.add_argument("--logs", type=Path, help="a folder for the servers' output")
@@ -293,6 +297,7 @@ class Server:
         self._finished_at = 0.0
         self.keep_first = False
         self.first: Any = None
+        self.profile: cProfile.Profile | None = None
         self.clocks = Clocks(cuda=not arguments.cpu)
         self._watch()
 
@@ -343,6 +348,8 @@ class Server:
             return result
 
         def timed_sample(*args: Any, **kwargs: Any) -> Any:
+            if self.profile is not None:  # its own cost is most of the time: that does not count
+                return self.profile.runcall(sample, *args, **kwargs)
             self.clocks.begin()
             result = sample(*args, **kwargs)
             self.clocks.end()
@@ -653,7 +660,47 @@ def host_path(
         if engine:
             found |= {f"accelerated_{clock}": ours, "mode": mode}
             found[ratio] = statistics.median(ours) / statistics.median(plain)
+    if engine and arguments.profile:
+        found["work"] = host_work(server, arguments, model, width, height)
     return found
+
+
+def host_work(
+    server: Server, arguments: argparse.Namespace, model: str, width: int, height: int
+) -> dict[str, Any]:
+    """What Python does in a step of the host's path, through the accelerated MODEL and without it.
+
+    `calls`: of functions; `functions`: [name, calls plain, accelerated, more own ms] where most is
+    added. Counts say what clocks of a busy machine cannot. The profiler itself slows both.
+    """
+    stats: dict[bool, Any] = {}
+    for accelerated in (False, True):
+        for seed in (50, 51):  # the first may load
+            server.profile = cProfile.Profile() if seed == 51 else None
+            server.run(
+                workflow(*(model, width, height, arguments.steps, seed, accelerated), patched=True)
+            )
+        stats[accelerated] = pstats.Stats(server.profile)
+        server.profile = None
+    plain, ours = (stats[kind].stats for kind in (False, True))
+    none = (0, 0, 0.0, 0.0, {})
+    steps = arguments.steps
+    rows = [
+        [
+            f"{Path(file).name}:{line} {name}",
+            plain.get((file, line, name), none)[1] / steps,
+            ours.get((file, line, name), none)[1] / steps,
+            1e3 * (ours.get((file, line, name), none)[2] - plain.get((file, line, name), none)[2])
+            / steps,
+        ]
+        for file, line, name in {**plain, **ours}
+    ]  # fmt: skip
+    rows.sort(key=lambda row: -row[-1])
+    return {
+        "calls_plain": stats[False].total_calls / steps,
+        "calls_accelerated": stats[True].total_calls / steps,
+        "functions": rows[:40],
+    }
 
 
 def start(arguments: argparse.Namespace, model: str, variant: str) -> tuple[Server, dict[str, Any]]:
