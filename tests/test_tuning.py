@@ -28,7 +28,7 @@ from accel.tuning import profile as profiles
 from accel.tuning import select as selection
 from accel.tuning.compiling import Compiler
 from accel.tuning.profile import Entry, Profile
-from accel.tuning.select import Selector
+from accel.tuning.select import Choice, Selector
 
 sys.path.append(str(Path(__file__).parent / "kernels"))
 from harness import chip
@@ -538,6 +538,52 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("measuring", [True, False])
+def test_a_size_near_by_lends_its_kernel_until_the_predicted_one_is_compiled(
+    made: Any,
+    cache: DiskCache,
+    processes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    measuring: bool,
+) -> None:
+    """An image of a new size waits for no compiler, whether or not others would be waited for."""
+    made("library")
+    made(
+        "tiled",
+        configs=lambda call, hardware: [{"tile": 64}, {"tile": 32}],
+        launches=lambda *arguments, config, **rest: [Code(f"tiled {config['tile']}")],
+    )
+    times(monkeypatch, {"library": 2.0, ("tiled", 64): 1.0, ("tiled", 32): 1.5})
+    selector(cache, measuring=True).select([add_call(100)])
+    chooser = selector(cache, measuring=measuring, waiting=measuring)
+    known = next(kernel for kernel in registry.kernels() if kernel.name == "tiled")
+
+    def predicted(self: Selector, call: Call, candidates: Any, near: Any) -> Choice:
+        return Choice(known, {"tile": 32}, "predicted, 0.5 us", about=0.5)
+
+    monkeypatch.setattr(Selector, "_predicted", predicted)
+    # Nothing is there yet: compiled at once, or a library's meanwhile.
+    first = chooser.select([add_call(120)])[0]
+    assert (first.config == {"tile": 32}) == measuring
+    assert (first.kernel.name == "library") == first.provisional == (not measuring)
+    chooser.compiler.compile_later([(known, {"tile": 64}, add_call(100))])
+    processes["go"].set()
+    wait_for(lambda: chooser.settled)
+    if measuring:  # what was to be compiled at once counts as there
+        chooser.compiler._stored.clear()
+        chooser.compiler.compile_later([(known, {"tile": 64}, add_call(100))])
+        wait_for(lambda: chooser.settled)
+        processes["go"].clear()
+        second, again = (chooser.select([add_call(140)])[0] for _ in range(2))
+        assert second.config == {"tile": 64} and second.provisional and again == second
+        assert "near this" in second.reason and "until what is predicted" in second.reason
+        assert not chooser.settled
+        processes["go"].set()
+        wait_for(lambda: chooser.settled)
+    after = chooser.select([add_call(140)])[0]
+    assert after.config == {"tile": 32} and not after.provisional
 
 
 def test_libraries_run_until_ours_is_compiled(

@@ -453,7 +453,8 @@ class Executable:
 
     def outdated(self, waiting: bool = False) -> bool:
         """Whether binding anew would give other kernels. waiting: compilers will be waited for."""
-        return self.provisional and (waiting or self._selector.settled)
+        more = waiting and not self._selector.waiting
+        return self.provisional and (more or self._selector.settled)
 
     def kernels(self) -> Counter[str]:
         """How many calls go to each kernel."""

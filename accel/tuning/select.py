@@ -73,6 +73,7 @@ class Selector:
 
     measuring: time the candidates of a call that the profile does not know; needs the device.
     waiting: compile at once what is chosen; else in the background, if it is not measured anyway.
+    What was measured at a size near by does not wait for a kernel that is predicted to be faster.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Selector:
         self._choices: dict[str, Choice] = {}
         self._model = _model(self.hardware, profile)
         self._guesses: dict[str, Choice] = {}
+        self._neighbours: dict[str, Choice] = {}
         self._refused: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
         if device.type == "cuda":
@@ -101,22 +103,34 @@ class Selector:
         with self._lock:
             unknown = {call.key: call for call in calls if call.key not in self._choices}
             found = {key: self._known(key, call) for key, call in unknown.items()}
-            provisional = {} if self._waiting else self._postponed(unknown, found)
-            for key in provisional:
-                del found[key]
-            found |= self._proven(
+            meanwhile = self._postponed(unknown, found)
+            proven = self._proven(
                 {
                     key: (unknown[key], choice)
-                    for key, choice in found.items()
+                    for key, choice in (found | meanwhile).items()
                     if choice is not None and choice.kernel.launches is not None
                 }
             )
+            provisional = {
+                key: replace(
+                    proven.pop(key, choice) or self._library(unknown[key]), provisional=True
+                )
+                for key, choice in meanwhile.items()
+            }
+            for key in provisional:
+                del found[key]
+            found |= proven
             self._choices |= {key: choice for key, choice in found.items() if choice is not None}
             unmeasured = [unknown[key] for key, choice in found.items() if choice is None]
             if unmeasured:
                 self._measure(unmeasured)
             known = self._choices | provisional
             return [known[call.key] for call in calls]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it waits for compilers, where nothing else is at hand."""
+        return self._waiting
 
     @property
     def settled(self) -> bool:
@@ -126,20 +140,34 @@ class Selector:
     def _postponed(
         self, calls: Mapping[str, Call], found: Mapping[str, Choice | None]
     ) -> dict[str, Choice]:
-        """A library's for each choice that is not compiled; they are, in the background."""
+        """Another kernel for each choice that is not compiled, until it is, in the background.
+
+        That of a size near by, whose code is there; or else a library's, unless compilers are
+        waited for: then only what has no neighbour is.
+        """
         variants = {
             key: (choice.kernel, choice.config, calls[key])
             for key, choice in found.items()
             if choice is not None and choice.kernel.launches is not None
         }
         missing = {k: variant for k, variant in variants.items() if not self.compiler.has(variant)}
-        if missing:
-            self.compiler.compile_later(list(missing.values()))
-        reason = "the library's, until ours is compiled"
-        return {
-            key: replace(self._library(calls[key]), reason=reason, provisional=True)
-            for key in missing
-        }
+        instead: dict[str, Choice] = {}
+        for key in missing:
+            neighbour = self._neighbours.get(key)
+            if neighbour is not None and self._there(neighbour, calls[key]):
+                reason = f"{neighbour.reason}, until what is predicted is compiled"
+                instead[key] = replace(neighbour, reason=reason, provisional=True)
+            elif not self._waiting:
+                reason = "the library's, until ours is compiled"
+                instead[key] = replace(self._library(calls[key]), reason=reason, provisional=True)
+        if instead:
+            self.compiler.compile_later([missing[key] for key in instead])
+        return instead
+
+    def _there(self, choice: Choice, call: Call) -> bool:
+        """Whether a choice runs without compiling anything."""
+        kernel = choice.kernel
+        return kernel.launches is None or self.compiler.has((kernel, choice.config, call))
 
     def _known(self, key: str, call: Call) -> Choice | None:
         """The choice that needs no measurement.
@@ -157,16 +185,20 @@ class Selector:
             return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
         near = None if entry is not None else self.profile.near(key)
         found = None if near is None else _adopted(near[1], call, candidates, self.hardware)
-        if len(candidates) > 2 and (near is not None or not self._measuring):
-            predicted = self._predicted(call, candidates, found)
-            if predicted is not None:
-                return predicted
+        neighbour = None
         if near is not None and found is not None:
             about = near[1].us * family_of(key)[1] / family_of(near[0])[1]
             elsewhere = near[1].elsewhere
             where = f" on {elsewhere}" if elsewhere else ""
             reason = f"measured{where} at a size near this, {near[0]}"
-            return Choice(*found, reason, about=about, elsewhere=elsewhere)
+            neighbour = Choice(*found, reason, about=about, elsewhere=elsewhere)
+            self._neighbours[key] = neighbour
+        if len(candidates) > 2 and (near is not None or not self._measuring):
+            predicted = self._predicted(call, candidates, found)
+            if predicted is not None:
+                return predicted
+        if neighbour is not None:
+            return neighbour
         kernel, config = candidates[0]
         if len(candidates) == 1:
             return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")
