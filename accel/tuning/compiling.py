@@ -143,13 +143,13 @@ class Compiler:
         return set(found["keys"]) if found and isinstance(found.get("keys"), list) else set()
 
     def _remember(self, keys: Iterable[str]) -> None:
-        new = set(keys) - self._stored
-        if not new:
-            return
-        stored = self._stored | new | self._read()
-        self._stored = stored
-        if self._cache is not None:
-            self._cache.put(self._key, KIND, {"keys": sorted(stored)})
+        with self._lock:  # several threads may have compiled
+            new = set(keys) - self._stored
+            if not new:
+                return
+            self._stored = stored = self._stored | new | self._read()
+            if self._cache is not None:
+                self._cache.put(self._key, KIND, {"keys": sorted(stored)})
 
 
 def processors() -> int:
