@@ -32,7 +32,8 @@ constexpr int TILE_BYTES = CHUNKS * CHUNK_BYTES;
 constexpr int WARPS = 4 * GROUPS;
 constexpr bool EARLY = STAGES > 2;         // the next keys are waited for during a block
 constexpr float HEADROOM = 2.0f;           // powers of two by which the first weights exceed 1
-constexpr uint32 LIMIT = BF16 ? 0x7f00 : 0x7400;  // 2 ^ 127, 2 ^ 14
+// Of weights: 2 ^ 64, of which all keys' sums with values are in fp32's range, and 2 ^ 14.
+constexpr uint32 LIMIT = BF16 ? 0x5f80 : 0x7400;
 constexpr int ONES_BYTES = STEP * CHUNK * 2;
 constexpr uint32 TWO_ONES = BF16 ? 0x3f803f80 : 0x3c003c00;
 #define MINUS_INFINITY __int_as_float(0xff800000)

@@ -5,6 +5,7 @@ On a Hopper those of the GPU; everywhere those of the same source with simulated
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -120,6 +121,21 @@ def rising_or_falling(head: int, order: str, sign: int, keys: int) -> list[torch
     return [query, key, value.to(device, F16)]
 
 
+def leaping(head: int, powers: float, dtype: torch.dtype) -> tuple[list[torch.Tensor], Any]:
+    """The logits of all keys behind the first blocks are alike, and so much higher than theirs."""
+    device = test_kernel_attention.DEVICE
+    query = torch.ones(1, 8, head, dtype=dtype, device=device)
+    key = torch.zeros(1, 600, head, dtype=dtype, device=device)
+    key[:, 300:] = 1.0
+    value = torch.randn(1, 600, head, generator=torch.Generator().manual_seed(2))
+    attrs = {"heads": 1, "scale": powers * math.log(2) / head}
+    return [query, key, value.to(device, dtype)], attrs
+
+
+LEAPS = [5.0, 11.5, 12.5, 61.5, 62.5, 100.0, 110.0, 124.0, 126.0, 140.0]
+"""Powers of two, about the limits of weights and the ends of fp32's range."""
+
+
 # Without a GPU.
 
 simulated = pytest.mark.skipif(
@@ -194,6 +210,16 @@ def test_simulated_the_highest_logit_comes_last_or_first(
 
 @simulated
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize(("head", "config"), SIMULATED, ids=str)
+def test_simulated_sums_of_large_weights(head: int, config: Config, dtype: torch.dtype) -> None:
+    for powers in LEAPS:
+        tensors, attrs = leaping(head, powers, dtype)
+        check(NAME, tensors, attrs, config)
+
+
+@simulated
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(("head", "config"), SIMULATED, ids=str)
 def test_simulated_results_are_the_same_alone(head: int, config: Config) -> None:
     tensors = merged(2, 150, 2, head)
@@ -239,6 +265,16 @@ def test_the_highest_logit_comes_last_or_first(
     """Every block of keys leaves the peak behind by more than fp16 could hold, or none does."""
     tensors = rising_or_falling(head, order, sign, 450)
     check(NAME, tensors, {"heads": 1, "scale": 4 / head}, config)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize(("head", "config"), VARIANTS, ids=str)
+def test_sums_of_large_weights(head: int, config: Config, dtype: torch.dtype) -> None:
+    """As many as do not overflow fp32, whatever peak they are relative to."""
+    for powers in LEAPS:
+        tensors, attrs = leaping(head, powers, dtype)
+        check(NAME, tensors, attrs, config)
 
 
 @on_hopper
