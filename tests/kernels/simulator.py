@@ -19,6 +19,8 @@ SIMULATED = Path(__file__).with_name("simulated")
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None  # its ucontext.h
 
 _ERROR_BYTES = 2000
+_GUARD = 1 << 15
+"""Numbers before and behind a tensor, NaN, that no kernel may touch."""
 
 
 class _Descriptor(ctypes.Structure):
@@ -41,13 +43,17 @@ class Simulator:
     def run(self, launch: CudaLaunch) -> None:
         """As CudaLaunch.run. Raises RuntimeError if the kernel does what it must not."""
         library = ctypes.CDLL(str(self.build(launch)))
-        kept = [_passed(argument) for argument in launch.arguments]
+        guarded = [_guarded(argument) for argument in launch.arguments]
+        kept = [_passed(argument) for argument in guarded]
         pointers = (ctypes.c_void_p * len(kept))(*map(ctypes.addressof, kept))
         words = ctypes.create_string_buffer(_ERROR_BYTES)
         x, y, _ = launch.grid
         about = (launch.threads, launch.shared, pointers, words, ctypes.c_size_t(_ERROR_BYTES))
         if library.run(x, y, *about):
             raise RuntimeError(words.value.decode())
+        for given, used in zip(launch.arguments, guarded, strict=True):
+            if given is not used:
+                _take_back(given, used)
 
     def build(self, launch: CudaLaunch) -> Path:
         """Raises RuntimeError with the compiler's words."""
@@ -67,6 +73,21 @@ class Simulator:
             if done.returncode:
                 raise RuntimeError(done.stderr[-4000:])
         return path
+
+
+def _guarded(argument: Any) -> Any:
+    """A tensor's copy among NaN, if it is no slice of another, whose test has seen to that."""
+    if not isinstance(argument, torch.Tensor) or not argument.is_contiguous():
+        return argument
+    room = argument.new_full((argument.numel() + 2 * _GUARD,), float("nan"))
+    return room[_GUARD:-_GUARD].view(argument.shape).copy_(argument)
+
+
+def _take_back(given: Any, used: Any) -> None:
+    room = used.as_strided((used.numel() + 2 * _GUARD,), (1,), 0)
+    if not torch.cat([room[:_GUARD], room[-_GUARD:]]).isnan().all():
+        raise RuntimeError("a kernel wrote before or behind a tensor")
+    given.copy_(used)
 
 
 def _passed(argument: Any) -> Any:

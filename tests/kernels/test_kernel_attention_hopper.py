@@ -34,11 +34,15 @@ on_hopper = pytest.mark.skipif(not HERE, reason="its products are those of Hoppe
 VARIANTS = [(head, config) for head in family.HEADS for config in family._VARIANTS[head]]
 
 SIMULATED = [
-    *((40, family.variant(4, 64, 3, 1)), (40, family.variant(3, 128, 3, 1))),
-    *((64, family.variant(2, 64, 3, 2)), (64, family.variant(3, 96, 3, 1))),
-    *((80, family.variant(1, 64, 2, 3)), (160, family.variant(1, 64, 2, 2))),
+    (40, family.variant(4, 64, 3, 1), F16),
+    (40, family.variant(3, 128, 3, 1), BF16),
+    (64, family.variant(2, 64, 3, 2), F16),
+    (64, family.variant(3, 96, 3, 1), F16),
+    (80, family.variant(1, 64, 2, 3), F16),
+    (80, family.variant(1, 64, 2, 3), BF16),
+    (160, family.variant(1, 64, 2, 2), F16),
 ]
-"""Some of each kind: as many stages as are waited for early or not, chunks, and tiles."""
+"""Some of each kind: stages that are waited for early or not, chunks of columns, blocks of keys."""
 
 
 @needs_nvrtc
@@ -110,29 +114,31 @@ def test_a_header_makes_another_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert replace(launch).key() != before
 
 
-def rising_or_falling(head: int, order: str, sign: int, keys: int) -> list[torch.Tensor]:
+def rising_or_falling(
+    head: int, order: str, sign: int, keys: int, dtype: torch.dtype = F16
+) -> list[torch.Tensor]:
     """One image and head, whose highest logit comes last or first."""
     device = test_kernel_attention.DEVICE
     steps = torch.linspace(0.1, 60.0, keys)
-    query = torch.full((1, 70, head), float(sign), dtype=F16, device=device)
+    query = torch.full((1, 70, head), float(sign), dtype=dtype, device=device)
     key = (steps if order == "rising" else steps.flip(0))[None, :, None].expand(1, keys, head)
-    key = key.contiguous().to(device, F16)
+    key = key.contiguous().to(device, dtype)
     value = torch.randn(1, keys, head, generator=torch.Generator().manual_seed(2))
-    return [query, key, value.to(device, F16)]
+    return [query, key, value.to(device, dtype)]
 
 
 def leaping(head: int, powers: float, dtype: torch.dtype) -> tuple[list[torch.Tensor], Any]:
     """The logits of all keys behind the first blocks are alike, and so much higher than theirs."""
     device = test_kernel_attention.DEVICE
     query = torch.ones(1, 8, head, dtype=dtype, device=device)
-    key = torch.zeros(1, 600, head, dtype=dtype, device=device)
-    key[:, 300:] = 1.0
-    value = torch.randn(1, 600, head, generator=torch.Generator().manual_seed(2))
+    key = torch.zeros(1, 300, head, dtype=dtype, device=device)
+    key[:, 150:] = 1.0
+    value = torch.randn(1, 300, head, generator=torch.Generator().manual_seed(2))
     attrs = {"heads": 1, "scale": powers * math.log(2) / head}
     return [query, key, value.to(device, dtype)], attrs
 
 
-LEAPS = [5.0, 11.5, 12.5, 61.5, 62.5, 100.0, 110.0, 124.0, 126.0, 140.0]
+LEAPS = [11.5, 12.5, 61.5, 62.5, 110.0, 124.0, 140.0]
 """Powers of two, about the limits of weights and the ends of fp32's range."""
 
 
@@ -148,12 +154,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> simulator.Simulator:
     """With all that the tests need, two at a time."""
     made = simulator.Simulator(tmp_path_factory.mktemp("simulated"))
     launches = []
-    for head, config in SIMULATED:
+    for head, config, dtype in SIMULATED:
         size = call(queries=256, head=head)
-        for dtype in (F16, BF16):
-            tensors = tuple(spec and replace(spec, dtype=dtype) for spec in size.tensors)
-            out = replace(size.out, dtype=dtype)
-            launches += launches_of(find(NAME), config, replace(size, out=out, tensors=tensors))
+        tensors = tuple(spec and replace(spec, dtype=dtype) for spec in size.tensors)
+        out = replace(size.out, dtype=dtype)
+        launches += launches_of(find(NAME), config, replace(size, out=out, tensors=tensors))
     with ThreadPoolExecutor(2) as workers:
         list(workers.map(made.build, launches))
     return made
@@ -171,8 +176,7 @@ def on_cpu(built: simulator.Simulator, monkeypatch: pytest.MonkeyPatch) -> simul
 
 @simulated
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
-@pytest.mark.parametrize(("head", "config"), SIMULATED, ids=str)
+@pytest.mark.parametrize(("head", "config", "dtype"), SIMULATED, ids=str)
 def test_simulated_ragged_ends(head: int, config: Config, dtype: torch.dtype) -> None:
     """Of queries and keys, with hostile neighbours; more blocks of keys than stages, and fewer."""
     for queries in (1, 97, 129):
@@ -180,17 +184,16 @@ def test_simulated_ragged_ends(head: int, config: Config, dtype: torch.dtype) ->
         tensors[0] = tensors[0][:, :queries]
         check(NAME, tensors, usual(2, head), config)
     block = int(config["keys"])
-    for keys in (1, block - 1, block, block + 1, 2 * block, 3 * block, 4 * block + 7, 8 * block):
+    for keys in (1, block - 1, block, block + 1, 2 * block, 3 * block - 1, 4 * block + 7):
         check(NAME, crossed(1, 33, keys, 1, head, dtype), usual(1, head), config)
 
 
 @simulated
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("spread", [0.02, 1.0, 4.0, 30.0])
-@pytest.mark.parametrize(("head", "config"), SIMULATED, ids=str)
+@pytest.mark.parametrize(("head", "config", "dtype"), SIMULATED, ids=str)
 def test_simulated_flat_and_peaked_softmax(
-    head: int, config: Config, spread: float, dtype: torch.dtype
+    head: int, config: Config, dtype: torch.dtype, spread: float
 ) -> None:
     query, key, value = crossed(1, 70, 300, 1, head, dtype)
     check(NAME, [(query * spread).to(dtype), key, value], usual(1, head), config)
@@ -200,18 +203,22 @@ def test_simulated_flat_and_peaked_softmax(
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("order", ["rising", "falling"])
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize(("head", "config"), SIMULATED, ids=str)
+@pytest.mark.parametrize(("head", "config", "dtype"), SIMULATED, ids=str)
 def test_simulated_the_highest_logit_comes_last_or_first(
-    head: int, config: Config, order: str, sign: int
+    head: int, config: Config, dtype: torch.dtype, order: str, sign: int
 ) -> None:
-    tensors = rising_or_falling(head, order, sign, 450)
-    check(NAME, tensors, {"heads": 1, "scale": 4 / head}, config)
+    """Up to the last block, of which most keys are there.
+
+    Few keys have all the weight, and all rows alike: what bfloat16 takes from each weight shows.
+    """
+    factor = 1.1 if dtype == F16 else 2.5
+    tensors = rising_or_falling(head, order, sign, 5 * int(config["keys"]) - 20, dtype)
+    check(NAME, tensors, {"heads": 1, "scale": 4 / head}, config, factor=factor)
 
 
 @simulated
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
-@pytest.mark.parametrize(("head", "config"), SIMULATED, ids=str)
+@pytest.mark.parametrize(("head", "config", "dtype"), SIMULATED, ids=str)
 def test_simulated_sums_of_large_weights(head: int, config: Config, dtype: torch.dtype) -> None:
     for powers in LEAPS:
         tensors, attrs = leaping(head, powers, dtype)
@@ -220,12 +227,43 @@ def test_simulated_sums_of_large_weights(head: int, config: Config, dtype: torch
 
 @simulated
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize(("head", "config"), SIMULATED, ids=str)
-def test_simulated_results_are_the_same_alone(head: int, config: Config) -> None:
-    tensors = merged(2, 150, 2, head)
+@pytest.mark.parametrize(("head", "config", "dtype"), SIMULATED, ids=str)
+def test_simulated_results_are_the_same_alone(
+    head: int, config: Config, dtype: torch.dtype
+) -> None:
+    tensors = merged(2, 150, 2, head, dtype)
     together = run(NAME, tensors, usual(2, head), config)
     alone = run(NAME, [t[1:2] for t in tensors], usual(2, head), config)
     assert torch.equal(together[1:2], alone)
+
+
+FAULTS = {
+    "a wrong parity": ("turn ^ (stage + 2 >= STAGES)", "turn"),
+    "a wait too few": ("blocks.wait_values(stage, turn);", ""),
+    "products not waited for": (
+        "products_done<0>();\n        pin(rows.result)",
+        "pin(rows.result)",
+    ),
+    "a tile left too early": ("blocks.leave(block - 1, stage", "blocks.leave(block, next"),
+    "a key too many": ("i % 2 >= alive", "i % 2 > alive"),
+    "totals of an old peak": ("total[2 * r] *= fading;", ""),
+}
+
+
+@simulated
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(
+    fault: str, on_cpu: simulator.Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = FAULTS[fault]
+    text = nvrtc.text("attention_hopper.cu")
+    assert text.count(old) == 1
+    monkeypatch.setattr(on_cpu, "texts", {"attention_hopper.cu": text.replace(old, new)})
+    head, config, _ = SIMULATED[0]
+    tensors = rising_or_falling(head, "rising", 1, 450)
+    with pytest.raises((AssertionError, RuntimeError), match=r"^(assert|block|$)"):
+        check(NAME, tensors, {"heads": 1, "scale": 4 / head}, config)
+        check(NAME, merged(1, 150, 1, head), usual(1, head), config)
 
 
 # On a GPU.

@@ -6,7 +6,7 @@
 //
 // - A product is computed when its warp waits for it, from what registers and memory hold by then.
 //   Until then its result is NaN. To write its registers or its matrix meanwhile is an error.
-// - A copy makes NaN of its destination at once, and arrives when it has to, or (rarely) before.
+// - A copy makes NaN of its destination at once, and arrives when someone has come to wait for it.
 // - What ordinary instructions wrote to shared memory, products see only after a fence.
 // - Shared memory starts as NaN.
 //
@@ -27,7 +27,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <random>
 #include <string>
 #include <thread>
 #include <utility>
@@ -164,6 +163,15 @@ struct Signature {
   bool adds, transposed;
 };
 
+struct Lot {
+  uint64 state;
+
+  uint32 operator()() {
+    state = state * 6364136223846793005 + 1442695040888963407;
+    return uint32(state >> 33);
+  }
+};
+
 struct Failure {
   std::string words;
 };
@@ -180,7 +188,7 @@ struct Machine {
   char seen[SHARED_BYTES];  // by products and copies
   uint32 dynamic, room;     // bytes of shared memory asked for, where the next declared goes
   int current, threads, at_block, ended;
-  std::mt19937 lot;
+  Lot lot;
   std::string error;
   void (*body)(void*);
   void* about;
@@ -295,12 +303,16 @@ inline void arrive(const Copy& copy) {
   barrier(copy.barrier).bytes -= bytes;
   settle(copy.barrier);
 }
-inline void arrive_any() {
-  auto& copies = here->copies;
-  std::swap(copies[here->lot() % copies.size()], copies.back());
-  Copy copy = copies.back();
-  copies.pop_back();
-  arrive(copy);
+// A copy that someone waits for, or none.
+inline std::vector<Copy>::iterator wanted() {
+  std::vector<size_t> found;
+  for (size_t i = 0; i < here->copies.size(); i++)
+    if (std::any_of(here->fibers.begin(), here->fibers.end(), [&](const Fiber& f) {
+          return f.waiting == BARRIER && f.barrier == here->copies[i].barrier;
+        }))
+      found.push_back(i);
+  if (found.empty()) return here->copies.end();
+  return here->copies.begin() + found[here->lot() % found.size()];
 }
 
 // ---- Products -----------------------------------------------------------------------------------
@@ -663,7 +675,7 @@ inline void run_block(Index block, int threads, uint32 dynamic, void (*body)(voi
   m.about = about;
   m.room = 0;
   m.at_block = m.ended = 0;
-  m.lot.seed(block.x * 7919 + block.y);
+  m.lot.state = block.x * 7919 + block.y;
   m.error.clear();
   m.barriers.clear();
   m.declared.clear();
@@ -686,10 +698,15 @@ inline void run_block(Index block, int threads, uint32 dynamic, void (*body)(voi
     for (size_t i = 0; i < m.warps.size(); i++)
       if (runnable(int(i)) && (chosen < 0 || m.warps[i].priority > m.warps[chosen].priority))
         chosen = int(i);
-    if (chosen < 0 && m.copies.empty()) fail("all wait: %s", who_waits().c_str());
-    if (chosen < 0 || (!m.copies.empty() && m.lot() % 64 == 0)) {
-      arrive_any();
-      continue;
+    if (chosen < 0 || m.lot() % 8 == 0) {
+      auto copy = wanted();
+      if (copy != m.copies.end()) {
+        Copy found = *copy;
+        m.copies.erase(copy);
+        arrive(found);
+        continue;
+      }
+      if (chosen < 0) fail("all wait: %s", who_waits().c_str());
     }
     if (m.lot() % 8 == 0) m.warps[chosen].priority = int(m.lot() % 1024);
     for (int i = 32 * chosen; i < 32 * chosen + 32; i++) {
