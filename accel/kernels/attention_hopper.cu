@@ -15,23 +15,14 @@
 //   of the first block stays until a weight leaves the range of half precision. So no maximum is
 //   looked for: the sums, which must be made anyway, tell. Where the range is left (hardly ever),
 //   the warp makes that block's scores again, by itself, and goes on from a new peak.
-// - The sums are of weights before they are rounded. Where one key has nearly all of the weight, its
-//   rounding does not cancel: the error is up to a third above that of a kernel that knows the
+// - The sums are of weights before they are rounded. Where few keys have nearly all of the weight,
+//   their rounding does not cancel: the error is up to half above that of a kernel that knows the
 //   maximum. Summing what was rounded, by products with ones, took 4 to 9 % of the time on an H200.
 // - A head of 40 columns is 48 wide in the first product, 40 in the second.
 //
 // Compiled with HEAD (a multiple of 8), KEYS, GROUPS, STAGES, BLOCKS (a multiprocessor), BF16.
 
-typedef unsigned long long uint64;
-typedef unsigned int uint32;
-typedef unsigned short uint16;
-struct __align__(64) Descriptor { uint64 opaque[16]; };  // CUtensorMap
-
-#if BF16
-#define TYPE "bf16"
-#else
-#define TYPE "f16"
-#endif
+#include "hopper.cuh"
 
 constexpr int STEP = 16;                   // columns of a first product's step, keys of a second's
 constexpr int STEPS = (HEAD + STEP - 1) / STEP;
@@ -41,125 +32,25 @@ constexpr int CHUNK_BYTES = KEYS * CHUNK * 2;
 constexpr int TILE_BYTES = CHUNKS * CHUNK_BYTES;
 constexpr int WARPS = 4 * GROUPS;
 constexpr float HEADROOM = 2.0f;           // powers of two by which the first weights exceed 1
-constexpr float LIMIT = BF16 ? 1e30f : 16384.0f;  // a thread's sum of weights of a block
+// A thread's sum of a block's weights: 2 ^ 14 is nearly all that fp16 holds; of bfloat16's, all keys'
+// sums with values must stay in fp32's range.
+constexpr float LIMIT = BF16 ? 18446744073709551616.0f : 16384.0f;
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
-// ---- Products -----------------------------------------------------------------------------------
-
-#define D8(a, b, c, d, e, f, g, h) \
-  "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h
-#define R16 D8(0, 1, 2, 3, 4, 5, 6, 7) ", " D8(8, 9, 10, 11, 12, 13, 14, 15)
-#define R20 R16 ", %16, %17, %18, %19"
-#define R32 R16 ", " D8(16, 17, 18, 19, 20, 21, 22, 23) ", " D8(24, 25, 26, 27, 28, 29, 30, 31)
-#define R40 R32 ", " D8(32, 33, 34, 35, 36, 37, 38, 39)
-#define R48 R40 ", " D8(40, 41, 42, 43, 44, 45, 46, 47)
-#define R64 R48 ", " D8(48, 49, 50, 51, 52, 53, 54, 55) ", " D8(56, 57, 58, 59, 60, 61, 62, 63)
-#define R80 R64 ", " D8(64, 65, 66, 67, 68, 69, 70, 71) ", " D8(72, 73, 74, 75, 76, 77, 78, 79)
-#define F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define O16 F4(0), F4(4), F4(8), F4(12)
-#define O20 O16, F4(16)
-#define O32 O20, F4(20), F4(24), F4(28)
-#define O40 O32, F4(32), F4(36)
-#define O48 O40, F4(40), F4(44)
-#define O64 O48, F4(48), F4(52), F4(56), F4(60)
-#define O80 O64, F4(64), F4(68), F4(72), F4(76)
-
-// d (+)= a . b over one STEP, of 64 rows and COLUMNS columns. a and d: this thread's part of them.
-template <int COLUMNS, bool ADDS, bool TRANSPOSED> struct Product;
-
-#define PRODUCT(COLUMNS, PARTS, A0, A1, A2, A3, B, ADD, TURN)                                     \
-  template <bool ADDS, bool TRANSPOSED> struct Product<COLUMNS, ADDS, TRANSPOSED> {               \
-    static __device__ __forceinline__ void issue(float (&d)[PARTS], const uint32 (&a)[4],         \
-                                                 uint64 b) {                                      \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD ", 0;\n"                             \
-                   "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE          \
-                   " {" R##PARTS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B              \
-                   ", p, 1, 1, %" #TURN ";\n}\n"                                                  \
-                   : O##PARTS                                                                     \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(ADDS)),          \
-                     "n"(int(TRANSPOSED)));                                                       \
-    }                                                                                             \
-  };
-
-PRODUCT(32, 16, 16, 17, 18, 19, 20, 21, 22)
-PRODUCT(40, 20, 20, 21, 22, 23, 24, 25, 26)
-PRODUCT(64, 32, 32, 33, 34, 35, 36, 37, 38)
-PRODUCT(80, 40, 40, 41, 42, 43, 44, 45, 46)
-PRODUCT(96, 48, 48, 49, 50, 51, 52, 53, 54)
-PRODUCT(128, 64, 64, 65, 66, 67, 68, 69, 70)
-PRODUCT(160, 80, 80, 81, 82, 83, 84, 85, 86)
-
-__device__ __forceinline__ void products_follow() {
-  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
-}
-__device__ __forceinline__ void products_issued() {
-  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
-}
-template <int LEFT> __device__ __forceinline__ void products_done() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(LEFT) : "memory");
-}
-// What products write must not be read ahead of the wait, nor written behind their issue.
-template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-// A tile in shared memory, of rows of CHUNK columns, swizzled by 128 bytes; `further` bytes on.
-__device__ __forceinline__ uint64 matrix(uint32 tiles, int further) {
-  constexpr uint64 SWIZZLED = uint64(1) << 62;
-  constexpr uint64 EIGHT_ROWS = uint64(1024 >> 4) << 32;
-  constexpr uint64 NEXT_CHUNK = uint64((CHUNK_BYTES >> 4) & 0x3fff) << 16;
-  return (SWIZZLED | EIGHT_ROWS | NEXT_CHUNK) + (tiles >> 4) + (further >> 4);
-}
-
-// ---- Shared memory, filled through descriptors --------------------------------------------------
-
-__device__ __forceinline__ void barrier_init(uint32 barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals));
-}
-__device__ __forceinline__ void barrier_expect(uint32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint32 barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni over;\n"
-      "bra.uni again;\n"
-      "over:\n}\n" ::"r"(barrier), "r"(parity)
-      : "memory");
-}
 // A tile: all columns of a head, zero beyond them, and beyond the last key.
 __device__ __forceinline__ void load_tile(uint32 to, const Descriptor* from, uint32 barrier,
                                           int first, int head, int image) {
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; chunk++)
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%2, %3, %4, %5}], [%6];\n" ::"r"(to + chunk * CHUNK_BYTES), "l"(from),
-        "r"(chunk * CHUNK), "r"(head), "r"(first), "r"(image), "r"(barrier)
-        : "memory");
+    copy_box(to + chunk * CHUNK_BYTES, from, barrier, chunk * CHUNK, head, first, image);
 }
 
-// ---- Arithmetic ---------------------------------------------------------------------------------
-
-__device__ __forceinline__ float power(float x) {
-  float y;
-  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-__device__ __forceinline__ uint32 rounded(float low, float high) {
-  uint32 pair;
-  asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
 // Of the four threads that share a row.
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
+
 __device__ __forceinline__ float row_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
@@ -218,14 +109,9 @@ struct Rows {
         for (int half = 0; half < 2; half++) {
           uint32 byte = (step % 4 * STEP + half * 8 + lane % 4 * 2) * 2;
           uint32 at = tile + step / 4 * CHUNK_BYTES + key * 128 + (byte ^ (key % 8 * 16));
-          asm volatile("ld.shared.b32 %0, [%1];" : "=r"(b[half]) : "r"(at));
+          b[half] = load_shared(at);
         }
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32"
-                     " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                     : "+f"(scores[4 * i]), "+f"(scores[4 * i + 1]), "+f"(scores[4 * i + 2]),
-                       "+f"(scores[4 * i + 3])
-                     : "r"(query[step][0]), "r"(query[step][1]), "r"(query[step][2]),
-                       "r"(query[step][3]), "r"(b[0]), "r"(b[1]));
+        warp_product(&scores[4 * i], query[step], b);
       }
     }
   }
@@ -352,9 +238,7 @@ struct Blocks {
   // Of a whole warp, whose products from the block are done.
   __device__ __forceinline__ void leave(int block, int stage, int lane) {
     if (lane == 0 && block + STAGES < count) {
-      uint32 others;
-      asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], %2;\n"
-                   : "=r"(others) : "r"(left + 4 * stage), "r"(WARPS - 1) : "memory");
+      uint32 others = count_up(left + 4 * stage, WARPS - 1);
       if (others == WARPS - 1) send_for(block + STAGES, stage);
     }
   }
@@ -381,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2 * STAGES; i++) barrier_init(blocks.there + 8 * i, 1);
     for (int i = 0; i < STAGES; i++) left[i] = 0;
-    asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+    barriers_ready();
     for (int i = 0; i < STAGES && i < blocks.count; i++) blocks.send_for(i, i);
   }
   __syncthreads();
@@ -390,8 +274,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   int width = heads * HEAD;
   Rows rows;
   rows.load(query + image * query_image + head * HEAD, first, queries, query_row, lane);
-  uint64 key_tiles = matrix(blocks.tiles, 0);
-  uint64 value_tiles = matrix(blocks.tiles, STAGES * TILE_BYTES);
+  uint64 key_tiles = matrix<CHUNK_BYTES>(blocks.tiles, 0);
+  uint64 value_tiles = matrix<CHUNK_BYTES>(blocks.tiles, STAGES * TILE_BYTES);
   blocks.wait_keys(0, 0);
   rows.score(key_tiles);
   products_done<0>();

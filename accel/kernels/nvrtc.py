@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import re
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -88,7 +89,8 @@ Argument = TileMap | torch.Tensor | ctypes.c_int64 | ctypes.c_int32 | ctypes.c_f
 class CudaLaunch:
     """One launch of a CUDA C++ kernel as data, as `launch.Launch` is of a Triton kernel.
 
-    source: a file in this folder, whose kernel has the name of the file up to the first dot.
+    source: a file in this folder, whose kernel has the name of the file up to the first dot; what
+    it includes lies here too.
     architecture: what it is compiled for ("sm_90a"). grid, threads: blocks, and threads of each.
     shared: bytes beside what the kernel declares. defines: the numbers that it is compiled with.
     """
@@ -122,7 +124,8 @@ class CudaLaunch:
         if path is not None:
             with contextlib.suppress(OSError):
                 return Path(path).read_bytes()
-        made = compiled(_text(self.source), self.architecture, self.defines)
+        source, included = text(self.source), headers(self.source)
+        made = compiled(source, self.architecture, self.defines, included)
         folder.put(made, name, binary=True)
         return made
 
@@ -139,7 +142,8 @@ class CudaLaunch:
     @cached_property
     def _hash(self) -> str:
         defines = sorted(self.defines.items())
-        about = (version(), _text(self.source), self.architecture, defines)
+        texts = (text(self.source), sorted(headers(self.source).items()))
+        about = (version(), *texts, self.architecture, defines)
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
 
@@ -157,22 +161,35 @@ def version() -> tuple[int, int] | None:
     return major.value, minor.value
 
 
-def compiled(text: str, architecture: str, defines: Mapping[str, int]) -> bytes:
-    """The cubin of CUDA C++ source. Raises RuntimeError with the compiler's words."""
-    program = _POINTER()
-    _nvrtc("nvrtcCreateProgram", ctypes.byref(program), text.encode(), None, 0, None, None)
+def compiled(
+    source: str,
+    architecture: str,
+    defines: Mapping[str, int],
+    included: Mapping[str, str] | None = None,
+) -> bytes:
+    """The cubin of CUDA C++ source. Raises RuntimeError with the compiler's words.
+
+    included: headers' texts by the names that the source has for them.
+    """
+    program, included = _POINTER(), included or {}
+    names, texts = _words(included), _words(included.values())
+    about = (source.encode(), None, len(included), texts, names)
+    _nvrtc("nvrtcCreateProgram", ctypes.byref(program), *about)
     try:
         options = [f"--gpu-architecture={architecture}", "-std=c++17", "-default-device"]
         options += [f"-D{name}={value}" for name, value in defines.items()]
-        words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         try:
-            _nvrtc("nvrtcCompileProgram", program, len(options), words)
+            _nvrtc("nvrtcCompileProgram", program, len(options), _words(options))
         except RuntimeError as error:
             log = _read(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")
             raise RuntimeError(log.rstrip(b"\0").decode(errors="replace").strip()) from error
         return _read(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN")
     finally:
         _nvrtc("nvrtcDestroyProgram", ctypes.byref(program))
+
+
+def _words(texts: Collection[str]) -> ctypes.Array[Any]:
+    return (ctypes.c_char_p * len(texts))(*(text.encode() for text in texts))
 
 
 def _read(program: Any, size: str, content: str) -> bytes:
@@ -210,8 +227,15 @@ def _loaded(device: int, launch: CudaLaunch) -> Any:
 
 
 @cache
-def _text(source: str) -> str:
+def text(source: str) -> str:
+    """Of a file in this folder."""
     return (FOLDER / source).read_text(encoding="utf-8")
+
+
+@cache
+def headers(source: str) -> dict[str, str]:
+    """The texts of the files that it includes, by name."""
+    return {name: text(name) for name in re.findall(r'(?m)^#include "(.+)"$', text(source))}
 
 
 @cache

@@ -1,11 +1,18 @@
-"""Attention in CUDA C++: what it takes, what it refuses, and on a Hopper its results."""
+"""Attention in CUDA C++: what it takes, what it refuses, and its results.
+
+On a Hopper those of the GPU; everywhere those of the same source with simulated/hopper.cuh.
+"""
 
 from __future__ import annotations
 
+import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import simulator
+import test_kernel_attention
 import torch
 from harness import CHIPS, DEVICE, check, chip, find, run
 from test_kernel_attention import SIZES, call, crossed, merged, usual
@@ -19,7 +26,7 @@ assert load_triton()
 
 NAME = "cuda.attention"
 F16, BF16 = torch.float16, torch.bfloat16
-FACTOR = 1.4
+FACTOR = 1.5
 """Where one key has nearly all of the weight, its rounding does not cancel: see the source."""
 
 HERE = DEVICE.type == "cuda" and torch.cuda.get_device_capability() == (9, 0)
@@ -28,6 +35,17 @@ needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="there is no NVRT
 on_hopper = pytest.mark.skipif(not HERE, reason="its products are those of Hopper alone")
 
 VARIANTS = [(head, config) for head in family.HEADS for config in family._VARIANTS[head]]
+
+SIMULATED = [
+    (40, family.variant(4, 64, 3, 1), F16),
+    (40, family.variant(3, 128, 3, 1), BF16),
+    (64, family.variant(2, 64, 3, 2), F16),
+    (64, family.variant(3, 96, 3, 1), F16),
+    (80, family.variant(1, 64, 2, 3), F16),
+    (80, family.variant(1, 64, 2, 3), BF16),
+    (160, family.variant(1, 64, 2, 2), F16),
+]
+"""Some of each kind: stages that are waited for early or not, chunks of columns, blocks of keys."""
 
 
 @needs_nvrtc
@@ -90,6 +108,167 @@ def test_what_does_not_compile_says_why() -> None:
         nvrtc.compiled("__global__ void f() { nothing(); }", "sm_90a", {})
 
 
+def test_a_header_makes_another_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    (launch,) = launches_of(find(NAME), family._VARIANTS[40][0], call())
+    assert isinstance(launch, CudaLaunch)
+    assert list(nvrtc.headers(launch.source)) == ["hopper.cuh"]
+    before = launch.key()
+    monkeypatch.setattr(nvrtc, "headers", lambda source: {"hopper.cuh": "another"})
+    assert replace(launch).key() != before
+
+
+def rising_or_falling(
+    head: int, order: str, sign: int, keys: int, dtype: torch.dtype = F16
+) -> list[torch.Tensor]:
+    """One image and head, whose highest logit comes last or first."""
+    device = test_kernel_attention.DEVICE
+    steps = torch.linspace(0.1, 60.0, keys)
+    query = torch.full((1, 70, head), float(sign), dtype=dtype, device=device)
+    key = (steps if order == "rising" else steps.flip(0))[None, :, None].expand(1, keys, head)
+    key = key.contiguous().to(device, dtype)
+    value = torch.randn(1, keys, head, generator=torch.Generator().manual_seed(2))
+    return [query, key, value.to(device, dtype)]
+
+
+def leaping(head: int, powers: float, dtype: torch.dtype) -> tuple[list[torch.Tensor], Any]:
+    """The logits of all keys behind the first blocks are alike, and so much higher than theirs."""
+    device = test_kernel_attention.DEVICE
+    query = torch.ones(1, 8, head, dtype=dtype, device=device)
+    key = torch.zeros(1, 300, head, dtype=dtype, device=device)
+    key[:, 150:] = 1.0
+    value = torch.randn(1, 300, head, generator=torch.Generator().manual_seed(2))
+    attrs = {"heads": 1, "scale": powers * math.log(2) / head}
+    return [query, key, value.to(device, dtype)], attrs
+
+
+LEAPS = [9.5, 12.5, 58.5, 62.5, 110.0, 124.0, 140.0]
+"""Powers of two, about the limits of weights and the ends of fp32's range."""
+
+
+# Without a GPU.
+
+simulated = pytest.mark.skipif(
+    simulator.COMPILER is None, reason="needs g++, on Linux, to run CUDA's C++ on the CPU"
+)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> simulator.Simulator:
+    """With all that the tests need, two at a time."""
+    made = simulator.Simulator(tmp_path_factory.mktemp("simulated"))
+    launches = []
+    for head, config, dtype in SIMULATED:
+        size = call(queries=256, head=head)
+        tensors = tuple(spec and replace(spec, dtype=dtype) for spec in size.tensors)
+        out = replace(size.out, dtype=dtype)
+        launches += launches_of(find(NAME), config, replace(size, out=out, tensors=tensors))
+    with ThreadPoolExecutor(2) as workers:
+        list(workers.map(made.build, launches))
+    return made
+
+
+@pytest.fixture
+def on_cpu(built: simulator.Simulator, monkeypatch: pytest.MonkeyPatch) -> simulator.Simulator:
+    """Launches are simulated, and tensors where they can be; few keys are taken too."""
+    monkeypatch.setattr(CudaLaunch, "run", lambda launch: built.run(launch))
+    monkeypatch.setattr(test_kernel_attention, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(nvrtc, "available", lambda: True)
+    monkeypatch.setattr(family, "SHORT", 0)
+    return built
+
+
+@simulated
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(("head", "config", "dtype"), SIMULATED, ids=str)
+def test_simulated_ragged_ends(head: int, config: Config, dtype: torch.dtype) -> None:
+    """Of queries and keys, with hostile neighbours; more blocks of keys than stages, and fewer."""
+    for queries in (1, 97, 129):
+        tensors = merged(2, max(queries, 97), 2, head, dtype)
+        tensors[0] = tensors[0][:, :queries]
+        check(NAME, tensors, usual(2, head), config, factor=FACTOR)
+    block = int(config["keys"])
+    for keys in (1, block - 1, block, block + 1, 2 * block, 3 * block - 1, 4 * block + 7):
+        check(NAME, crossed(1, 33, keys, 1, head, dtype), usual(1, head), config, factor=FACTOR)
+
+
+@simulated
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("spread", [0.02, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize(("head", "config", "dtype"), SIMULATED, ids=str)
+def test_simulated_flat_and_peaked_softmax(
+    head: int, config: Config, dtype: torch.dtype, spread: float
+) -> None:
+    query, key, value = crossed(1, 70, 300, 1, head, dtype)
+    check(NAME, [(query * spread).to(dtype), key, value], usual(1, head), config, factor=FACTOR)
+
+
+@simulated
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("order", ["rising", "falling"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("head", "config", "dtype"), SIMULATED, ids=str)
+def test_simulated_the_highest_logit_comes_last_or_first(
+    head: int, config: Config, dtype: torch.dtype, order: str, sign: int
+) -> None:
+    """Up to the last block, of which most keys are there.
+
+    Few keys have all the weight, and all rows alike: what bfloat16 takes from each weight shows.
+    """
+    factor = FACTOR if dtype == F16 else 2.5
+    tensors = rising_or_falling(head, order, sign, 5 * int(config["keys"]) - 20, dtype)
+    check(NAME, tensors, {"heads": 1, "scale": 4 / head}, config, factor=factor)
+
+
+@simulated
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(("head", "config", "dtype"), SIMULATED, ids=str)
+def test_simulated_sums_of_large_weights(head: int, config: Config, dtype: torch.dtype) -> None:
+    for powers in LEAPS:
+        tensors, attrs = leaping(head, powers, dtype)
+        check(NAME, tensors, attrs, config, factor=FACTOR)
+
+
+@simulated
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(("head", "config", "dtype"), SIMULATED, ids=str)
+def test_simulated_results_are_the_same_alone(
+    head: int, config: Config, dtype: torch.dtype
+) -> None:
+    tensors = merged(2, 150, 2, head, dtype)
+    together = run(NAME, tensors, usual(2, head), config)
+    alone = run(NAME, [t[1:2] for t in tensors], usual(2, head), config)
+    assert torch.equal(together[1:2], alone)
+
+
+FAULTS = {
+    "a wrong parity": ("turn ^ (next == 0)", "turn"),
+    "a wait too few": ("blocks.wait_values(stage, turn);", ""),
+    "products not waited for": (
+        "products_done<0>();\n        pin(rows.result)",
+        "pin(rows.result)",
+    ),
+    "a tile left too early": ("blocks.leave(block - 1, stage", "blocks.leave(block, next"),
+    "a key too many": ("i % 2 >= alive", "i % 2 > alive"),
+    "totals of an old peak": ("total[r] *= fading;", ""),
+}
+
+
+@simulated
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(
+    fault: str, on_cpu: simulator.Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = FAULTS[fault]
+    text = nvrtc.text("attention_hopper.cu")
+    assert text.count(old) == 1
+    monkeypatch.setattr(on_cpu, "texts", {"attention_hopper.cu": text.replace(old, new)})
+    head, config, _ = SIMULATED[0]
+    tensors = rising_or_falling(head, "rising", 1, 450)
+    with pytest.raises((AssertionError, RuntimeError), match=r"^(assert|block|$)"):
+        check(NAME, tensors, {"heads": 1, "scale": 4 / head}, config, factor=FACTOR)
+        check(NAME, merged(1, 150, 1, head), usual(1, head), config, factor=FACTOR)
+
+
 # On a GPU.
 
 
@@ -125,18 +304,18 @@ def test_the_highest_logit_comes_last_or_first(
     head: int, config: Config, order: str, sign: int
 ) -> None:
     """Every block of keys leaves the peak behind by more than fp16 could hold, or none does."""
-    keys = torch.linspace(0.1, 60.0, 450)
-    query = torch.full((1, 70, head), float(sign), dtype=F16, device=DEVICE)
-    key = (keys if order == "rising" else keys.flip(0))[None, :, None].expand(1, 450, head)
-    key = key.contiguous().to(DEVICE, F16)
-    value = torch.randn(1, 450, head, generator=torch.Generator().manual_seed(2))
-    check(
-        NAME,
-        [query, key, value.to(DEVICE, F16)],
-        {"heads": 1, "scale": 4 / head},
-        config,
-        factor=FACTOR,
-    )
+    tensors = rising_or_falling(head, order, sign, 450)
+    check(NAME, tensors, {"heads": 1, "scale": 4 / head}, config, factor=FACTOR)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize(("head", "config"), VARIANTS, ids=str)
+def test_sums_of_large_weights(head: int, config: Config, dtype: torch.dtype) -> None:
+    """As many as do not overflow fp32, whatever peak they are relative to."""
+    for powers in LEAPS:
+        tensors, attrs = leaping(head, powers, dtype)
+        check(NAME, tensors, attrs, config, factor=FACTOR)
 
 
 @on_hopper
