@@ -36,8 +36,8 @@ struct __align__(64) Descriptor { uint64 opaque[16]; };  // CUtensorMap
 #define O80 O64, F4(64), F4(68), F4(72), F4(76)
 
 // d (+)= a . b of 64 rows, COLUMNS columns and 16 products each, by a warpgroup; b: a matrix().
-// TRANSPOSED: its rows are what is summed over. a and d: this thread's part, not to be touched until
-// products_done.
+// TRANSPOSED: its rows are what is summed over. a and d: this thread's part, not to be touched
+// until products_done.
 template <int COLUMNS, bool ADDS, bool TRANSPOSED> struct Product;
 
 #define PRODUCT(COLUMNS, PARTS, A0, A1, A2, A3, B, ADD, TURN)                                     \
@@ -122,7 +122,7 @@ __device__ __forceinline__ void barrier_wait(uint32 barrier, int parity) {
 __device__ __forceinline__ void barriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
-// A box of a tensor of four dimensions, from there on; zeros for what lies outside. Its bytes count.
+// A box of a tensor of four dimensions, from there on; zeros outside of it. Its bytes count.
 __device__ __forceinline__ void copy_box(uint32 to, const Descriptor* from, uint32 barrier, int x,
                                          int y, int z, int w) {
   asm volatile(

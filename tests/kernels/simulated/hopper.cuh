@@ -1,8 +1,8 @@
 // What accel/kernels/hopper.cuh offers, in C++ alone: a kernel runs on the CPU, a block at a time.
 //
 // Every thread of a block is a fiber, which is left only where it waits: for its warp (shuffles,
-// votes, products), its warpgroup, its block, or a barrier in shared memory. Who goes on is drawn by
-// lot, a whole warp at a time, so that warps lag far behind others. It is as unkind as PTX allows:
+// votes, products), its warpgroup, its block, or a barrier in shared memory. Who goes on is drawn
+// by lot, a whole warp at a time, so that warps lag behind others. It is as unkind as PTX allows:
 //
 // - A product is computed when its warp waits for it, from what registers and memory hold by then.
 //   Until then its result is NaN. To write its registers or its matrix meanwhile is an error.
@@ -10,8 +10,10 @@
 // - What ordinary instructions wrote to shared memory, products see only after a fence.
 // - Shared memory starts as NaN.
 //
-// Not modelled: what a compiler moves (pin), the order of relaxed atomics, and how tensor cores cut
-// off sums. Ends with RUNS(kernel), which a kernel's source is to be followed by.
+// Not modelled: what a compiler moves (pin), the order of relaxed atomics, the fence between
+// a barrier's start and copies, and how tensor cores cut off sums.
+//
+// Ends with RUNS(kernel), which a kernel's source is to be followed by.
 
 #pragma once
 
