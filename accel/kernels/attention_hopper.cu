@@ -32,8 +32,8 @@ constexpr int CHUNK_BYTES = KEYS * CHUNK * 2;
 constexpr int TILE_BYTES = CHUNKS * CHUNK_BYTES;
 constexpr int WARPS = 4 * GROUPS;
 constexpr float HEADROOM = 2.0f;           // powers of two by which the first weights exceed 1
-// A thread's sum of a block's weights: 2 ^ 14 is nearly all that fp16 holds; of bfloat16's, all keys'
-// sums with values must stay in fp32's range.
+// A thread's sum of a block's weights: 2 ^ 14 is nearly all that fp16 holds; bfloat16 holds more, but
+// all keys' sums with values must stay in fp32's range.
 constexpr float LIMIT = BF16 ? 18446744073709551616.0f : 16384.0f;
 #define MINUS_INFINITY __int_as_float(0xff800000)
 
