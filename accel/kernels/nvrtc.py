@@ -41,6 +41,7 @@ _NVRTC: dict[str, list[Any]] = {
     "nvrtcGetCUBIN": [_POINTER, _POINTER],
 }
 _DRIVER: dict[str, list[Any]] = {
+    "cuGetErrorString": [_INT, _POINTER],
     "cuModuleLoadData": [_POINTER, _POINTER],
     "cuModuleGetFunction": [_POINTER, _POINTER, ctypes.c_char_p],
     "cuFuncSetAttribute": [_POINTER, _INT, _INT],
@@ -277,6 +278,10 @@ def _nvrtc(name: str, *arguments: Any) -> None:
 
 
 def _driver(name: str, *arguments: Any) -> None:
-    status = getattr(_driver_library(), name)(*arguments)
+    library = _driver_library()
+    status = getattr(library, name)(*arguments)
     if status:
-        raise RuntimeError(f"{name} failed with CUDA's status {status}")
+        words = ctypes.c_char_p()
+        library.cuGetErrorString(status, ctypes.byref(words))
+        said = (words.value or b"unknown").decode(errors="replace")
+        raise RuntimeError(f"{name} failed: {said} (CUDA's status {status})")
