@@ -176,14 +176,6 @@ class Engine:
         with self.session._lock:
             return bound.finish(self._network.run(self.seat, bound.inputs, key))
 
-    def refresh(self) -> None:
-        """Go over to kernels that were compiled meanwhile; to be called between two pictures.
-
-        A size that is new to this process begins with the kernels of a size near by.
-        """
-        with self.session._lock:
-            self._network.refresh()
-
     def load_weights(self, source: Weightlike) -> SwapReport:
         """Swap in another checkpoint of the same structure; the LoRA set stays on.
 

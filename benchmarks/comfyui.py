@@ -348,10 +348,11 @@ class Server:
             return result
 
         def timed_sample(*args: Any, **kwargs: Any) -> Any:
-            if self.profile is not None:  # its own cost is most of the time: that does not count
-                return self.profile.runcall(sample, *args, **kwargs)
             self.clocks.begin()
-            result = sample(*args, **kwargs)
+            if self.profile is not None:  # its own cost is most of the time
+                result = self.profile.runcall(sample, *args, **kwargs)
+            else:
+                result = sample(*args, **kwargs)
             self.clocks.end()
             return result
 
@@ -668,7 +669,7 @@ def host_path(
 def host_work(
     server: Server, arguments: argparse.Namespace, model: str, width: int, height: int
 ) -> dict[str, Any]:
-    """What Python does in a step of the host's path, through the accelerated MODEL and without it.
+    """What Python does in the host's path, a step of a run, through the accelerated MODEL or not.
 
     `calls`: of functions; `functions`: [name, calls plain, accelerated, more own ms] where most is
     added. Counts say what clocks of a busy machine cannot. The profiler itself slows both.
@@ -677,11 +678,16 @@ def host_work(
     for accelerated in (False, True):
         for seed in (50, 51):  # the first may load
             server.profile = cProfile.Profile() if seed == 51 else None
-            server.run(
-                workflow(*(model, width, height, arguments.steps, seed, accelerated), patched=True)
-            )
-        stats[accelerated] = pstats.Stats(server.profile)
-        server.profile = None
+            try:
+                server.run(
+                    workflow(
+                        *(model, width, height, arguments.steps, seed, accelerated), patched=True
+                    )
+                )
+                if server.profile is not None:
+                    stats[accelerated] = pstats.Stats(server.profile)
+            finally:
+                server.profile = None
     plain, ours = (stats[kind].stats for kind in (False, True))
     none = (0, 0, 0.0, 0.0, {})
     steps = arguments.steps

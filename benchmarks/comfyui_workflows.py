@@ -109,9 +109,10 @@ class Results:
             "meta": {
                 **described,
                 "comfyui": installation.version,
-                "note": "random weights. rel_err: the worst call's distance from float32, of the "
-                "noise predicted for both prompts; rel_err_host: ComfyUI's own worst; ratio: the "
-                f"worst of a call. Passed where no ratio is above {scenarios.RATIO:g}, or, "
+                "note": "random weights. rel_err: the worst distance from float32, of the "
+                "noise that is predicted for either prompt; rel_err_host: ComfyUI's own worst; "
+                "ratio: the "
+                f"worst of one. Passed where no ratio is above {scenarios.RATIO:g}, or, "
                 f"where the host computes in float32, no rel_err above {scenarios.CLOSE:g}",
             },
             "rows": [],
@@ -235,7 +236,7 @@ def summary(compare: Comparison) -> dict[str, Any]:
         "reasons": [reason for n, reason in enumerate(reasons) if reason not in reasons[:n]],
         "graphs": sum(run["graphs"] for run in compare.runs),
         "captures": sum(run["captures"] for run in compare.runs),
-        "calls": len(errors),
+        "predictions": len(errors),
         **compare.notes,
     }
     if errors:

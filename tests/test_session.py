@@ -199,8 +199,6 @@ def test_prompt_key_skips_exactly_the_prompt(engine: Engine) -> None:
 class Provisional:
     """A selector whose choices are provisional until it is settled."""
 
-    waiting = False
-
     def __init__(self, selector: Selector) -> None:
         self._selector, self.settled = selector, False
 

@@ -540,15 +540,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("measuring", [True, False])
 def test_a_size_near_by_lends_its_kernel_until_the_predicted_one_is_compiled(
-    made: Any,
-    cache: DiskCache,
-    processes: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    measuring: bool,
+    made: Any, cache: DiskCache, processes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An image of a new size waits for no compiler, whether or not others would be waited for."""
     made("library")
     made(
         "tiled",
@@ -557,33 +551,34 @@ def test_a_size_near_by_lends_its_kernel_until_the_predicted_one_is_compiled(
     )
     times(monkeypatch, {"library": 2.0, ("tiled", 64): 1.0, ("tiled", 32): 1.5})
     selector(cache, measuring=True).select([add_call(100)])
-    chooser = selector(cache, measuring=measuring, waiting=measuring)
     known = next(kernel for kernel in registry.kernels() if kernel.name == "tiled")
 
     def predicted(self: Selector, call: Call, candidates: Any, near: Any) -> Choice:
         return Choice(known, {"tile": 32}, "predicted, 0.5 us", about=0.5)
 
     monkeypatch.setattr(Selector, "_predicted", predicted)
-    # Nothing is there yet: compiled at once, or a library's meanwhile.
+    chooser = selector(cache, measuring=False, waiting=False)
+    # Of what is not there nothing is lent.
     first = chooser.select([add_call(120)])[0]
-    assert (first.config == {"tile": 32}) == measuring
-    assert (first.kernel.name == "library") == first.provisional == (not measuring)
-    chooser.compiler.compile_later([(known, {"tile": 64}, add_call(100))])
+    assert first.kernel.name == "library" and first.provisional
+    chooser.compiler._stored.add(key_of(chooser, known, {"tile": 64}))
+    second, again = (chooser.select([add_call(140)])[0] for _ in range(2))
+    assert second.config == {"tile": 64} and second.provisional and again == second
+    assert "near this" in second.reason and "until what is predicted" in second.reason
+    assert not chooser.settled and len(processes["asked"]) == 1
+    # Who waits has the predicted one at once.
+    patient = selector(cache, measuring=False, waiting=True).select([add_call(140)])[0]
+    assert patient.config == {"tile": 32} and not patient.provisional
     processes["go"].set()
     wait_for(lambda: chooser.settled)
-    if measuring:  # what was to be compiled at once counts as there
-        chooser.compiler._stored.clear()
-        chooser.compiler.compile_later([(known, {"tile": 64}, add_call(100))])
-        wait_for(lambda: chooser.settled)
-        processes["go"].clear()
-        second, again = (chooser.select([add_call(140)])[0] for _ in range(2))
-        assert second.config == {"tile": 64} and second.provisional and again == second
-        assert "near this" in second.reason and "until what is predicted" in second.reason
-        assert not chooser.settled
-        processes["go"].set()
-        wait_for(lambda: chooser.settled)
     after = chooser.select([add_call(140)])[0]
     assert after.config == {"tile": 32} and not after.provisional
+
+
+def key_of(chooser: Selector, kernel: Kernel, config: Any) -> str:
+    """Under which a variant's code is known."""
+    (key,) = compiling._launches([(kernel, config, add_call(100))])
+    return key
 
 
 def test_libraries_run_until_ours_is_compiled(

@@ -454,8 +454,6 @@ class _Network:
                 raise UnsupportedModel(self.reason)
             assert self.engine is not None
             key = None
-            if new and run is not None:  # a picture's first call
-                self.engine.refresh()
             if run is not None:
                 key = run.key(prompt_tensors(self.engine.config, "diffusers", args, kwargs))
             result = self.engine.call(args, kwargs, key)

@@ -1,7 +1,8 @@
 """Attention without a mask, on the layout in which the projections leave their results.
 
-Two kernels. `_stream` walks over the keys in blocks with a running softmax, for self-attention.
-`_short` has all keys of a prompt at once and walks over the queries, for cross-attention.
+Two kernels in Triton. `_stream` walks over the keys in blocks with a running softmax, for
+self-attention. `_short` has all keys of a prompt at once and walks over the queries, for
+cross-attention. On Hopper attention_hopper.py is there for the first as well.
 
 What makes them fast where libraries are not:
 

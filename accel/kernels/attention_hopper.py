@@ -53,6 +53,10 @@ def _configs(call: Call, hardware: Hardware) -> Sequence[Config]:
     return _VARIANTS[call.out.shape[2] // call.attrs["heads"]]
 
 
+def _fits(call: Call, config: Config, hardware: Hardware) -> bool:
+    return config in _configs(call, hardware)
+
+
 def _supports(call: Call, hardware: Hardware) -> bool:
     query, key, value = call.tensors
     if query is None or key is None or value is None or len(query.shape) != 3:
@@ -77,7 +81,12 @@ def _supports(call: Call, hardware: Hardware) -> bool:
 
 
 @compiled_kernel(
-    "attention", name="cuda.attention", supports=_supports, configs=_configs, priority=2
+    "attention",
+    name="cuda.attention",
+    supports=_supports,
+    configs=_configs,
+    fits=_fits,
+    priority=2,
 )
 def attention(
     out: torch.Tensor,

@@ -113,8 +113,8 @@ __device__ __forceinline__ void barrier_wait(uint32 barrier, int parity) {
       "{\n.reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni over;\n"
-      "bra.uni again;\n"
+      "@done bra over;\n"
+      "bra again;\n"
       "over:\n}\n" ::"r"(barrier), "r"(parity)
       : "memory");
 }
@@ -136,7 +136,8 @@ __device__ __forceinline__ uint32 load_shared(uint32 from) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from));
   return word;
 }
-// Counts from 0 to `last` and over again. Returns what it was.
+// Counts from 0 to `last` and over again. Returns what it was. It orders nothing: what the counting
+// threads have read must have arrived, as products_done sees to.
 __device__ __forceinline__ uint32 count_up(uint32 counter, uint32 last) {
   uint32 before;
   asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], %2;\n"

@@ -11,18 +11,23 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import re
 import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 FOLDER = Path(__file__).parent
+
+_DIGEST = hashlib.sha256().digest_size
 
 _POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 
@@ -42,6 +47,11 @@ _NVRTC: dict[str, list[Any]] = {
 }
 _DRIVER: dict[str, list[Any]] = {
     "cuGetErrorString": [_INT, _POINTER],
+    "cuInit": [ctypes.c_uint],
+    "cuDeviceGet": [_POINTER, _INT],
+    "cuDevicePrimaryCtxRetain": [_POINTER, _INT],
+    "cuCtxGetCurrent": [_POINTER],
+    "cuCtxSetCurrent": [_POINTER],
     "cuModuleLoadData": [_POINTER, _POINTER],
     "cuModuleGetFunction": [_POINTER, _POINTER, ctypes.c_char_p],
     "cuFuncSetAttribute": [_POINTER, _INT, _INT],
@@ -117,17 +127,13 @@ class CudaLaunch:
 
     def compile(self) -> bytes:
         """The code (cubin), from Triton's cache if it is there. Raises RuntimeError."""
-        from triton.runtime.cache import get_cache_manager
-
         name = f"{self.source}.cubin"
-        folder = get_cache_manager(self._hash)
-        path = folder.get_file(name)
-        if path is not None:
-            with contextlib.suppress(OSError):
-                return Path(path).read_bytes()
+        kept = _kept(self._hash, name)
+        if kept is not None:
+            return kept
         source, included = text(self.source), headers(self.source)
         made = compiled(source, self.architecture, self.defines, included)
-        folder.put(made, name, binary=True)
+        _keep(self._hash, name, made)
         return made
 
     store = compile
@@ -140,12 +146,41 @@ class CudaLaunch:
         """What makes it another piece of code than a second launch's."""
         return self._hash
 
-    @cached_property
+    @property
     def _hash(self) -> str:
-        defines = sorted(self.defines.items())
-        texts = (text(self.source), sorted(headers(self.source).items()))
-        about = (version(), *texts, self.architecture, defines)
-        return hashlib.sha256(repr(about).encode()).hexdigest()
+        about = (self.source, self.architecture, tuple(sorted(self.defines.items())))
+        return _hash_of(version(), text(self.source), str(headers(self.source)), *about)
+
+
+@lru_cache(maxsize=256)
+def _hash_of(*about: Any) -> str:
+    return hashlib.sha256(repr(about).encode()).hexdigest()
+
+
+def _kept(key: str, name: str) -> bytes | None:
+    """What was compiled before; None if it is not there, damaged, or out of reach."""
+    try:
+        from triton.runtime.cache import get_cache_manager
+
+        path = get_cache_manager(key).get_file(name)
+        content = b"" if path is None else Path(path).read_bytes()
+    except OSError:
+        return None
+    digest, code = content[:_DIGEST], content[_DIGEST:]
+    if hashlib.sha256(code).digest() == digest:
+        return code
+    if content:
+        logger.warning("%s is damaged, and compiled again: %s", name, path)
+    return None
+
+
+def _keep(key: str, name: str, code: bytes) -> None:
+    """For later processes, where the folder lets us; Triton writes whole files."""
+    from triton.runtime.cache import get_cache_manager
+
+    with contextlib.suppress(OSError):
+        content = hashlib.sha256(code).digest() + code
+        get_cache_manager(key).put(content, name, binary=True)
 
 
 def available() -> bool:
@@ -215,16 +250,30 @@ _functions: dict[tuple[int, str, int], Any] = {}
 
 def _loaded(device: int, launch: CudaLaunch) -> Any:
     key = (device, launch.key(), launch.shared)
+    if key in _functions:
+        return _functions[key]
+    code = launch.compile()
     with _lock:
         if key not in _functions:
-            torch.cuda.current_stream()  # has the device's context made, if it is not there
+            _take_context(device)
             module, function = _POINTER(), _POINTER()
-            _driver("cuModuleLoadData", ctypes.byref(module), launch.compile())
+            _driver("cuModuleLoadData", ctypes.byref(module), code)
             name = launch.source.split(".")[0].encode()
             _driver("cuModuleGetFunction", ctypes.byref(function), module, name)
             _driver("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared)
             _functions[key] = function
-        return _functions[key]
+    return _functions[key]
+
+
+def _take_context(device: int) -> None:
+    """Have the device's own context in a thread that has none yet; PyTorch's functions are lazy."""
+    context, handle = _POINTER(), _INT()
+    _driver("cuCtxGetCurrent", ctypes.byref(context))
+    if not context:
+        _driver("cuInit", 0)
+        _driver("cuDeviceGet", ctypes.byref(handle), device)
+        _driver("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+        _driver("cuCtxSetCurrent", context)
 
 
 @cache
@@ -251,7 +300,7 @@ def _library() -> Any:
 
 
 def _places(major: str) -> list[str]:
-    """The library's name alone, which finds the one that PyTorch has loaded; then its files."""
+    """Its files, then the name alone, for the system to find."""
     name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
     pytorch = Path(torch.__file__).parent
     packages = pytorch.parent / "nvidia"

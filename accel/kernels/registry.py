@@ -24,11 +24,12 @@ Config = Mapping[str, int | str | bool]
 """Named parameters of one variant of a kernel (tile sizes, warps, …), as JSON data."""
 
 Run = Callable[..., torch.Tensor]
-AnyLaunch = Launch | CudaLaunch
-L = TypeVar("L", Launch, CudaLaunch)
 """`run(out, *tensors, **attrs) -> result`; `out` is None for a kernel that allocates, and may be a
 tuple where the operator has several results (`ops.Op.results`). A kernel with configurations also
 takes `config=`, and `workspace=` (uint8, or None for 0 bytes)."""
+
+AnyLaunch = Launch | CudaLaunch
+L = TypeVar("L", Launch, CudaLaunch)
 
 NO_CONFIG: Config = {}
 

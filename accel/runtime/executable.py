@@ -453,8 +453,7 @@ class Executable:
 
     def outdated(self, waiting: bool = False) -> bool:
         """Whether binding anew would give other kernels. waiting: compilers will be waited for."""
-        more = waiting and not self._selector.waiting
-        return self.provisional and (more or self._selector.settled)
+        return self.provisional and (waiting or self._selector.settled)
 
     def kernels(self) -> Counter[str]:
         """How many calls go to each kernel."""

@@ -60,7 +60,7 @@ _closing = threading.Event()
 
 
 class Compiler:
-    """What there is of Triton's code for one device, and how the rest is made. Thread-safe.
+    """What there is of kernels' code for one device, and how the rest is made. Thread-safe.
 
     cache: keeps which code was compiled before, so that later processes know what Triton's own
     cache has.

@@ -73,7 +73,7 @@ class Selector:
 
     measuring: time the candidates of a call that the profile does not know; needs the device.
     waiting: compile at once what is chosen; else in the background, if it is not measured anyway.
-    What was measured at a size near by does not wait for a kernel that is predicted to be faster.
+    Meanwhile what a size near by runs is taken, if that is compiled, or else a library's.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Selector:
         with self._lock:
             unknown = {call.key: call for call in calls if call.key not in self._choices}
             found = {key: self._known(key, call) for key, call in unknown.items()}
-            meanwhile = self._postponed(unknown, found)
+            meanwhile = {} if self._waiting else self._postponed(unknown, found)
             proven = self._proven(
                 {
                     key: (unknown[key], choice)
@@ -128,11 +128,6 @@ class Selector:
             return [known[call.key] for call in calls]
 
     @property
-    def waiting(self) -> bool:
-        """Whether it waits for compilers, where nothing else is at hand."""
-        return self._waiting
-
-    @property
     def settled(self) -> bool:
         """Whether nothing is being compiled that a provisional choice waits for."""
         return not self.compiler.busy
@@ -142,8 +137,7 @@ class Selector:
     ) -> dict[str, Choice]:
         """Another kernel for each choice that is not compiled, until it is, in the background.
 
-        That of a size near by, whose code is there; or else a library's, unless compilers are
-        waited for: then only what has no neighbour is.
+        What a size near by runs, whose code is there, or else a library's.
         """
         variants = {
             key: (choice.kernel, choice.config, calls[key])
@@ -151,17 +145,16 @@ class Selector:
             if choice is not None and choice.kernel.launches is not None
         }
         missing = {k: variant for k, variant in variants.items() if not self.compiler.has(variant)}
+        if missing:
+            self.compiler.compile_later(list(missing.values()))
         instead: dict[str, Choice] = {}
         for key in missing:
-            neighbour = self._neighbours.get(key)
-            if neighbour is not None and self._there(neighbour, calls[key]):
-                reason = f"{neighbour.reason}, until what is predicted is compiled"
-                instead[key] = replace(neighbour, reason=reason, provisional=True)
-            elif not self._waiting:
-                reason = "the library's, until ours is compiled"
-                instead[key] = replace(self._library(calls[key]), reason=reason, provisional=True)
-        if instead:
-            self.compiler.compile_later([missing[key] for key in instead])
+            choice = self._neighbours.get(key)
+            if choice is not None and self._there(choice, calls[key]):
+                reason = f"{choice.reason}, until what is predicted is compiled"
+            else:
+                choice, reason = self._library(calls[key]), "the library's, until ours is compiled"
+            instead[key] = replace(choice, reason=reason, provisional=True)
         return instead
 
     def _there(self, choice: Choice, call: Call) -> bool:
@@ -439,7 +432,7 @@ def _to_be_had(kernel: Kernel, config: Config, call: Call) -> tuple[Kernel, Conf
 
 
 def _launchable(call: Call, choice: Choice) -> bool:
-    """Whether the choice's Triton kernels, if it has any, fit on the GPU at this size."""
+    """Whether the choice's own kernels, if it has any, fit on the GPU at this size."""
     if choice.kernel.launches is None:
         return True
     try:

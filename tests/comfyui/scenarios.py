@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, equal, stack
+from torch import Tensor, equal
 
 from .checkpoints import CONFIGS
 from .server import Server
@@ -224,22 +224,35 @@ class Comparison:
                     if key.startswith("input_") and _away(record[key], expected[key]) > CLOSE
                 ]
             for call in range(sum(key.startswith("x_") for key in expected)):
-                names = [name for name in (f"cond_{call}", f"uncond_{call}") if name in expected]
-                x = expected[f"x_{call}"]
-                # Of the noise that the network predicts for either prompt.
-                size = stack([x - expected[name] for name in names]).norm()
-                error, host = (
-                    float(stack([record[name] - expected[name] for name in names]).norm() / size)
-                    for record in (found, own)
-                )
-                where = f"{name}, call {call}"
-                self.errors.append((error, host, where))
-                limit = CLOSE if self.float32 else RATIO * host + SLACK
-                if not (error <= limit and host < HOST_AT_MOST):  # NaN is neither
-                    failed.append(f"{where}: {error:.3g} from float32, the host {host:.3g}")
+                # What guidance and hooks make of both predictions: it multiplies what two errors
+                # in half precision differ by.
+                names = [f"denoised_{call}"] if self.float32 else []
+                names += [n for n in (f"cond_{call}", f"uncond_{call}") if n in expected]
+                if len(names) < (2 if self.float32 else 1):
+                    failed.append(f"{name}, call {call}: no prediction was recorded")
+                for part in names:
+                    failed += self._judge_part(
+                        f"{name}, call {call}", call, part, expected, own, found
+                    )
             if self.float32 and not _away(found["latent"], expected["latent"]) < CLOSE:
                 failed.append(f"{name}: the last latent differs")
         return failed
+
+    def _judge_part(
+        self, where: str, call: int, part: str, expected: Record, own: Record, found: Record
+    ) -> list[str]:
+        """One prediction of a call: the errors are of the noise that the network predicts."""
+        size = (expected[f"x_{call}"] - expected[part]).norm()
+        error, host = (
+            float((record[part] - expected[part]).norm() / size) for record in (found, own)
+        )
+        kind = part.partition("_")[0]
+        where = where if kind == "denoised" else f"{where}, {kind}"
+        self.errors.append((error, host, where))
+        limit = CLOSE if self.float32 else RATIO * host + SLACK
+        if error <= limit and host < HOST_AT_MOST:  # NaN is neither
+            return []
+        return [f"{where}: {error:.3g} from float32, the host {host:.3g}"]
 
 
 def _away(result: Tensor, expected: Tensor) -> float:

@@ -93,7 +93,9 @@ def test_the_rule_for_half_precision(engine, host, passes):
     comparison = Comparison(object(), object(), "full-sd15")
     failed = comparison._judge(ran(0), ran(host), ran(engine))
     assert (failed == []) == passes
-    assert [where for _, _, where in comparison.errors] == ["record, call 0", "record, call 1"]
+    parts = ("cond", "uncond")
+    wheres = [f"record, call {call}, {part}" for call in range(2) for part in parts]
+    assert [where for _, _, where in comparison.errors] == wheres
 
 
 def test_the_rule_wants_the_same_calls_and_inputs():
@@ -120,6 +122,6 @@ def test_the_command_writes_a_row_for_each_scenario(server, tmp_path, monkeypatc
     failed, passed = written["rows"]
     assert not failed["passed"] and failed["error"] and failed["logs"][server.folder.name]
     assert passed["passed"] and "error" not in passed
-    assert (passed["mode"], passed["reasons"], passed["calls"]) == ("engine", [], 3)
+    assert (passed["mode"], passed["reasons"], passed["predictions"]) == ("engine", [], 9)
     assert 0 < passed["rel_err"] < 1e-4 and passed["rel_err_host"] == 0
     assert server.idle()

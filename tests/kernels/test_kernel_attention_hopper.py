@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def test_a_launch_is_data() -> None:
 
 
 @needs_nvrtc
-def test_what_was_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_what_was_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     (launch,) = launches_of(find(NAME), family._VARIANTS[160][0], call(queries=256, head=160))
     assert isinstance(launch, CudaLaunch)
@@ -100,6 +101,39 @@ def test_what_was_compiled_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: An
     assert made[:4] == b"\x7fELF"
     monkeypatch.setattr(nvrtc, "compiled", lambda *about: pytest.fail("compiled again"))
     assert launch.compile() == made
+
+
+@needs_nvrtc
+def test_what_is_damaged_is_compiled_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (launch,) = launches_of(find(NAME), family._VARIANTS[160][0], call(queries=256, head=160))
+    assert isinstance(launch, CudaLaunch)
+    launch.compile()
+    (kept,) = tmp_path.rglob("*.cubin")
+    for content in (kept.read_bytes()[:2000], b"", b"nonsense"):
+        kept.write_bytes(content)
+        made = launch.compile()
+        assert made[:4] == b"\x7fELF" and launch.compile() == made
+    assert sum("damaged" in record.getMessage() for record in caplog.records) == 2
+
+
+@needs_nvrtc
+def test_a_folder_that_cannot_be_had_costs_no_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    (launch,) = launches_of(find(NAME), family._VARIANTS[160][0], call(queries=256, head=160))
+    assert isinstance(launch, CudaLaunch) and launch.compile()[:4] == b"\x7fELF"
+
+
+def test_only_configurations_of_today_are_adopted() -> None:
+    kernel, hopper = find(NAME), chip()
+    assert kernel.fits(call(head=40), family._VARIANTS[40][-1], hopper)
+    assert not kernel.fits(call(head=40), family._VARIANTS[160][0], hopper)
+    assert not kernel.fits(call(head=40), {"groups": 9}, hopper)
 
 
 @needs_nvrtc

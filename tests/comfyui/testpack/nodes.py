@@ -126,7 +126,8 @@ class _Calls:
         """The predictions for both prompts, before guidance, which multiplies what they differ."""
         for name in ("cond", "uncond"):
             found = args.get(f"{name}_denoised")
-            if isinstance(found, Tensor):
+            # Without guidance there is no second prompt, but zeros in its place.
+            if isinstance(found, Tensor) and args.get(name, True) is not None:
                 self._recorded[f"{name}_{self._count}"] = found.clone()
         denoised: Tensor = args["denoised"]
         return denoised
