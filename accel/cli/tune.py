@@ -69,7 +69,10 @@ def add(commands: Any) -> None:
         help="measure again what is there already, and replace a file of another machine",
     )
     command.add_argument(
-        "--details", type=Path, metavar="FILE.json", help="keep the times of all candidates here"
+        "--details",
+        type=Path,
+        metavar="FILE.json",
+        help="keep the times of all candidates here; calls that it lacks are timed again",
     )
     command.add_argument("--json", action="store_true", help="print a JSON object instead")
     command.set_defaults(run=run)
