@@ -344,18 +344,6 @@ def test_doctor_reports_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert "families ready" in checks["shipped plans"]["found"]
 
 
-@pytest.mark.parametrize("found", [(13, 0), None])
-def test_doctor_looks_for_the_compiler_of_cuda_kernels(
-    monkeypatch: pytest.MonkeyPatch, found: tuple[int, int] | None
-) -> None:
-    from accel.kernels import nvrtc
-
-    monkeypatch.setattr(nvrtc, "version", lambda: found)
-    check = doctor._nvrtc()
-    assert (check.good, check.needed) == (found is not None, False)
-    assert check.found == ("not found" if found is None else "13.0")
-
-
 def test_doctor_fails_with_advice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

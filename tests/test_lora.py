@@ -11,6 +11,8 @@ import peft
 import pytest
 import torch
 from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -146,6 +148,96 @@ def test_kohya_equals_lycoris(style: str, tucker: bool) -> None:
     conv = lora.patches["mid_block.resnets.0.conv1.weight"]
     assert isinstance(conv, LowRank) and (conv.mid is not None) == tucker
     assert_merged(lora, net, merged)
+
+
+def lycoris_reference(
+    kind: Callable[..., Any], names: list[str], **options: Any
+) -> tuple[Net, Merged, dict[str, State]]:
+    """As `kohya_reference`, of another of lycoris-lora's modules: the weights that it trains with.
+
+    Its merged ones have the scale twice.
+    """
+    net, merged, saved = Net(names), {}, {}
+    for place, name in enumerate(names):
+        layer = net.get_submodule(name)
+        module = kind(name, layer, **{"lora_dim": 2 + place % 3, "alpha": 1.5, **options})
+        for parameter in module.parameters():
+            nn.init.normal_(parameter)
+        delta = module.get_weight(SHAPES[f"{name}.weight"]) * module.scalar
+        merged[f"{name}.weight"] = (layer.weight + delta).detach()
+        saved[name] = {k: v.detach().clone() for k, v in module.custom_state_dict().items()}
+    return net, merged, saved
+
+
+@pytest.mark.parametrize("style", KOHYA_STYLES)
+@pytest.mark.parametrize("tucker", [False, True])
+def test_loha_equals_lycoris(style: str, tucker: bool) -> None:
+    net, merged, saved = lycoris_reference(LohaModule, list(LAYERS), use_tucker=tucker)
+    assert any("hada_t1" in parts for parts in saved.values()) == tucker
+    lora = read_lora(joined(saved, KOHYA_STYLES[style]), TARGETS, SHAPES)
+    assert lora.format == "LoHa"
+    assert_merged(lora, net, merged)
+
+
+LOKR_KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "second in parts": ({}, {"lokr_w1", "lokr_w2_a"}),
+    "both in parts": ({"decompose_both": True, "lora_dim": 1}, {"lokr_w1_a", "lokr_w2_a"}),
+    "with cores": ({"use_tucker": True, "lora_dim": 1}, {"lokr_t2", "lokr_w2_a"}),
+    "both whole": ({"full_matrix": True}, {"lokr_w1", "lokr_w2"}),
+    "of a factor": ({"factor": 2}, {"lokr_w1", "lokr_w2_b"}),
+    "rank-stabilised": ({"rs_lora": True, "factor": 2}, {"lokr_w2_a"}),
+}
+
+
+@pytest.mark.parametrize("kind", LOKR_KINDS)
+@pytest.mark.parametrize("style", ["kohya", "lycoris", "dotted-ldm"])
+def test_lokr_equals_lycoris(style: str, kind: str) -> None:
+    options, parts = LOKR_KINDS[kind]
+    net, merged, saved = lycoris_reference(LokrModule, list(LAYERS), **options)
+    assert parts <= set().union(*saved.values())
+    lora = read_lora(joined(saved, KOHYA_STYLES[style]), TARGETS, SHAPES)
+    assert lora.format == "LoKr"
+    assert_merged(lora, net, merged)
+
+
+@pytest.mark.parametrize("kind", [LohaModule, LokrModule])
+def test_no_alpha_is_scale_one_in_lycoris(kind: Callable[..., Any]) -> None:
+    net, merged, saved = lycoris_reference(kind, list(LAYERS), alpha=0)
+    for place, parts in enumerate(saved.values()):
+        del parts["alpha"]
+        if place % 2:
+            parts["alpha"] = torch.tensor(0.0)
+    assert_merged(read_lora(joined(saved, KOHYA_STYLES["kohya"]), TARGETS, SHAPES), net, merged)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "part", "shape", "words"),
+    [
+        (LohaModule, {}, "hada_w1_b", (5, 24), ("damaged", "hada_w1_b [5, 24]")),
+        (LohaModule, {}, "hada_w2_a", (33, 2), ("maps", "24 -> 33", "24 -> 32")),
+        (LohaModule, {}, "hada_w1_a", (0, 2), ("damaged",)),
+        (LokrModule, {}, "lokr_w2_b", (9, 4), ("damaged", "lokr_w2_b [9, 4]")),
+        (LokrModule, {}, "lokr_w1", (3, 3), ("maps", "24 -> 32")),
+        (LokrModule, {}, "lokr_w1", (4,), ("damaged", "lokr_w1 [4]")),
+        (LokrModule, {}, "lokr_w1", (0, 4), ("damaged",)),
+    ],
+)
+def test_lycoris_layers_that_do_not_fit(
+    kind: Callable[..., Any], options: Any, part: str, shape: tuple[int, ...], words: tuple[str]
+) -> None:
+    _, _, saved = lycoris_reference(kind, ATTENTION[:1], **options)
+    assert part in saved[ATTENTION[0]]
+    saved[ATTENTION[0]][part] = torch.ones(shape)
+    refused(joined(saved, KOHYA_STYLES["kohya"]), *words)
+
+
+@pytest.mark.parametrize("part", ["hada_w1_b", "hada_t2", "lokr_w2_b", "lokr_w1"])
+def test_incomplete_lycoris_layers(part: str) -> None:
+    kind = LohaModule if part.startswith("hada") else LokrModule
+    conv = "mid_block.resnets.0.conv1"
+    _, _, saved = lycoris_reference(kind, [conv], use_tucker=part == "hada_t2")
+    del saved[conv][part]
+    refused(joined(saved, KOHYA_STYLES["kohya"]), "incomplete")
 
 
 def test_kohya_rank_stabilised() -> None:
@@ -420,8 +512,8 @@ def refused(source: Path | dict[str, Tensor], *words: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "name"),
     [
-        (["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"], "LoHa"),
-        (["lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"], "LoKr"),
+        (["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "dora_scale"], "DoRA"),
+        (["lokr_w1", "lokr_w2_a", "lokr_w2_b", "dora_scale"], "DoRA"),
         (["lora_up.weight", "lora_down.weight", "alpha", "dora_scale"], "DoRA"),
         (["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"], "DoRA"),
         (["lora_A.default.weight", "lora_magnitude_vector.default.weight"], "DoRA"),
@@ -576,7 +668,7 @@ def test_fits_counts_names_and_shapes() -> None:
 
 def test_fits_leaves_other_formats_out() -> None:
     layer = KOHYA_STYLES["kohya"](ATTENTION[0])
-    assert fits({f"{layer}.hada_w1_a": (4, 4), f"{layer}.alpha": ()}, TARGETS, SHAPES) == (0, 0)
+    assert fits({f"{layer}.oft_blocks": (4, 4, 4), f"{layer}.alpha": ()}, TARGETS, SHAPES) == (0, 0)
 
 
 # ---- the real networks

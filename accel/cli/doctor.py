@@ -21,7 +21,6 @@ from . import output
 
 MINIMUM_TORCH = (2, 8)
 MINIMUM_TRITON = (3, 4)
-HOPPER = (9, 0)
 ROOM_FOR_CACHE = 64 * 2**20  # a few dozen plans
 REQUIRED = ("filelock", "numpy", "psutil", "rich", "safetensors", "tqdm", "xxhash")
 
@@ -129,18 +128,6 @@ def _gpu() -> Iterator[Check]:
     yield Check(
         "Triton", good, gpu.triton or "not installed", f"pip install {package}", needed=False
     )
-    if gpu.capability == HOPPER:
-        yield _nvrtc()
-
-
-def _nvrtc() -> Check:
-    """Of what compiles the kernels in CUDA C++, which only Hopper has."""
-    from ..kernels import nvrtc
-
-    found = nvrtc.version()
-    text = "not found" if found is None else ".".join(map(str, found))
-    advice = "reinstall PyTorch's CUDA build, which brings it along"
-    return Check("NVRTC", found is not None, text, advice, needed=False)
 
 
 def _cache() -> Iterator[Check]:

@@ -53,6 +53,11 @@ class LowRank:
             return ((up * self.scale) @ down).reshape(tuple(shape))
 
 
+def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """[r, r', *k] x [r, O] x [r', I] -> [O, I, *k]."""
+    return torch.einsum("ij...,ip,jq->pq...", core, a, b)
+
+
 def check(
     layer: Layer,
     shapes: Mapping[str, tuple[int, ...]],
@@ -72,12 +77,17 @@ def check(
     taps = math.prod(kernel)
     own_kernel = (down if mid is None else mid)[2:]
     flat = len(down) == 2 and mid is None and down[1] == in_features * taps
-    same = down[1] == in_features and _kernel(own_kernel) == _kernel(kernel)
+    same = down[1] == in_features and kernel_of(own_kernel) == kernel_of(kernel)
     if up[0] == out_features and (flat or same):
         return None
+    return mismatch(down[1], up[0], own_kernel, shapes[layer.target])
+
+
+def mismatch(inputs: int, outputs: int, kernel: Sequence[int], shape: Sequence[int]) -> str:
+    """What is said of a layer that maps other features than the parameter of `shape` does."""
     return (
-        f"maps {_features(down[1], up[0], own_kernel)} where the model's parameter maps "
-        f"{_features(in_features, out_features, kernel)}; {OTHER_MODEL}"
+        f"maps {_features(inputs, outputs, kernel)} where the model's parameter maps "
+        f"{_features(shape[1], shape[0], shape[2:])}; {OTHER_MODEL}"
     )
 
 
@@ -92,11 +102,11 @@ def _multiply(up: tuple[int, ...], mid: tuple[int, ...] | None, down: tuple[int,
     )
 
 
-def _kernel(kernel: Sequence[int]) -> tuple[int, ...]:
+def kernel_of(kernel: Sequence[int]) -> tuple[int, ...]:
     """A kernel without its size-1 form: a 1x1 convolution is a linear layer."""
     return () if math.prod(kernel) == 1 else tuple(kernel)
 
 
 def _features(inputs: int, outputs: int, kernel: Sequence[int]) -> str:
-    size = f" ({'x'.join(map(str, kernel))})" if _kernel(kernel) else ""
+    size = f" ({'x'.join(map(str, kernel))})" if kernel_of(kernel) else ""
     return f"{inputs} -> {outputs} features{size}"

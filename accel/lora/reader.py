@@ -12,18 +12,18 @@ from torch import Tensor
 from ..errors import InvalidLora
 from .diffusers import DIFFUSERS
 from .format import DAMAGED, OTHER_MODEL, Format, Layer, Patch, open_source
+from .hadamard import LOHA
 from .kohya import KOHYA
+from .kronecker import LOKR
 from .names import is_text_encoder, layer_name
 
 # In this order a layer's parts are offered to the formats: the first that owns them reads it.
-FORMATS: tuple[Format, ...] = (KOHYA, DIFFUSERS)
+FORMATS: tuple[Format, ...] = (KOHYA, DIFFUSERS, LOHA, LOKR)
 
 # Formats that are known by name only, so that a file of theirs is refused as what it is.
 _UNSUPPORTED = tuple(
     (name, re.compile(pattern))
     for name, pattern in (
-        ("LoHa", r"\.hada_(w[12]_[ab]|t[12])(\.|$)"),
-        ("LoKr", r"\.lokr_(w[12](_[ab])?|t[12])(\.|$)"),
         ("DoRA", r"\.(dora_scale|lora_magnitude_vector)(\.|$)"),
         ("BOFT", r"\.boft_"),
         ("OFT", r"\.oft_"),

@@ -1,0 +1,147 @@
+"""LyCORIS LoKr: `….lokr_w1`, `….lokr_w2`, either whole or as `…_a`, `…_b`, and `….lokr_t2`.
+
+The change is the Kronecker product of a small matrix and a larger one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .format import DAMAGED, Format, Layer, Source
+from .lowrank import kernel_of, mismatch, tucker
+
+_KEY = re.compile(r"(?P<layer>.+)\.(?P<part>lokr_(?:w[12](?:_[ab])?|t2))")
+_FIRST = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
+_SECOND = (
+    frozenset({"lokr_w2"}),
+    frozenset({"lokr_w2_a", "lokr_w2_b"}),
+    frozenset({"lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
+)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One side of the product: whole, `a @ b`, or with tucker's core.
+
+    whole: [o, i, *k]. a: [o, r], b: [r, i, *k]; with core [r, r, *k] a: [r, o], b: [r, i].
+    """
+
+    whole: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    core: Tensor | None = None
+
+    @property
+    def rank(self) -> int | None:
+        """None of a whole one."""
+        return None if self.b is None else self.b.shape[0]
+
+    def made(self, device: torch.device | str) -> Tensor:
+        """[o, i, *k] in fp32 on `device`."""
+        # First as they are: asked for both, PyTorch converts on the CPU, and sends more bytes.
+        if self.whole is not None:
+            return self.whole.to(device).float()
+        assert self.a is not None and self.b is not None
+        a, b = self.a.to(device).float(), self.b.to(device).float()
+        if self.core is not None:
+            return tucker(self.core.to(device).float(), a, b)
+        return (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:])
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """delta = kron(first, second) * alpha / rank, for one parameter [O, I, *k].
+
+    target: canonical parameter name. first: [o1, i1]. second: [o2, i2, *k]; O = o1 o2, I = i1 i2.
+    alpha: None for a scale of 1, which it also is where neither is of a rank.
+    """
+
+    target: str
+    first: Factor
+    second: Factor
+    alpha: float | None
+
+    def delta(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """What strength 1 adds to the parameter: fp32 `shape` on `device`, from fp32 factors."""
+        with torch.no_grad():
+            first, second = self.first.made(device), self.second.made(device)
+            rank = self.first.rank or self.second.rank
+            if self.alpha is not None and rank is not None:
+                first = first * (self.alpha / rank)
+            first = first.reshape(*first.shape, *(1,) * (second.dim() - 2))
+            return torch.kron(first, second).reshape(tuple(shape))
+
+
+def _parse(key: str) -> tuple[str, str] | None:
+    match = _KEY.fullmatch(key)
+    return (match["layer"], match["part"]) if match else None
+
+
+def _owns(parts: Set[str]) -> bool:
+    found = parts - {"alpha"}
+    return any(found == one | other for one in _FIRST for other in _SECOND)
+
+
+def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    assert layer.target is not None
+    found: list[Shape] = []
+    for side in "12":
+        made = _made(layer.shapes, side)
+        if made is None or len(made) < 2 or (side == "1" and len(made) != 2):
+            named = [
+                f"{p} {list(s)}" for p, s in layer.shapes.items() if p[5:7] in ("w" + side, "t2")
+            ]
+            return f"is damaged ({', '.join(named)} do not multiply); {DAMAGED}"
+        found.append(made)
+    first, second = found
+    outputs, inputs, kernel = first[0] * second[0], first[1] * second[1], second[2:]
+    own = tuple(shapes[layer.target])
+    flat = (outputs, inputs) == (own[0], math.prod(own[1:])) and not kernel
+    if flat or ((outputs, inputs) == own[:2] and kernel_of(kernel) == kernel_of(own[2:])):
+        return None
+    return mismatch(inputs, outputs, kernel, own)
+
+
+def _made(parts: Mapping[str, Shape], side: str) -> Shape | None:
+    """The shape of one side, or None if its factors have no product, or one is empty."""
+    if any(0 in shape for shape in parts.values()):
+        return None
+    whole = parts.get(f"lokr_w{side}")
+    if whole is not None:
+        return whole
+    a, b = parts[f"lokr_w{side}_a"], parts[f"lokr_w{side}_b"]
+    core = parts.get("lokr_t2") if side == "2" else None
+    if core is not None:
+        fit = len(a) == len(b) == 2 and len(core) >= 2 and core[:2] == (a[0], b[0])
+        return (a[1], b[1], *core[2:]) if fit else None
+    fit = len(a) == 2 and len(b) >= 2 and a[1] == b[0]
+    return (a[0], *b[1:]) if fit else None
+
+
+def _read(layers: Sequence[Layer], source: Source) -> Iterator[Kronecker]:
+    for layer in layers:
+        assert layer.target is not None
+        keys = layer.keys
+
+        def part(name: str, keys: Mapping[str, str] = keys) -> Tensor | None:
+            return source.read(keys[name]) if name in keys else None
+
+        alpha = keys.get("alpha")
+        yield Kronecker(
+            layer.target,
+            Factor(part("lokr_w1"), part("lokr_w1_a"), part("lokr_w1_b")),
+            Factor(part("lokr_w2"), part("lokr_w2_a"), part("lokr_w2_b"), part("lokr_t2")),
+            # The trainers take an alpha of 0 for "as the rank".
+            (source.number(alpha) or None) if alpha else None,
+        )
+
+
+LOKR = Format("LoKr", _parse, _owns, _check, _read)
