@@ -689,18 +689,12 @@ def host_work(
             finally:
                 server.profile = None
     plain, ours = (stats[kind].stats for kind in (False, True))
-    none = (0, 0, 0.0, 0.0, {})
-    steps = arguments.steps
-    rows = [
-        [
-            f"{Path(file).name}:{line} {name}",
-            plain.get((file, line, name), none)[1] / steps,
-            ours.get((file, line, name), none)[1] / steps,
-            1e3 * (ours.get((file, line, name), none)[2] - plain.get((file, line, name), none)[2])
-            / steps,
-        ]
-        for file, line, name in {**plain, **ours}
-    ]  # fmt: skip
+    none, steps, rows = (0, 0, 0.0), arguments.steps, []
+    for place in {**plain, **ours}:
+        file, line, name = place
+        (_, before, spent), (_, after, takes) = (s.get(place, none)[:3] for s in (plain, ours))
+        counts = [before / steps, after / steps, 1e3 * (takes - spent) / steps]
+        rows.append([f"{Path(file).name}:{line} {name}", *counts])
     rows.sort(key=lambda row: -row[-1])
     return {
         "calls_plain": stats[False].total_calls / steps,

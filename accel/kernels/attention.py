@@ -615,7 +615,7 @@ def _fits(call: Call, config: Config, hardware: Hardware) -> bool:
     return _shared(config, shape) <= shape.shared
 
 
-def readable(spec: TensorSpec, width: int) -> bool:
+def _readable(spec: TensorSpec, width: int) -> bool:
     """Whether rows can be read in vectors, and offsets within an image have 32 bits."""
     if len(spec.shape) != 3 or spec.shape[2] != width or not spec.aligned:
         return False
@@ -629,20 +629,17 @@ def readable(spec: TensorSpec, width: int) -> bool:
     )
 
 
-def _supports(call: Call, hardware: Hardware) -> bool:
+def plain(call: Call) -> bool:
+    """Whether the kernels here and in attention_hopper can read and write a call's tensors."""
     query, key, value = call.tensors
     if query is None or key is None or value is None or len(query.shape) != 3:
         return False
     width, heads = query.shape[2], call.attrs["heads"]
     return (
-        hardware.capability is not None
-        and hardware.capability >= (8, 0)
-        and query.dtype in (torch.float16, torch.bfloat16)
+        query.dtype in (torch.float16, torch.bfloat16)
         and key.dtype == value.dtype == call.out.dtype == query.dtype
         and width % heads == 0
-        and width // heads % 8 == 0
-        and width // heads <= WIDEST
-        and all(readable(spec, width) for spec in (query, key, value))
+        and all(_readable(spec, width) for spec in (query, key, value))
         and key.shape == value.shape
         and key.shape[0] == query.shape[0]
         and min(query.shape + key.shape) > 0
@@ -650,8 +647,14 @@ def _supports(call: Call, hardware: Hardware) -> bool:
         and call.out.contiguous
         and call.out.aligned
         and call.attrs["scale"] > 0
-        and bool(_configs(call, hardware))
     )
+
+
+def _supports(call: Call, hardware: Hardware) -> bool:
+    if hardware.capability is None or hardware.capability < (8, 0) or not plain(call):
+        return False
+    head = call.out.shape[2] // call.attrs["heads"]
+    return head % 8 == 0 and head <= WIDEST and bool(_configs(call, hardware))
 
 
 @compiled_kernel(

@@ -19,7 +19,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ import torch
 from ..hardware import Hardware
 from . import library
 from .registry import Call, Config, TensorSpec, kernel
+from .shared_objects import beside_pytorch, opened
 
 ALGORITHMS = 4
 """Algorithms that are tried for a call, in the order of the heuristic's estimates."""
@@ -104,9 +104,7 @@ def shared_object() -> Any:
         return None
     for place in _places(version.split(".")[0]):
         try:
-            found = ctypes.CDLL(place)
-            for name, arguments in _FUNCTIONS.items():
-                getattr(found, name).argtypes = arguments
+            found = opened(place, _FUNCTIONS)
             found.cublasLtGetStatusName.restype = ctypes.c_char_p
         except (OSError, AttributeError):
             continue
@@ -117,10 +115,7 @@ def shared_object() -> Any:
 def _places(major: str) -> list[str]:
     """The library's name alone, which finds the one that PyTorch has loaded; then its files."""
     name = f"cublasLt64_{major}.dll" if sys.platform == "win32" else f"libcublasLt.so.{major}"
-    pytorch = Path(torch.__file__).parent
-    packages = pytorch.parent / "nvidia"
-    folders = (pytorch / "lib", packages / f"cu{major}" / "lib", packages / "cublas" / "lib")
-    return [name, *(str(folder / name) for folder in folders if (folder / name).is_file())]
+    return [name, *beside_pytorch(name, "cublas", major)]
 
 
 @dataclass(frozen=True)

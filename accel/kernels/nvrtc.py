@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from .shared_objects import beside_pytorch, opened
+
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
@@ -149,7 +151,7 @@ class CudaLaunch:
     @property
     def _hash(self) -> str:
         about = (self.source, self.architecture, tuple(sorted(self.defines.items())))
-        return _hash_of(version(), text(self.source), str(headers(self.source)), *about)
+        return _hash_of(version(), text(self.source), tuple(headers(self.source).items()), *about)
 
 
 @lru_cache(maxsize=256)
@@ -295,29 +297,20 @@ def _library() -> Any:
     for major in majors:
         for place in _places(major):
             with contextlib.suppress(OSError, AttributeError):
-                return _declared(ctypes.CDLL(place), _NVRTC)
+                return opened(place, _NVRTC)
     return None
 
 
 def _places(major: str) -> list[str]:
     """Its files, then the name alone, for the system to find."""
     name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
-    pytorch = Path(torch.__file__).parent
-    packages = pytorch.parent / "nvidia"
-    folders = (pytorch / "lib", packages / f"cu{major}" / "lib", packages / "cuda_nvrtc" / "lib")
-    return [*(str(folder / name) for folder in folders if (folder / name).is_file()), name]
+    return [*beside_pytorch(name, "cuda_nvrtc", major), name]
 
 
 @cache
 def _driver_library() -> Any:
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    return _declared(ctypes.CDLL(name), _DRIVER)
-
-
-def _declared(library: Any, functions: Mapping[str, list[Any]]) -> Any:
-    for name, arguments in functions.items():
-        getattr(library, name).argtypes = arguments
-    return library
+    return opened(name, _DRIVER)
 
 
 def _nvrtc(name: str, *arguments: Any) -> None:

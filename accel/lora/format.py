@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,18 @@ class Source:
         if not math.isfinite(number):
             raise InvalidLora(f"LoRA {self.title!r}: {key!r} is no finite number; {DAMAGED}")
         return number
+
+
+def alpha_of(layer: Layer, source: Source) -> float | None:
+    """A layer's alpha. The trainers take one of 0, as none, for "as the rank"."""
+    key = layer.keys.get("alpha")
+    return (source.number(key) or None) if key else None
+
+
+def split(key: str, pattern: re.Pattern[str]) -> tuple[str, str] | None:
+    """The `layer` and the `part` of a key, or None if the pattern is not the whole of it."""
+    match = pattern.fullmatch(key)
+    return (match["layer"], match["part"]) if match else None
 
 
 def open_source(source: str | Path | Mapping[str, Tensor | float]) -> Source:

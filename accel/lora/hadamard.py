@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .format import DAMAGED, Format, Layer, Source
+from .format import DAMAGED, Format, Layer, Source, alpha_of, split
 from .lowrank import mismatch, tucker
 
 _KEY = re.compile(r"(?P<layer>.+)\.(?P<part>hada_(?:w[12]_[ab]|t[12]))")
@@ -54,8 +54,7 @@ class Hadamard:
 
 
 def _parse(key: str) -> tuple[str, str] | None:
-    match = _KEY.fullmatch(key)
-    return (match["layer"], match["part"]) if match else None
+    return split(key, _KEY)
 
 
 def _owns(parts: Set[str]) -> bool:
@@ -93,7 +92,6 @@ def _read(layers: Sequence[Layer], source: Source) -> Iterator[Hadamard]:
     for layer in layers:
         assert layer.target is not None
         keys = layer.keys
-        alpha = keys.get("alpha")
         cores = None
         if "hada_t1" in keys:
             cores = (source.read(keys["hada_t1"]), source.read(keys["hada_t2"]))
@@ -102,8 +100,7 @@ def _read(layers: Sequence[Layer], source: Source) -> Iterator[Hadamard]:
             (source.read(keys["hada_w1_a"]), source.read(keys["hada_w2_a"])),
             (source.read(keys["hada_w1_b"]), source.read(keys["hada_w2_b"])),
             cores,
-            # The trainers take an alpha of 0 for "as the rank".
-            (source.number(alpha) or None) if alpha else None,
+            alpha_of(layer, source),
         )
 
 

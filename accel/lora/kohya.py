@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 
-from .format import Format, Layer, Source
+from .format import Format, Layer, Source, alpha_of, split
 from .lowrank import LowRank, check
 
 _KEY = re.compile(r"(?P<layer>.+)\.(?P<part>lora_(?:up|down|mid))\.weight")
@@ -13,8 +13,7 @@ _FACTORS = frozenset({"lora_up", "lora_down"})
 
 
 def _parse(key: str) -> tuple[str, str] | None:
-    match = _KEY.fullmatch(key)
-    return (match["layer"], match["part"]) if match else None
+    return split(key, _KEY)
 
 
 def _owns(parts: Set[str]) -> bool:
@@ -28,14 +27,13 @@ def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 def _read(layers: Sequence[Layer], source: Source) -> Iterator[LowRank]:
     for layer in layers:
         assert layer.target is not None
-        mid, alpha = layer.keys.get("lora_mid"), layer.keys.get("alpha")
+        mid = layer.keys.get("lora_mid")
         yield LowRank(
             layer.target,
             source.read(layer.keys["lora_up"]),
             source.read(layer.keys["lora_down"]),
             source.read(mid) if mid else None,
-            # The trainers take an alpha of 0 for "as the rank".
-            (source.number(alpha) or None) if alpha else None,
+            alpha_of(layer, source),
         )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .format import DAMAGED, Format, Layer, Source
+from .format import DAMAGED, Format, Layer, Source, alpha_of, split
 from .lowrank import kernel_of, mismatch, tucker
 
 _KEY = re.compile(r"(?P<layer>.+)\.(?P<part>lokr_(?:w[12](?:_[ab])?|t2))")
@@ -81,8 +81,7 @@ class Kronecker:
 
 
 def _parse(key: str) -> tuple[str, str] | None:
-    match = _KEY.fullmatch(key)
-    return (match["layer"], match["part"]) if match else None
+    return split(key, _KEY)
 
 
 def _owns(parts: Set[str]) -> bool:
@@ -134,13 +133,11 @@ def _read(layers: Sequence[Layer], source: Source) -> Iterator[Kronecker]:
         def part(name: str, keys: Mapping[str, str] = keys) -> Tensor | None:
             return source.read(keys[name]) if name in keys else None
 
-        alpha = keys.get("alpha")
         yield Kronecker(
             layer.target,
             Factor(part("lokr_w1"), part("lokr_w1_a"), part("lokr_w1_b")),
             Factor(part("lokr_w2"), part("lokr_w2_a"), part("lokr_w2_b"), part("lokr_t2")),
-            # The trainers take an alpha of 0 for "as the rank".
-            (source.number(alpha) or None) if alpha else None,
+            alpha_of(layer, source),
         )
 
 
