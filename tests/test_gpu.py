@@ -162,7 +162,7 @@ def test_clearing_executables_gives_the_memory_back(engine: Engine) -> None:
     first = engine(**inputs)
     engine._network.clear_executables()
     assert engine.report()["activation_bytes"] == 0
-    assert error(engine(**inputs), first) < 5e-3
+    assert torch.equal(engine(**inputs), first)  # bound again to the same kernels
 
 
 def test_libraries_run_until_kernels_are_compiled_and_then_those(

@@ -150,8 +150,8 @@ class TestSampler:
 
     the noisy latent and the denoised one of every call of the denoiser (`x_0`, `denoised_0`, …),
     what it is for either prompt (`cond_0`, `uncond_0`, …), the last (`latent`), and what was
-    encoded for it (`input_…`). follow: the path of such a file, along whose noisy latents the
-    denoiser is called. `ui.run` is the journal's entry.
+    encoded for it (`input_…`). follow: the path of such a file, along whose `sigmas` and noisy
+    latents the denoiser is called. `ui.run` is the journal's entry.
     """
 
     CATEGORY = "Switchyard tests"
@@ -214,6 +214,9 @@ class TestSampler:
             denoise=denoise,
             model_options=model.model_options,
         ).sigmas
+        # The host makes them where its own tables lie at that moment, so that they differ in the
+        # last bit between a checkpoint's runs: halfway between two timesteps, that is a timestep.
+        sigmas = recorded["sigmas"] = followed.get("sigmas", sigmas).clone()
         samples = comfy.sample.sample_custom(
             model,
             noise,
