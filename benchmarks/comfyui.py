@@ -22,6 +22,7 @@ import asyncio
 import cProfile
 import itertools
 import json
+import math
 import os
 import pstats
 import socket
@@ -655,11 +656,13 @@ def host_path(
             if accelerated:
                 mode = (report() or {}).get("mode")
     found: dict[str, Any] = {}
-    for clock, ratio in (("sample_s", "ratio"), ("cpu_s", "cpu_ratio")):
-        plain, ours = ([run[clock] for run in times[kind]] for kind in (False, True))
-        found[f"plain_{clock}"] = plain
+    for clock in ("sample", "cpu", "to_first_step", "step"):
+        key = "step_ms" if clock == "step" else f"{clock}_s"
+        plain, ours = ([run.get(key, math.nan) for run in times[kind]] for kind in (False, True))
+        found[f"plain_{key}"] = plain
         if engine:
-            found |= {f"accelerated_{clock}": ours, "mode": mode}
+            found |= {f"accelerated_{key}": ours, "mode": mode}
+            ratio = "ratio" if clock == "sample" else f"{clock}_ratio"
             found[ratio] = statistics.median(ours) / statistics.median(plain)
     if engine and arguments.profile:
         found["work"] = host_work(server, arguments, model, width, height)
