@@ -414,9 +414,17 @@ class Acceleration:
                 learn(binding.patcher, sampling.options)
                 self._go_native(sampling, reason_of(error), x)
 
-    @torch.compiler.disable
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """The network's forward, under whatever wrappers others have added inside ours."""
+        if torch.compiler.is_compiling():  # a node compiles the network: ours is no part of that
+            return self._outside_compiling(executor, *args, **kwargs)
+        return self._wrapped(executor, *args, **kwargs)
+
+    @torch.compiler.disable
+    def _outside_compiling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(executor, *args, **kwargs)
+
+    def _wrapped(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         alone = len(executor.wrappers) == 1
 
         def run(*args: Any, **kwargs: Any) -> Any:
