@@ -34,6 +34,7 @@ from ...plan.schema import Plan
 from ...runtime.network import Seat
 from ...runtime.weights import weights_bytes
 from ...structure import Structure, structure_of
+from ..stack import with_room
 from .builder import builder, why_no_plan
 from .decide import (
     ATTENTION,
@@ -175,7 +176,7 @@ class Acceleration:
         guider = executor.class_obj
         conds = {kind: [dict(cond) for cond in given] for kind, given in guider.conds.items()}
         with self._recorded() as sampling:
-            result = executor(*args, **kwargs)
+            result = with_room(executor, *args, **kwargs)
         if sampling.run.host_calls:
             forget(sampling.suspected)
         if self.options.compare and sampling.run.engine_calls:
@@ -183,7 +184,7 @@ class Acceleration:
             guider.conds = conds
             try:
                 with self._compared() as host:
-                    expected = executor(*args, **kwargs)
+                    expected = with_room(executor, *args, **kwargs)
                 self._tell_comparison(sampling, host, result, expected)
             except Exception as error:  # the picture is there
                 line = f"{status_line(sampling.run)} · not compared: {reason_of(error).text}"
