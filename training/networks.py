@@ -1,7 +1,8 @@
 """The tiny world's networks in diffusers' and transformers' own classes: SD1.5's parts, narrow.
 
-GroupNorm keeps SD1.5's 32 groups, which ComfyUI and A1111 have fixed. With 32 channels a group is
-one channel, and a normalised channel forgets how bright it was: so 64 wherever colours are made.
+The UNet keeps SD1.5's 32 groups of GroupNorm, which no file tells. With 32 channels a group is one
+channel, and a normalised channel forgets how bright it was: so 64 channels where colours are made,
+and fewer groups in the autoencoder.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ def make_vae() -> Any:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(64,) * levels,
+        block_out_channels=(32, 64, 64, 64),
         layers_per_block=1,
+        norm_num_groups=8,
         latent_channels=4,
         scaling_factor=SCALE,
     )
