@@ -135,7 +135,8 @@ class _HostCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         tensors = [value for value in (*args, result) if isinstance(value, Tensor)]
-        reads = any(name in str(func) for name in ("_local_scalar_dense", "nonzero"))
+        slow = ("_local_scalar_dense", "nonzero", "where.Scalar")  # the last copies its number
+        reads = any(name in str(func) for name in slow)
         if reads or any(tensor.device.type != "meta" for tensor in tensors):
             self.found.append(str(func))
         return result

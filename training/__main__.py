@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = list(_STEPS) if smoke or options.what == ["all"] else options.what
     device = torch.device("cpu" if smoke else options.device)
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     settings = Settings(
         work=options.work / "smoke" if smoke else options.work,

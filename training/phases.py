@@ -284,7 +284,7 @@ def _denoising_loss(
         # One number shifts all: every part of the schedule is in every batch.
         chance = (strata + torch.rand((), device=device)) % 1
         timestep = (chance * len(alphas)).long().clamp(max=len(alphas) - 1)
-        timestep = torch.where(starts, len(alphas) - 1, timestep)
+        timestep = timestep.masked_fill(starts, len(alphas) - 1)
         kept = alphas[timestep].view(-1, 1, 1, 1)
         noisy = torch.where(
             starts.view(-1, 1, 1, 1), noise, kept.sqrt() * latent + (1 - kept).sqrt() * noise
