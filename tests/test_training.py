@@ -285,10 +285,12 @@ def test_diffusers_reads_the_autoencoder_from_the_single_file(world: Path, tmp_p
         assert torch.equal(theirs[name].half(), tensor.half()), name
 
 
-def test_the_check_paints_with_every_part(world: Path) -> None:
+def test_the_check_paints_with_every_part(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paint, "OTHER_GUIDANCE", (1.0,))
     settings = phases.Settings(world, CPU, small=2)
     assert paint.check(settings, steps=1, prompts=2) is False
     report = json.loads((world / "check.json").read_text())
+    assert report["right by guidance"] == {"2.0": 0, "1.0": 0}
     assert report["prompts"] == 2 and report["right"] == 0 and len(report["wrong"]) == 2
     assert (world / "samples.png").is_file()
 
