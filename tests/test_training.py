@@ -79,12 +79,12 @@ def test_shapes_lie_inside_the_picture_and_apart(size: tuple[int, int]) -> None:
 
 
 def test_edges_follow_the_shapes_and_pictures_are_antialiased() -> None:
-    drawn = some_scenes(50)
+    drawn = some_scenes(40)
     distance = draw.distances(drawn, 128, 128).abs().amin(1, keepdim=True)
     hint = draw.edges(drawn, 128, 128)
-    assert hint.shape == (50, 1, 128, 128)
+    assert hint.shape == (40, 1, 128, 128)
     assert hint[distance < 0.4].min() == 1 and hint[distance > 1.6].max() == 0
-    plain = drawn[(drawn.ground_texture == 0) & (drawn.texture[:, :2] == 0).all(1)]
+    plain = drawn[(drawn.ground_texture == 0) & (drawn.texture[:, :2] == 0).all(1)][:6]
     coarse = draw.picture(plain, 128, 128, "flat")
     fine = draw.picture(plain, 512, 512, "flat")
     assert (coarse - nn.functional.avg_pool2d(fine, 4)).abs().mean() < 2e-3
