@@ -312,12 +312,12 @@ def transformers(config: UNetConfig) -> tuple[TransformerSite, ...]:
 def adapter_names(config: UNetConfig) -> dict[str, str]:
     """Spellings under which LoRA files name a target layer -> its canonical weight name.
 
-    For every linear and convolution: the dotted diffusers path, the dotted ldm path, and both
+    For every linear, convolution and norm: the dotted diffusers path, the dotted ldm path, and both
     with `_` for `.`; the output projection of an attention also without its trailing `.0`.
     """
     names: dict[str, str] = {}
     for name, parameter in _walk(config).parameters.items():
-        if not name.endswith(".weight") or len(parameter.shape) < 2:
+        if not name.endswith(".weight"):
             continue
         for path in (name, parameter.ldm_name):
             path = path.removesuffix(".weight")

@@ -2,14 +2,15 @@
 
 Order of operations for every parameter, always: source value -> arena dtype -> float32 sum with the
 deltas of all LoRAs -> one rounding -> its places in the constants. So what stands in the arena
-depends on the source and the LoRA set alone, never on what stood there before.
+depends on the source and the LoRA set alone, never on what stood there before. A LoRA that turns or
+scales the weight takes its delta from the weight without any, so that the order of LoRAs is none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -42,8 +43,11 @@ class Source(Protocol):
 class Patch(Protocol):
     """One adapter's change of one parameter."""
 
-    def delta(self, shape: Sequence[int], device: str | torch.device) -> torch.Tensor:
-        """The float32 change at strength 1, in the parameter's shape."""
+    def delta(self, base: torch.Tensor, strength: float) -> torch.Tensor:
+        """The float32 change that `strength` makes, of `base`'s shape and on its device.
+
+        base: the parameter without any adapter, float32. Not to be written to.
+        """
 
 
 class Adapter(Protocol):
@@ -130,7 +134,7 @@ class Weights:
         base = value.to(self.dtype).to(torch.float32)
         total = torch.zeros_like(base)
         for patch, strength in changes:
-            total += strength * patch.delta(self.shapes[name], self.device)
+            total += patch.delta(base, strength)
         return base + total
 
     @contextlib.contextmanager
