@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from .blocks import Blocks, BlockWeights
 from .format import Patch
 from .lowrank import LowRank
 from .reader import Lora, fits, is_lora, read_lora
 
-__all__ = ["Lora", "LowRank", "Patch", "fits", "is_lora", "read_lora"]
+__all__ = [
+    "BlockWeights",
+    "Blocks",
+    "Lora",
+    "LowRank",
+    "Patch",
+    "fits",
+    "is_lora",
+    "read_lora",
+]

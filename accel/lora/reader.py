@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -58,6 +58,21 @@ class Lora:
     format: str
     patches: dict[str, Patch]
     skipped: tuple[str, ...]
+    _parts: dict[str | None, Lora] = field(default_factory=dict, repr=False, compare=False)
+
+    def by_block(self, of: Mapping[str, str]) -> Mapping[str | None, Lora]:
+        """The LoRA taken apart by block, what lies in none under None; the same objects each time.
+
+        of: parameter name -> its block, always the same for one LoRA. What holds a part knows by
+        its identity that nothing of that block has changed.
+        """
+        if not self._parts:
+            found: dict[str | None, dict[str, Patch]] = {}
+            for target, patch in self.patches.items():
+                found.setdefault(of.get(target), {})[target] = patch
+            for block, patches in found.items():
+                self._parts[block] = replace(self, patches=patches, _parts={})
+        return self._parts
 
 
 @dataclass(frozen=True)

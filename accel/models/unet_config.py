@@ -8,6 +8,7 @@ as reading an architecture back from a file or the spellings of LoRA targets, re
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -327,6 +328,24 @@ def adapter_names(config: UNetConfig) -> dict[str, str]:
             for spelling in spellings:
                 names[spelling] = name
                 names[spelling.replace(".", "_")] = name
+    return names
+
+
+_BLOCK = re.compile(r"(input|middle|output)_blocks?\.(\d+)")
+_BLOCK_LETTERS = {"input": "IN", "middle": "M", "output": "OUT"}
+
+
+def block_names(config: UNetConfig) -> dict[str, str]:
+    """The block of every parameter that lies in one: IN00, IN01, …, M00, OUT00, …
+
+    Counted as single-file checkpoints do, in the order of execution: by canonical name.
+    """
+    names: dict[str, str] = {}
+    for name, parameter in _walk(config).parameters.items():
+        match = _BLOCK.match(parameter.ldm_name)
+        if match:
+            number = 0 if match[1] == "middle" else int(match[2])
+            names[name] = f"{_BLOCK_LETTERS[match[1]]}{number:02}"
     return names
 
 
