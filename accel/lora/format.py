@@ -27,7 +27,7 @@ class Patch(Protocol):
         """Canonical name of the parameter it changes."""
 
     def delta(self, base: Tensor, strength: float = 1.0) -> Tensor:
-        """What `strength` adds to the parameter: fp32, of its shape and on its device.
+        """What `strength` adds to the parameter: a new fp32 tensor, of its shape, on its device.
 
         base: the parameter without any adapter, fp32, not to be written to. Formats that rotate or
         scale the weight take their change from it, so that changes add up in any order.

@@ -39,6 +39,13 @@ class LowRank:
         """alpha / rank, or 1 without alpha."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """up [O, r] and down [r, I * prod(k)] as they are stored; None with a core between them."""
+        if self.mid is not None:
+            return None
+        return self.up.flatten(1), self.down.flatten(1)
+
     def delta(self, base: Tensor, strength: float = 1.0) -> Tensor:
         """What `strength` adds to the parameter: fp32, of `base`'s shape and on its device."""
         with torch.no_grad():
