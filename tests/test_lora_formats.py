@@ -39,7 +39,8 @@ from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
 from torch import Tensor, nn
 
-from accel.lora import LowRank, read_lora
+from accel.lora import LowRank, fits, is_lora, read_lora
+from accel.models import FAMILIES, parameters
 
 KOHYA = KOHYA_STYLES["kohya"]
 CONV = "mid_block.resnets.0.conv1"
@@ -607,3 +608,37 @@ def test_lycoris_reference_differs_from_what_lycoris_merges() -> None:
     twice = module.get_merged_weight()[0] - layer.weight
     torch.testing.assert_close(twice, change * module.scale)
     assert math.isclose(module.scale, 0.75) and len(merged) == 1
+
+
+# ---- telling a LoRA from other files
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        *(
+            {"lora_up.weight", "alpha"},
+            {"lora_A.weight"},
+            {"hada_w1_a"},
+            {"lokr_w1"},
+            {"a1.weight"},
+        ),
+        *({"a1.weight"}, {"oft_blocks"}, {"oft_R.weight"}, {"boft_R"}, {"ia3_l"}),
+        *({"diff"}, {"diff_b"}, {"w_norm"}, {"set_weight"}, {"oft_diag"}, {"lora_E"}),
+        {"weight", "on_input"},
+    ],
+)
+def test_one_layer_makes_a_lora(parts: set[str]) -> None:
+    for spell in KOHYA_STYLES.values():
+        assert is_lora([f"{spell(LINEAR)}.{part}" for part in parts])
+
+
+def test_checkpoints_are_no_loras() -> None:
+    for family in FAMILIES:
+        names = [parameter.ldm_name for parameter in parameters(family.config).values()]
+        for keys in (
+            list(parameters(family.config)),
+            [f"model.diffusion_model.{n}" for n in names],
+        ):
+            assert not is_lora(keys)
+            assert fits(dict.fromkeys(keys, (4, 4)), TARGETS, SHAPES) == (0, 0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
@@ -42,6 +43,7 @@ _UNSUPPORTED = tuple(
         ("Control-LoRA", r"^lora_controlnet$"),
     )
 )
+_ANY_UNSUPPORTED = re.compile("|".join(pattern.pattern for _, pattern in _UNSUPPORTED))
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,11 @@ class _Header:
     """
 
     shapes: dict[str, tuple[int, ...]]
-    merged: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    layers: list[Layer] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    repeated: list[str] = field(default_factory=list)
+    merged: dict[str, tuple[str, ...]]
+    layers: list[Layer]
+    skipped: Sequence[str]
+    unknown: Sequence[str]
+    repeated: list[str]
 
 
 def read_lora(
@@ -192,7 +194,35 @@ def is_lora(keys: Collection[str]) -> bool:
 
 
 def _unsupported(key: str) -> bool:
-    return any(pattern.search(key) for _, pattern in _UNSUPPORTED)
+    return _ANY_UNSUPPORTED.search(key) is not None
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """A file's keys, sorted without a model: by (layer, whether its bias), from part to key."""
+
+    layers: dict[tuple[str, bool], dict[str, str]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+
+
+@lru_cache(maxsize=4)  # one file is asked about for one model after the other
+def _sorted(keys: tuple[str, ...]) -> _Keys:
+    found, present = _Keys(), frozenset(keys)
+    for key in keys:
+        if is_text_encoder(key):
+            found.skipped.append(key)
+            continue
+        parsed = None if _unsupported(key) else parse(key, present)
+        if parsed is None:
+            found.unknown.append(key)
+            continue
+        # A bias is a layer of its own: its difference may stand beside any format of the weight.
+        parts = found.layers.setdefault((layer_name(parsed[0]), parsed[1] in BIAS_PARTS), {})
+        if parts.setdefault(parsed[1], key) != key:
+            found.repeated.append(key)
+    return found
 
 
 def _layers(
@@ -200,23 +230,11 @@ def _layers(
     targets: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> _Header:
-    """Sort the keys of a header into layers, without judging them."""
-    header = _Header(dict(shapes))
-    # A bias is a layer of its own: its difference may stand beside any format of the weight.
-    found: dict[tuple[str, bool], dict[str, str]] = {}
-    for key in keys:
-        if is_text_encoder(key):
-            header.skipped.append(key)
-            continue
-        parsed = None if _unsupported(key) else parse(key, keys)
-        if parsed is None:
-            header.unknown.append(key)
-            continue
-        parts = found.setdefault((layer_name(parsed[0]), parsed[1] in BIAS_PARTS), {})
-        if parts.setdefault(parsed[1], key) != key:
-            header.repeated.append(key)
+    """The layers of a header with what they adapt in the model, without judging them."""
+    known = _sorted(tuple(keys))
+    header = _Header(dict(shapes), {}, [], known.skipped, known.unknown, list(known.repeated))
     taken: set[str] = set()
-    for (name, of_bias), parts in found.items():
+    for (name, of_bias), parts in known.layers.items():
         target = targets.get(name) or _merged(name, targets, header)
         bias = f"{target.removesuffix('.weight')}.bias" if target else None
         bias = bias if bias in shapes else None
