@@ -8,7 +8,6 @@ like the module's own.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import threading
@@ -26,12 +25,12 @@ from . import hardware
 from .capture import Progress
 from .compiler import open_cache, plan_for
 from .errors import InvalidFile, InvalidInput, InvalidLora, SwitchyardError, UnsupportedModel
-from .lora import Blocks, BlockWeights, Lora, fits, read_lora
+from .lora import BlockWeights, Lora, block_weights, fits, read_lora
 from .models import (
     FAMILIES,
     UNetConfig,
     adapter_names,
-    block_names,
+    blocks,
     parameters,
     unsupported_state,
 )
@@ -221,10 +220,7 @@ class Engine:
         used: list[dict[str, Any]] = []
         for source, strength, given in _checked(loras):
             lora = self.session._lora(source, self.config)
-            try:
-                weights = None if given is None else _blocks(self.config).weights(given)
-            except InvalidInput as error:
-                raise InvalidInput(f"LoRA {lora.name!r}: {error}") from error
+            weights = _weights_of_blocks(given, lora, self.config)
             used.append(
                 {
                     "name": lora.name,
@@ -236,7 +232,7 @@ class Engine:
             if weights is None:
                 parsed.append((lora, strength))
                 continue
-            for block, part in lora.by_block(_blocks(self.config).of).items():
+            for block, part in lora.by_block(blocks(self.config).of).items():
                 parsed.append((part, strength * weights.get(block or "", 1.0)))
         with self.session._lock:
             report = self._network.set_adapters(self.seat, tuple(parsed))
@@ -379,19 +375,17 @@ def _checked(
         yield source, float(strength), weights
 
 
-@functools.lru_cache(maxsize=32)
-def _blocks(config: UNetConfig) -> Blocks:
-    """The blocks of a UNet that a LoRA may be weighed by. InvalidInput for other networks."""
-    if config.kind != "unet":
-        raise InvalidInput("block weights are those of a UNet, and this is a ControlNet")
-    of = block_names(config)
-    inside = {
-        of[name]
-        for name, parameter in parameters(config).items()
-        if "transformer_blocks" in parameter.ldm_name
-    }
-    names = tuple(dict.fromkeys(of.values()))
-    return Blocks(of, names, tuple(name for name in names if name in inside))
+def _weights_of_blocks(
+    given: BlockWeights | None, lora: Lora, config: UNetConfig
+) -> dict[str, float] | None:
+    """Block -> weight, None where none are given. InvalidInput, which names the LoRA."""
+    if given is None:
+        return None
+    known = blocks(config)
+    try:
+        return block_weights(given, known.names, known.attention)
+    except InvalidInput as error:
+        raise InvalidInput(f"LoRA {lora.name!r}: {error}") from error
 
 
 def _require_comparable(key: object) -> None:

@@ -14,10 +14,10 @@ from support import family_config, make_lora, make_unet, tiny_config
 from torch import Tensor
 
 from accel.errors import InvalidInput
-from accel.lora import read_lora
-from accel.models import adapter_names, block_names, parameters
+from accel.lora import block_weights, read_lora
+from accel.models import adapter_names, blocks, parameters
 from accel.runtime.lowrank import Batch
-from accel.session import Engine, Session, _blocks
+from accel.session import Engine, Session
 
 State = dict[str, Tensor]
 
@@ -63,41 +63,44 @@ PRESETS = {
     ],
 )
 def test_blocks_of_a_family(family: str, every: list[str], attention: list[str]) -> None:
-    blocks = _blocks(family_config(family))
-    assert (list(blocks.names), list(blocks.attention)) == (every, attention)
-    for name, block in blocks.of.items():
+    known = blocks(family_config(family))
+    assert (list(known.names), list(known.attention)) == (every, attention)
+    for name, block in known.of.items():
         ldm = parameters(family_config(family))[name].ldm_name
         start = {"IN": "input_blocks.", "M0": "middle_block.", "OU": "output_blocks."}[block[:2]]
         number = "" if block == "M00" else f"{int(block[-2:])}."
         assert ldm.startswith(start + number)
-    outside = parameters(family_config(family)).keys() - blocks.of.keys()
+    outside = parameters(family_config(family)).keys() - known.of.keys()
     assert {name.split(".")[0] for name in outside} <= {
         *("time_embedding", "add_embedding", "conv_norm_out", "conv_out"),
     }
 
 
+def weights_of(given: Any, family: str = "sd15") -> dict[str, float]:
+    known = blocks(family_config(family))
+    return block_weights(given, known.names, known.attention)
+
+
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_every_length_that_a_model_takes(family: str) -> None:
-    blocks = _blocks(family_config(family))
-    for names in (blocks.names, blocks.attention):
+    known = blocks(family_config(family))
+    for names in (known.names, known.attention):
         numbers = [0.25 + place for place in range(len(names))]
-        wanted = dict.fromkeys(blocks.names, 0.0) | dict(zip(names, numbers, strict=True))
-        assert blocks.weights([7.0, *numbers]) == wanted
+        wanted = dict.fromkeys(known.names, 0.0) | dict(zip(names, numbers, strict=True))
+        assert weights_of([7.0, *numbers], family) == wanted
         text = ", ".join(str(number) for number in [7.0, *numbers])
-        assert blocks.weights(text) == wanted
+        assert weights_of(text, family) == wanted
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_those_of_a1111(name: str) -> None:
-    blocks = _blocks(family_config("sd15"))
-    assert blocks.weights(name) == blocks.weights(PRESETS[name])
-    assert blocks.weights(f" {name.lower()} ") == blocks.weights(name)
+    assert weights_of(name) == weights_of(PRESETS[name])
+    assert weights_of(f" {name.lower()} ") == weights_of(name)
 
 
 def test_presets_of_one_level_reach_every_block() -> None:
-    blocks = _blocks(family_config("sdxl"))
-    assert set(blocks.weights("ALL").values()) == {1.0}
-    assert set(blocks.weights("ALL0.5").values()) == {0.5}
+    assert set(weights_of("ALL", "sdxl").values()) == {1.0}
+    assert set(weights_of("ALL0.5", "sdxl").values()) == {0.5}
 
 
 @pytest.fixture(scope="module")
@@ -121,20 +124,20 @@ def values(engine: Engine) -> Tensor:
     return engine._network.weights.storage.clone()
 
 
-def touched(lora: State, blocks: set[str] | None = None) -> int:
+def touched(lora: State, some: set[str] | None = None) -> int:
     """Bytes of the float32 parameters that a LoRA changes, or of those of some blocks alone."""
     config = tiny_config()
     shapes = {name: parameter.shape for name, parameter in parameters(config).items()}
     patches = read_lora(lora, adapter_names(config), shapes).patches
-    of = block_names(config)
-    names = [name for name in patches if blocks is None or of.get(name) in blocks]
+    of = blocks(config).of
+    names = [name for name in patches if some is None or of.get(name) in some]
     return sum(4 * torch.Size(shapes[name]).numel() for name in names)
 
 
 def weighed(lora: State, weights: Mapping[str, float]) -> State:
     """The LoRA with each block's weight in its factors."""
     config = tiny_config()
-    of, targets = block_names(config), adapter_names(config)
+    of, targets = blocks(config).of, adapter_names(config)
     changed = {}
     for key, value in lora.items():
         layer, _, part = key.removeprefix("lora_unet_").partition(".")

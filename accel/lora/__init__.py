@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from .blocks import Blocks, BlockWeights
+from .blocks import BlockWeights, block_weights
 from .format import Patch
 from .lowrank import LowRank
 from .reader import Lora, fits, is_lora, read_lora
 
 __all__ = [
     "BlockWeights",
-    "Blocks",
     "Lora",
     "LowRank",
     "Patch",
+    "block_weights",
     "fits",
     "is_lora",
     "read_lora",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from ..errors import InvalidInput
 
@@ -36,48 +35,43 @@ PRESETS = (*_PARTS, *_LEVELS)
 """Names of the presets, the same for every model."""
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """The blocks of a UNet.
+def block_weights(
+    given: BlockWeights, names: Sequence[str], attention: Sequence[str]
+) -> dict[str, float]:
+    """Block -> weight. names: the model's blocks. attention: those of them with attention.
 
-    of:        parameter name -> its block: IN00, IN01, …, M00, OUT00, …; not of those outside
-    names:     all blocks in the order of execution
-    attention: those with attention
+    Raises InvalidInput, which says what the model takes.
     """
+    if isinstance(given, str) and given.strip().upper() in PRESETS:
+        return _preset(given.strip().upper(), names, attention)
+    numbers = _numbers(given)
+    for blocks in (names, attention):
+        if len(numbers) == 1 + len(blocks):
+            listed = dict(zip(blocks, numbers[1:], strict=True))
+            return {block: listed.get(block, 0.0) for block in names}
+    raise InvalidInput(
+        f"{len(numbers)} block weights, but this model takes {1 + len(attention)} "
+        f"(BASE, {attention[0]} … {attention[-1]} where there is attention) or "
+        f"{1 + len(names)} (BASE, {names[0]} … {names[-1]})"
+        if attention
+        else f"{len(numbers)} block weights, but this model takes {1 + len(names)}"
+    )
 
-    of: Mapping[str, str]
-    names: tuple[str, ...]
-    attention: tuple[str, ...]
 
-    def weights(self, given: BlockWeights) -> dict[str, float]:
-        """Block -> weight. Raises InvalidInput, which says what the model takes."""
-        if isinstance(given, str) and given.strip().upper() in PRESETS:
-            return self._preset(given.strip().upper())
-        numbers = _numbers(given)
-        for blocks in (self.names, self.attention):
-            if len(numbers) == 1 + len(blocks):
-                listed = dict(zip(blocks, numbers[1:], strict=True))
-                return {block: listed.get(block, 0.0) for block in self.names}
-        raise InvalidInput(
-            f"{len(numbers)} block weights, but this model takes {1 + len(self.attention)} "
-            f"(BASE, {self.attention[0]} … {self.attention[-1]} where there is attention) or "
-            f"{1 + len(self.names)} (BASE, {self.names[0]} … {self.names[-1]})"
-        )
-
-    def _preset(self, name: str) -> dict[str, float]:
-        if name in _LEVELS:
-            return dict.fromkeys(self.names, _LEVELS[name])
-        inner = [block for block in self.attention if block.startswith("IN")]
-        outer = [block for block in self.attention if block.startswith("OUT")]
-        parts = {
-            "in shallow": inner[: (len(inner) + 1) // 2],
-            "in deep": inner[(len(inner) + 1) // 2 :],
-            "middle": ["M00"],
-            "out deep": outer[: len(outer) // 2],
-            "out shallow": outer[len(outer) // 2 :],
-        }
-        on = {block for part, blocks in parts.items() if part in _PARTS[name] for block in blocks}
-        return {block: float(block in on) for block in self.names}
+def _preset(name: str, names: Sequence[str], attention: Sequence[str]) -> dict[str, float]:
+    if name in _LEVELS:
+        return dict.fromkeys(names, _LEVELS[name])
+    inner = [block for block in attention if block.startswith("IN")]
+    outer = [block for block in attention if block.startswith("OUT")]
+    parts = {
+        "in shallow": inner[: (len(inner) + 1) // 2],
+        "in deep": inner[(len(inner) + 1) // 2 :],
+        "middle": ["M00"],
+        "out deep": outer[: len(outer) // 2],
+        "out shallow": outer[len(outer) // 2 :],
+    }
+    on = {block for part, blocks in parts.items() if part in _PARTS[name] for block in blocks}
+    return {block: float(block in on) for block in names}
 
 
 def _numbers(given: BlockWeights) -> list[float]:

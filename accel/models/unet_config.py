@@ -335,18 +335,34 @@ _BLOCK = re.compile(r"(input|middle|output)_blocks?\.(\d+)")
 _BLOCK_LETTERS = {"input": "IN", "middle": "M", "output": "OUT"}
 
 
-def block_names(config: UNetConfig) -> dict[str, str]:
-    """The block of every parameter that lies in one: IN00, IN01, …, M00, OUT00, …
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a network as single-file checkpoints count them: IN00, IN01, …, M00, OUT00, …
 
-    Counted as single-file checkpoints do, in the order of execution: by canonical name.
+    of:        canonical parameter name -> its block; not of parameters outside of all
+    names:     all blocks in the order of execution
+    attention: those with attention
     """
-    names: dict[str, str] = {}
+
+    of: Mapping[str, str]
+    names: tuple[str, ...]
+    attention: tuple[str, ...]
+
+
+@lru_cache(maxsize=32)
+def blocks(config: UNetConfig) -> Blocks:
+    """The blocks of a network."""
+    of: dict[str, str] = {}
+    inside = set()
     for name, parameter in _walk(config).parameters.items():
         match = _BLOCK.match(parameter.ldm_name)
         if match:
             number = 0 if match[1] == "middle" else int(match[2])
-            names[name] = f"{_BLOCK_LETTERS[match[1]]}{number:02}"
-    return names
+            of[name] = f"{_BLOCK_LETTERS[match[1]]}{number:02}"
+            if "transformer_blocks" in name:
+                inside.add(of[name])
+    names = tuple(dict.fromkeys(of.values()))
+    return Blocks(of, names, tuple(name for name in names if name in inside))
 
 
 def infer_config(shapes: Mapping[str, Shape]) -> UNetConfig | None:
