@@ -12,6 +12,7 @@ _PREFIXES = (
     "controlnet.",
     "unet.",
     "lora_unet_",
+    "oft_unet_",
     "lycoris_",
 )
 
