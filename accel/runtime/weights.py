@@ -125,9 +125,10 @@ class Weights:
     def _values(
         self, stored: Iterable[tuple[str, torch.Tensor]], adapters: Adapters
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter with its adapters on the device, each before the next of it is used.
+        """Every parameter with its adapters, on the device.
 
-        In the order given, but for low-rank changes, which go together by shape.
+        In the order given, but for low-rank changes on a GPU, which go together by shape. Of what
+        is `stored`, each is used before the next is asked for.
         """
         batches: dict[Hashable, Batch] = {}
         for name, raw in stored:
