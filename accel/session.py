@@ -25,8 +25,15 @@ from . import hardware
 from .capture import Progress
 from .compiler import open_cache, plan_for
 from .errors import InvalidFile, InvalidInput, InvalidLora, SwitchyardError, UnsupportedModel
-from .lora import Lora, fits, read_lora
-from .models import FAMILIES, UNetConfig, adapter_names, parameters, unsupported_state
+from .lora import BlockWeights, Lora, block_weights, fits, read_lora
+from .models import (
+    FAMILIES,
+    UNetConfig,
+    adapter_names,
+    blocks,
+    parameters,
+    unsupported_state,
+)
 from .models.calls import bind_call
 from .plan.schema import Plan
 from .runtime.network import Network, Seat
@@ -41,6 +48,7 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 Weightlike = str | Path | Mapping[str, torch.Tensor]
+LoraEntry = tuple[Weightlike, float] | tuple[Weightlike, float, BlockWeights]
 
 
 class Session:
@@ -129,6 +137,13 @@ class Session:
             lora = read_lora(source, adapter_names(config), shapes)
         except InvalidLora as error:
             raise InvalidLora(f"{error}{_made_for(source, config)}") from error
+        if lora.skipped:
+            logger.warning(
+                "LoRA %r: %d keys are of text encoders and not used here; load it into the "
+                "pipeline's own text encoders too",
+                lora.name,
+                len(lora.skipped),
+            )
         if key is not None:
             with self._lock:
                 while len(self._loras) >= 32:
@@ -154,7 +169,7 @@ class Engine:
         self._host = host
         self._swaps: deque[dict[str, Any]] = deque(maxlen=32)
         self._fallbacks: deque[str] = deque(maxlen=32)
-        self._lora_names: list[tuple[str, float]] = []
+        self._loras: list[dict[str, Any]] = []
         self.times: dict[str, float] = {}
         weakref.finalize(self, network.leave, self.seat)
 
@@ -193,21 +208,36 @@ class Engine:
             self._note("load_weights", report, weights.label)
         return report
 
-    def set_loras(self, loras: Sequence[tuple[Weightlike, float]]) -> SwapReport:
+    def set_loras(self, loras: Sequence[LoraEntry]) -> SwapReport:
         """Replace the whole LoRA set; `[]` restores the checkpoint's weights bit for bit.
 
-        loras: (`.safetensors` path or state dict, strength). Raises `InvalidFile` or `InvalidLora`,
-        and then nothing has changed.
+        loras: (`.safetensors` path or state dict, strength), or with a third entry, the weights of
+        the UNet's blocks, by which strength is multiplied there: a string such as "1,0,0,0,1,…",
+        the numbers, or a preset's name (see `accel.lora.blocks`).
+        Raises `InvalidFile`, `InvalidLora` or `InvalidInput`, and then nothing has changed.
         """
-        parsed = []
-        for source, strength in _checked(loras):
-            parsed.append((self.session._lora(source, self.config), strength))
+        parsed: list[tuple[Lora, float]] = []
+        used: list[dict[str, Any]] = []
+        for source, strength, given in _checked(loras):
+            lora = self.session._lora(source, self.config)
+            weights = _weights_of_blocks(given, lora, self.config)
+            used.append(
+                {
+                    "name": lora.name,
+                    "strength": strength,
+                    "blocks": weights,
+                    "skipped_keys": len(lora.skipped),
+                }
+            )
+            if weights is None:
+                parsed.append((lora, strength))
+                continue
+            for block, part in lora.by_block(blocks(self.config).of).items():
+                parsed.append((part, strength * weights.get(block or "", 1.0)))
         with self.session._lock:
             report = self._network.set_adapters(self.seat, tuple(parsed))
-            self._lora_names = [(lora.name, strength) for lora, strength in parsed]
-            self._note(
-                "set_loras", report, ", ".join(name for name, _ in self._lora_names) or "none"
-            )
+            self._loras = used
+            self._note("set_loras", report, ", ".join(one["name"] for one in used) or "none")
         return report
 
     def note_fallback(self, reason: str) -> None:
@@ -251,7 +281,7 @@ class Engine:
                 "weights": None if source is None else source.label,
                 "live": network.live is self.seat,
                 "parked": self.seat.parked is not None,
-                "loras": [{"name": n, "strength": s} for n, s in self._lora_names],
+                "loras": [dict(lora) for lora in self._loras],
                 "weights_bytes": network.weights.bytes,
                 "activation_bytes": network.activation_bytes,
                 "swaps": list(self._swaps),
@@ -325,17 +355,37 @@ class StateDictSource:
         return _stamp(self._tensors.values())
 
 
-def _checked(loras: Sequence[tuple[Weightlike, float]]) -> Iterator[tuple[Weightlike, float]]:
-    """The set as given, or InvalidInput for what is no set of LoRAs."""
+def _checked(
+    loras: Sequence[LoraEntry],
+) -> Iterator[tuple[Weightlike, float, BlockWeights | None]]:
+    """The set as given, None where it has no block weights; InvalidInput for what is no set."""
     for entry in loras:
-        if not isinstance(entry, (tuple, list)) or len(entry) != 2:
-            raise InvalidInput("LoRAs are given as a list of (path or state dict, strength)")
-        source, strength = entry
+        if not isinstance(entry, (tuple, list)) or len(entry) not in (2, 3):
+            raise InvalidInput(
+                "LoRAs are given as a list of (path or state dict, strength), or with block "
+                "weights behind"
+            )
+        source, strength, weights = (*entry, None)[:3]
         if not isinstance(source, (str, Path, Mapping)):
             raise InvalidInput(f"a LoRA is a path or a state dict, not a {type(source).__name__}")
         if not isinstance(strength, (int, float)) or not math.isfinite(strength):
             raise InvalidInput(f"a LoRA's strength is a finite number, not {strength!r}")
-        yield source, float(strength)
+        if not isinstance(weights, (str, Sequence, type(None))):
+            raise InvalidInput(f"block weights are a string or numbers, not {weights!r}")
+        yield source, float(strength), weights
+
+
+def _weights_of_blocks(
+    given: BlockWeights | None, lora: Lora, config: UNetConfig
+) -> dict[str, float] | None:
+    """Block -> weight, None where none are given. InvalidInput, which names the LoRA."""
+    if given is None:
+        return None
+    known = blocks(config)
+    try:
+        return block_weights(given, known.names, known.attention)
+    except InvalidInput as error:
+        raise InvalidInput(f"LoRA {lora.name!r}: {error}") from error
 
 
 def _require_comparable(key: object) -> None:

@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .accelerate import AccelerateControlNet, AccelerateModel
 from .loaders import LoadCheckpoint, LoadDiffusionModel
+from .loras import LoadLoraByBlock
 from .report import EngineReport
 
 
@@ -28,6 +29,7 @@ class SwitchyardExtension(ComfyExtension):  # type: ignore[misc]
             AccelerateModel,
             LoadCheckpoint,
             LoadDiffusionModel,
+            LoadLoraByBlock,
             AccelerateControlNet,
             EngineReport,
         ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support import make_lora, make_unet, residuals_for, tiny_config
 
 from accel.cache import DiskCache
@@ -96,6 +97,31 @@ def test_one_graph_per_shape_and_right_results_under_random_swaps(engine: Engine
     report = engine.report()
     assert report["captures"] == 0
     assert report["graphs"] == report["binds"] == len(shapes)
+
+
+def test_a_parameters_lora_does_not_depend_on_its_batch(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for seed, path in enumerate(paths, 11):
+        save_file(make_lora(seed), path)
+    weights = engine._network.weights
+    bare = weights.storage.clone()
+    engine.set_loras([(paths[0], 0.7), (paths[1], 0.5, "ALL")])
+    whole = weights.storage.clone()
+    for block in (5, 13, 20):  # ever other batches, back to where they were
+        numbers = [1.0] * 26
+        numbers[block] = 0.25
+        engine.set_loras([(paths[0], 0.7), (paths[1], 0.5, numbers)])
+    engine.set_loras([(paths[0], 0.7), (paths[1], 0.5, "ALL")])
+    assert torch.equal(weights.storage, whole) and not torch.equal(whole, bare)
+    together = {name: constant.clone() for name, constant in weights.constants.items()}
+    engine.set_loras([])
+    assert torch.equal(weights.storage, bare)
+    monkeypatch.setattr("accel.runtime.weights.batch_size", lambda shape, device: 1)
+    engine.set_loras([(paths[0], 0.7), (paths[1], 0.5)])
+    for name, alone in weights.constants.items():  # but for a last bit that is rounded otherwise
+        torch.testing.assert_close(together[name], alone, rtol=1e-3, atol=1e-6)
 
 
 def test_t2i_adapters_toggle_and_are_as_right_as_plain_half_precision(engine: Engine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import pickle
@@ -431,9 +432,49 @@ def test_the_lora_scale_of_a_call_runs_on_the_host(pair: tuple[Any, Any]) -> Non
     assert len(fallbacks(ours)) == 1 and "scale" in fallbacks(ours)[0]
 
 
-def test_a_variant_of_lora_runs_on_the_host(pair: tuple[Any, Any]) -> None:
+def test_dora_is_followed_through_all_its_states(pair: tuple[Any, Any]) -> None:
+    plain, ours = pair
+    without = draw(ours)
+    dora, other = lora_of(1, use_dora=True), lora_of(2)
+    assert any("magnitude" in name for name in dora)
+    steps: list[Callable[[Any], Any]] = [
+        lambda p: p.load_lora_weights(dict(dora), adapter_name="dora"),
+        lambda p: p.load_lora_weights(dict(other), adapter_name="other"),
+        lambda p: p.set_adapters(["dora", "other"], [0.5, -0.7]),
+        lambda p: p.set_adapters("dora", 0.3),
+        lambda p: (
+            p.unet.down_blocks[0]
+            .attentions[0]
+            .transformer_blocks[0]
+            .attn1.to_q.lora_magnitude_vector["dora"]
+            .weight.data.mul_(3.0)
+        ),
+        lambda p: p.unload_lora_weights(),
+    ]
+    seen = [without]
+    for step in steps:
+        both(pair, step)
+        expected, picture = draw(plain), draw(ours)
+        check(picture, expected)
+        seen.append(picture)
+    assert not fallbacks(ours)
+    for before, after in itertools.pairwise(seen):
+        differ(after, before)
+    check(seen[-1], without)
+
+
+def test_another_variant_of_lora_runs_on_the_host(pair: tuple[Any, Any]) -> None:
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    class Another(DoraLinearVariant):
+        """Of a kind that is not known here."""
+
     plain, ours = pair
     both(pair, lambda p: p.load_lora_weights(lora_of(1, use_dora=True)))
+    for module in ours.unet.modules():
+        for name, variant in getattr(module, "lora_variant", {}).items():
+            if type(variant) is DoraLinearVariant:
+                module.lora_variant[name] = Another()
     check(draw(ours), draw(plain))
     assert len(fallbacks(ours)) == 1 and "variant of LoRA" in fallbacks(ours)[0]
     both(pair, lambda p: p.unload_lora_weights())

@@ -444,7 +444,9 @@ def test_adapter_names_cover_every_layer(name):
     layers = {
         path: f"{path}.weight"
         for path, layer in build(config).named_modules()
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+        if isinstance(
+            layer, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm)
+        )
     }
     assert set(names.values()) == set(layers.values())
     for path, weight in layers.items():

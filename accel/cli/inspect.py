@@ -25,10 +25,6 @@ _PARTS: dict[str, tuple[str, ...]] = {
     ),
     "textual inversion": ("emb_params", "string_to_param", "<"),
 }
-_LORA_MARKS = (
-    *(".lora_up.", ".lora_down.", ".lora_A.", ".lora_B.", ".lora.up.", ".lora.down."),
-    *("_lora.up.", "_lora.down.", ".hada_w1_a", ".lokr_w1", ".oft_blocks"),
-)
 
 
 def add(commands: Any) -> None:
@@ -66,12 +62,13 @@ def run(options: argparse.Namespace) -> int:
 
 def examine(path: Path, cached: Iterable[Path] = (), cache_folder: Path = Path()) -> dict[str, Any]:
     """The facts about one file as plain JSON values. Raises InvalidFile."""
+    from ..lora import is_lora
     from ..tensorfile import TensorFile
 
     tensors = TensorFile(path).tensors
     shapes = {name: info.shape for name, info in tensors.items()}
     facts: dict[str, Any] = {"bytes": path.stat().st_size, "tensors": len(tensors)}
-    if any(mark in name for name in tensors for mark in _LORA_MARKS):
+    if is_lora(tensors):
         return {"kind": "lora", **facts, "dtype": _dtype(tensors, tensors), **_lora(shapes)}
 
     from ..structure import structure_of
@@ -143,7 +140,7 @@ def _lora(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     from ..lora.reader import FORMATS
     from ..models import FAMILIES, adapter_names, parameters
 
-    formats = [form.name for form in FORMATS if any(form.parse(name) for name in shapes)]
+    formats = [form.name for form in FORMATS if any(form.parse(name, shapes) for name in shapes)]
     layers, fitting, best, best_title = 0, [], 0, ""
     for family in FAMILIES:
         own = {name: parameter.shape for name, parameter in parameters(family.config).items()}

@@ -241,8 +241,8 @@ class _Plain:
         lora = read_lora(change.lora, adapter_names(config), shapes)
         for name, patch in lora.patches.items():
             weight = self.unet.get_parameter(name)
-            delta = patch.delta(weight.shape, self.device)
-            weight.copy_(weight.float() + LORA_STRENGTH * delta)
+            base = weight.float()
+            weight.copy_(base + patch.delta(base, LORA_STRENGTH))
 
     def paint(self, change: Change, options: Options, ticker: _Ticker) -> _Painted:
         ticker.begin(f"plain PyTorch: {change.title}")

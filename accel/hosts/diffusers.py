@@ -398,7 +398,7 @@ class _Network:
         self.engine = engine
         if self._weights is None:
             self._weights, self._fused = _Contents(bare.parameters()), fused
-        factors = [factor for adapter in adapters for factor in (adapter.up, adapter.down)]
+        factors = [factor for adapter in adapters for factor in adapter.tensors]
         scales = [(adapter.name, adapter.path, adapter.scale) for adapter in adapters]
         if self._loras is None or scales != self._scales or not self._loras.are(factors):
             self._loras = None
@@ -593,13 +593,19 @@ def _samples(tensor: Tensor) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """One LoRA on one layer: weight + scale * up @ down."""
+    """One LoRA on one layer: weight + scale * up @ down; DoRA's, with the norms of its outputs."""
 
     path: str
     name: str
     up: Tensor
     down: Tensor
     scale: float
+    magnitude: Tensor | None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that was trained."""
+        return [self.up, self.down, *([] if self.magnitude is None else [self.magnitude])]
 
 
 def _is_adapter(layer: nn.Module) -> bool:
@@ -609,7 +615,7 @@ def _is_adapter(layer: nn.Module) -> bool:
 def _adapters(module: nn.Module) -> tuple[list[_Adapter], object]:
     """The LoRAs that are on, and which are fused into the weights.
 
-    Raises `UnsupportedModel` for any that is more than up times down.
+    Raises `UnsupportedModel` for any that is more than up times down, or DoRA.
     """
     found, fused = [], []
     for path, layer in module.named_modules():
@@ -625,12 +631,20 @@ def _adapters(module: nn.Module) -> tuple[list[_Adapter], object]:
             for name in lora.active_adapters:
                 if name in lora.lora_A:
                     up, down = lora.lora_B[name].weight, lora.lora_A[name].weight
-                    found.append(_Adapter(path, name, up, down, float(lora.scaling[name])))
+                    magnitude = None
+                    if name in lora.lora_magnitude_vector:
+                        magnitude = lora.lora_magnitude_vector[name].weight
+                    scale = float(lora.scaling[name])
+                    found.append(_Adapter(path, name, up, down, scale, magnitude))
     return found, fused
 
 
+# How peft names what runs a DoRA.
+_DORA = ("DoraLinearVariant", "DoraConv2dVariant")
+
+
 def _unlike_lora(layer: Any) -> str | None:
-    """Why an adapter is more, or other, than the plain LoRA of a linear or convolution layer."""
+    """Why an adapter is more, or other, than a LoRA or DoRA of a linear or convolution layer."""
     kind = type(layer)
     if kind.__module__ != "peft.tuners.lora.layer" or kind.__name__ not in ("Linear", "Conv2d"):
         return f"is an adapter of {kind.__module__}.{kind.__name__}, which is not known here"
@@ -639,7 +653,8 @@ def _unlike_lora(layer: Any) -> str | None:
     if _is_adapter(layer.base_layer):
         return "has an adapter on an adapter"
     for name in layer.lora_A:
-        if layer.use_dora.get(name) or name in getattr(layer, "lora_variant", {}):
+        variant = getattr(layer, "lora_variant", {}).get(name)
+        if variant is not None and type(variant).__name__ not in _DORA:
             return f"has the adapter {name!r}, which is a variant of LoRA"
         if layer.lora_B[name].bias is not None or getattr(layer, "fan_in_fan_out", False):
             return f"has the adapter {name!r}, which is more than up times down"
@@ -660,7 +675,10 @@ def _without_adapters(module: nn.Module) -> nn.Module:
 
 
 def _state_dicts(adapters: Iterable[_Adapter]) -> list[tuple[dict[str, Tensor], float]]:
-    """One state dict in peft's naming for each LoRA; its strength is in the alphas."""
+    """One state dict in peft's naming for each LoRA; its strength is in the alphas.
+
+    There peft has it too, which matters for DoRA: the strength is in the change that is normed.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for adapter in adapters:
         tensors = found.setdefault(adapter.name, {})
@@ -668,4 +686,6 @@ def _state_dicts(adapters: Iterable[_Adapter]) -> list[tuple[dict[str, Tensor], 
         tensors[f"{adapter.path}.lora_B.weight"] = adapter.up.detach()
         alpha = adapter.scale * adapter.down.shape[0]
         tensors[f"{adapter.path}.alpha"] = torch.tensor(alpha, dtype=torch.float64)
+        if adapter.magnitude is not None:
+            tensors[f"{adapter.path}.lora_magnitude_vector"] = adapter.magnitude.detach()
     return [(tensors, 1.0) for tensors in found.values()]

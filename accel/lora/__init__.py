@@ -1,9 +1,19 @@
-"""Reading LoRAs: one file per format, all giving patches that add an fp32 delta to a parameter."""
+"""Reading LoRAs: one file per format, all giving patches: what fp32 delta a parameter gains."""
 
 from __future__ import annotations
 
+from .blocks import BlockWeights, block_weights
 from .format import Patch
 from .lowrank import LowRank
-from .reader import Lora, fits, read_lora
+from .reader import Lora, fits, is_lora, read_lora
 
-__all__ = ["Lora", "LowRank", "Patch", "fits", "read_lora"]
+__all__ = [
+    "BlockWeights",
+    "Lora",
+    "LowRank",
+    "Patch",
+    "block_weights",
+    "fits",
+    "is_lora",
+    "read_lora",
+]

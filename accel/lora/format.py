@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,8 +26,12 @@ class Patch(Protocol):
     def target(self) -> str:
         """Canonical name of the parameter it changes."""
 
-    def delta(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """What strength 1 adds to the parameter: fp32, of the parameter's `shape`, on `device`."""
+    def delta(self, base: Tensor, strength: float = 1.0) -> Tensor:
+        """What `strength` adds to the parameter: a new fp32 tensor, of its shape, on its device.
+
+        base: the parameter without any adapter, fp32, not to be written to. Formats that rotate or
+        scale the weight take their change from it, so that changes add up in any order.
+        """
 
 
 @dataclass(frozen=True)
@@ -107,11 +111,13 @@ class Layer:
     """One adapted layer as found in a header.
 
     `name` is its name without prefix, `target` the parameter it names (None when the model has no
-    such layer), `keys` and `shapes` go from a part (`lora_up`, `alpha`, …) to its key and shape.
+    such layer), `bias` the bias beside it, if there is one, `keys` and `shapes` go from a part
+    (`lora_up`, `alpha`, …) to its key and shape.
     """
 
     name: str
     target: str | None
+    bias: str | None
     keys: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
 
@@ -121,16 +127,23 @@ class Format:
     """One LoRA format.
 
     name:  as shown to people.
-    parse: key -> (layer as spelled in the key, part), or None when the key is not of this format.
-           `….alpha` is common to all formats and not asked for.
-    owns:  whether a layer with these parts is of this format, whole and with nothing besides.
+    parse: (key, all keys of the file) -> (layer as spelled in the key, part), or None when the key
+           is not of this format. `….alpha` and DoRA's magnitudes are common to several formats and
+           not asked for.
+    owns:  whether a layer with these parts, by their shapes, is of this format, whole and with
+           nothing besides.
     check: (layer, parameter shapes) -> None when it fits, else the end of the sentence "layer X …"
-           with what to do. Header only.
+           with what to do. Header only. Of norms and biases it is asked only with `vectors`.
     read:  layers that fit -> their patches.
+    vectors: whether it adapts norms and biases as well as linear layers and convolutions.
+    additive: whether the change is the same whatever the weight: what DoRA and merged projections
+           build on.
     """
 
     name: str
-    parse: Callable[[str], tuple[str, str] | None]
-    owns: Callable[[Set[str]], bool]
+    parse: Callable[[str, Container[str]], tuple[str, str] | None]
+    owns: Callable[[Mapping[str, tuple[int, ...]]], bool]
     check: Callable[[Layer, Mapping[str, tuple[int, ...]]], str | None]
     read: Callable[[Sequence[Layer], Source], Iterable[Patch]]
+    vectors: bool = False
+    additive: bool = False

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .format import DAMAGED, Format, Layer, Source, alpha_of, split
+from .configuration import LycorisScale
+from .format import DAMAGED, Format, Layer, Source, split
 from .lowrank import mismatch, tucker
 
 _KEY = re.compile(r"(?P<layer>.+)\.(?P<part>hada_(?:w[12]_[ab]|t[12]))")
@@ -23,27 +24,25 @@ _CORES = frozenset({"hada_t1", "hada_t2"})
 
 @dataclass(frozen=True)
 class Hadamard:
-    """delta = (a1 @ b1) * (a2 @ b2) * alpha / rank, for one parameter [O, I, *k].
+    """delta = (a1 @ b1) * (a2 @ b2) * scale, for one parameter [O, I, *k].
 
     target: canonical parameter name.
     a:      two of [O, r]; with cores [r, O]
     b:      two of [r, I * prod(k)]; with cores [r, I]
     cores:  two of [r, r, *k], tucker's, or none
-    alpha:  None for a scale of 1
     """
 
     target: str
     a: tuple[Tensor, Tensor]
     b: tuple[Tensor, Tensor]
     cores: tuple[Tensor, Tensor] | None
-    alpha: float | None
+    scale: float
 
-    def delta(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """What strength 1 adds to the parameter: fp32 `shape` on `device`, from fp32 factors."""
+    def delta(self, base: Tensor, strength: float = 1.0) -> Tensor:
+        """What `strength` adds to the parameter: fp32, of `base`'s shape and on its device."""
         with torch.no_grad():
-            first, second = (self._half(index, device) for index in range(2))
-            scale = 1.0 if self.alpha is None else self.alpha / self.b[0].shape[0]
-            return (first * second * scale).reshape(tuple(shape))
+            first, second = (self._half(index, base.device) for index in range(2))
+            return (first * second * (self.scale * strength)).reshape(base.shape)
 
     def _half(self, index: int, device: torch.device | str) -> Tensor:
         # First as they are: asked for both, PyTorch converts on the CPU, and sends more bytes.
@@ -53,12 +52,12 @@ class Hadamard:
         return tucker(self.cores[index].to(device).float(), a, b)
 
 
-def _parse(key: str) -> tuple[str, str] | None:
+def _parse(key: str, keys: Container[str]) -> tuple[str, str] | None:
     return split(key, _KEY)
 
 
-def _owns(parts: Set[str]) -> bool:
-    found = parts - {"alpha"}
+def _owns(parts: Mapping[str, tuple[int, ...]]) -> bool:
+    found = parts.keys() - {"alpha"}
     return found in (_FACTORS, _FACTORS | _CORES)
 
 
@@ -89,6 +88,7 @@ def _multiply(a: tuple[int, ...], b: tuple[int, ...], core: tuple[int, ...] | No
 
 
 def _read(layers: Sequence[Layer], source: Source) -> Iterator[Hadamard]:
+    scale = LycorisScale(source)
     for layer in layers:
         assert layer.target is not None
         keys = layer.keys
@@ -100,8 +100,8 @@ def _read(layers: Sequence[Layer], source: Source) -> Iterator[Hadamard]:
             (source.read(keys["hada_w1_a"]), source.read(keys["hada_w2_a"])),
             (source.read(keys["hada_w1_b"]), source.read(keys["hada_w2_b"])),
             cores,
-            alpha_of(layer, source),
+            scale.of(layer, layer.shapes["hada_w1_b"][0]),
         )
 
 
-LOHA = Format("LoHa", _parse, _owns, _check, _read)
+LOHA = Format("LoHa", _parse, _owns, _check, _read, additive=True)

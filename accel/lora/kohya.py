@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from .format import Format, Layer, Source, alpha_of, split
 from .lowrank import LowRank, check
@@ -12,12 +12,12 @@ _KEY = re.compile(r"(?P<layer>.+)\.(?P<part>lora_(?:up|down|mid))\.weight")
 _FACTORS = frozenset({"lora_up", "lora_down"})
 
 
-def _parse(key: str) -> tuple[str, str] | None:
+def _parse(key: str, keys: Container[str]) -> tuple[str, str] | None:
     return split(key, _KEY)
 
 
-def _owns(parts: Set[str]) -> bool:
-    return _FACTORS <= parts <= _FACTORS | {"lora_mid", "alpha"}
+def _owns(parts: Mapping[str, tuple[int, ...]]) -> bool:
+    return _FACTORS <= parts.keys() <= _FACTORS | {"lora_mid", "alpha"}
 
 
 def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -37,4 +37,4 @@ def _read(layers: Sequence[Layer], source: Source) -> Iterator[LowRank]:
         )
 
 
-KOHYA = Format("kohya", _parse, _owns, _check, _read)
+KOHYA = Format("kohya", _parse, _owns, _check, _read, additive=True)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .format import DAMAGED, Format, Layer, Source, alpha_of, split
+from .configuration import LycorisScale
+from .format import DAMAGED, Format, Layer, Source, split
 from .lowrank import kernel_of, mismatch, tucker
 
 _KEY = re.compile(r"(?P<layer>.+)\.(?P<part>lokr_(?:w[12](?:_[ab])?|t2))")
@@ -58,34 +59,33 @@ class Factor:
 
 @dataclass(frozen=True)
 class Kronecker:
-    """delta = kron(first, second) * alpha / rank, for one parameter [O, I, *k].
+    """delta = kron(first, second) * scale, for one parameter [O, I, *k].
 
     target: canonical parameter name. first: [o1, i1]. second: [o2, i2, *k]; O = o1 o2, I = i1 i2.
-    alpha: None for a scale of 1, which it also is where neither is of a rank.
     """
 
     target: str
     first: Factor
     second: Factor
-    alpha: float | None
+    scale: float
 
-    def delta(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """What strength 1 adds to the parameter: fp32 `shape` on `device`, from fp32 factors."""
+    def delta(self, base: Tensor, strength: float = 1.0) -> Tensor:
+        """What `strength` adds to the parameter: fp32, of `base`'s shape and on its device."""
         with torch.no_grad():
-            first, second = self.first.made(device), self.second.made(device)
-            rank = self.first.rank or self.second.rank
-            if self.alpha is not None and rank is not None:
-                first = first * (self.alpha / rank)
-            first = first.reshape(*first.shape, *(1,) * (second.dim() - 2))
-            return torch.kron(first, second).reshape(tuple(shape))
+            first, second = self.first.made(base.device), self.second.made(base.device)
+            # The scale goes to the smaller factor, not to the full-size product.
+            first = (first * (self.scale * strength)).reshape(
+                *first.shape, *(1,) * (second.dim() - 2)
+            )
+            return torch.kron(first, second).reshape(base.shape)
 
 
-def _parse(key: str) -> tuple[str, str] | None:
+def _parse(key: str, keys: Container[str]) -> tuple[str, str] | None:
     return split(key, _KEY)
 
 
-def _owns(parts: Set[str]) -> bool:
-    found = parts - {"alpha"}
+def _owns(parts: Mapping[str, tuple[int, ...]]) -> bool:
+    found = parts.keys() - {"alpha"}
     return any(found == one | other for one in _FIRST for other in _SECOND)
 
 
@@ -126,6 +126,7 @@ def _made(parts: Mapping[str, Shape], side: str) -> Shape | None:
 
 
 def _read(layers: Sequence[Layer], source: Source) -> Iterator[Kronecker]:
+    scale = LycorisScale(source)
     for layer in layers:
         assert layer.target is not None
         keys = layer.keys
@@ -133,12 +134,9 @@ def _read(layers: Sequence[Layer], source: Source) -> Iterator[Kronecker]:
         def part(name: str, keys: Mapping[str, str] = keys) -> Tensor | None:
             return source.read(keys[name]) if name in keys else None
 
-        yield Kronecker(
-            layer.target,
-            Factor(part("lokr_w1"), part("lokr_w1_a"), part("lokr_w1_b")),
-            Factor(part("lokr_w2"), part("lokr_w2_a"), part("lokr_w2_b"), part("lokr_t2")),
-            alpha_of(layer, source),
-        )
+        first = Factor(part("lokr_w1"), part("lokr_w1_a"), part("lokr_w1_b"))
+        second = Factor(part("lokr_w2"), part("lokr_w2_a"), part("lokr_w2_b"), part("lokr_t2"))
+        yield Kronecker(layer.target, first, second, scale.of(layer, first.rank or second.rank))
 
 
-LOKR = Format("LoKr", _parse, _owns, _check, _read)
+LOKR = Format("LoKr", _parse, _owns, _check, _read, additive=True)

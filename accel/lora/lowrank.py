@@ -39,18 +39,25 @@ class LowRank:
         """alpha / rank, or 1 without alpha."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def delta(self, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        """What strength 1 adds to the parameter: fp32 `shape` on `device`, from fp32 factors."""
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """up [O, r] and down [r, I * prod(k)] as they are stored; None with a core between them."""
+        if self.mid is not None:
+            return None
+        return self.up.flatten(1), self.down.flatten(1)
+
+    def delta(self, base: Tensor, strength: float = 1.0) -> Tensor:
+        """What `strength` adds to the parameter: fp32, of `base`'s shape and on its device."""
         with torch.no_grad():
             # First as they are: asked for both, PyTorch converts on the CPU, and sends more bytes.
-            up = self.up.to(device).float().flatten(1)
-            down = self.down.to(device).float().flatten(1)
+            up = self.up.to(base.device).float().flatten(1)
+            down = self.down.to(base.device).float().flatten(1)
             if self.mid is not None:
-                mid = self.mid.to(device).float().flatten(2)
+                mid = self.mid.to(base.device).float().flatten(2)
                 # [r, r', k] x [r', I] -> [r, I, k]: what `down` of a plain convolution holds.
                 down = (down.T @ mid).flatten(1)
             # The scale goes to the smaller factor, not to the full-size product.
-            return ((up * self.scale) @ down).reshape(tuple(shape))
+            return ((up * (self.scale * strength)) @ down).reshape(base.shape)
 
 
 def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:

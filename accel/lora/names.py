@@ -12,6 +12,7 @@ _PREFIXES = (
     "controlnet.",
     "unet.",
     "lora_unet_",
+    "oft_unet_",
     "lycoris_",
 )
 
@@ -40,3 +41,18 @@ def layer_name(spelled: str) -> str:
     name = name.removesuffix("_lora").removesuffix(".lora").replace(".processor.", ".")
     # The old attention processors had one output layer; the module keeps it first in a list.
     return f"{name}.0" if name.endswith(".to_out") else name
+
+
+_MERGED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
+
+
+def merged(name: str) -> tuple[str, ...]:
+    """The layers that the projection `name` stands for, where trainers merge those of attention.
+
+    `….attn1.to_qkv` gives `….attn1.to_q`, `….to_k`, `….to_v`, whose outputs it has one after the
+    other; () for a layer of its own.
+    """
+    for whole, parts in _MERGED.items():
+        if name.endswith((f".{whole}", f"_{whole}")):
+            return tuple(name.removesuffix(whole) + part for part in parts)
+    return ()

@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import InvalidLora
+from . import dora
+from .boft import BOFT
 from .diffusers import DIFFUSERS
 from .format import DAMAGED, OTHER_MODEL, Format, Layer, Patch, open_source
+from .full import BIAS_PARTS, FULL
+from .glora import GLORA
 from .hadamard import LOHA
+from .ia3 import IA3
 from .kohya import KOHYA
 from .kronecker import LOKR
-from .names import is_text_encoder, layer_name
+from .merged import stacked, take_apart
+from .names import is_text_encoder, layer_name, merged
+from .oft import OFT
 
 # In this order a layer's parts are offered to the formats: the first that owns them reads it.
-FORMATS: tuple[Format, ...] = (KOHYA, DIFFUSERS, LOHA, LOKR)
+FORMATS: tuple[Format, ...] = (KOHYA, DIFFUSERS, LOHA, LOKR, GLORA, OFT, BOFT, IA3, FULL)
 
 # Formats that are known by name only, so that a file of theirs is refused as what it is.
 _UNSUPPORTED = tuple(
     (name, re.compile(pattern))
     for name, pattern in (
-        ("DoRA", r"\.(dora_scale|lora_magnitude_vector)(\.|$)"),
-        ("BOFT", r"\.boft_"),
-        ("OFT", r"\.oft_"),
-        ("IA3", r"\.(on_input|ia3_l)(\.|$)"),
-        ("GLoRA", r"\.([ab][12]|bm)\.weight$|\.glora_"),
+        ("OFT of an earlier kind", r"\.oft_(diag|r)(\.|$)"),
+        ("GLoRA of peft", r"\.glora_"),
         ("T-LoRA", r"\.(lambda_layer|[qp]_layer\.weight)$"),
         ("AdaLoRA", r"\.lora_E(\.|$)|\.ranknum(\.|$)"),
         ("VeRA", r"\.?vera_(lambda_|A|B)"),
-        ("Full difference", r"\.(diff|diff_b|set_weight|w_norm|b_norm)$"),
-        ("LoRA with biases", r"\.lora_(up|down|mid|[AB](\.[^.]+)?)\.bias$"),
+        ("LoRA with biases of its factors", r"\.lora_(up|down|mid|A(\.[^.]+)?)\.bias$"),
         ("LoRA of a reshaped layer", r"\.reshape_weight$"),
-        ("LoRA with fully trained layers", r"\.modules_to_save\."),
         ("ControlNet-LLLite", r"^lllite_"),
         ("Control-LoRA", r"^lora_controlnet$"),
     )
 )
+_ANY_UNSUPPORTED = re.compile("|".join(pattern.pattern for _, pattern in _UNSUPPORTED))
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,35 @@ class Lora:
     format: str
     patches: dict[str, Patch]
     skipped: tuple[str, ...]
+    _parts: dict[str | None, Lora] = field(default_factory=dict, repr=False, compare=False)
+
+    def by_block(self, of: Mapping[str, str]) -> Mapping[str | None, Lora]:
+        """The LoRA taken apart by block, what lies in none under None; the same objects each time.
+
+        of: parameter name -> its block, always the same for one LoRA. What holds a part knows by
+        its identity that nothing of that block has changed.
+        """
+        if not self._parts:
+            found: dict[str | None, dict[str, Patch]] = {}
+            for target, patch in self.patches.items():
+                found.setdefault(of.get(target), {})[target] = patch
+            for block, patches in found.items():
+                self._parts[block] = replace(self, patches=patches, _parts={})
+        return self._parts
 
 
 @dataclass(frozen=True)
 class _Header:
+    """What the keys of a file come to.
+
+    `shapes` has the model's parameters and merged ones, `merged` what each of these stands for.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    merged: dict[str, tuple[str, ...]]
     layers: list[Layer]
-    skipped: list[str]
-    unknown: list[str]
+    skipped: Sequence[str]
+    unknown: Sequence[str]
     repeated: list[str]
 
 
@@ -84,7 +110,7 @@ def read_lora(
     """
     opened = open_source(source)
     title = f"LoRA {opened.title!r}"
-    header = _layers(opened.shapes, targets)
+    header = _layers(opened.shapes, targets, shapes)
     for name, pattern in _UNSUPPORTED:
         if any(pattern.search(key) for key in header.unknown):
             raise InvalidLora(f"{title}: {name} is not supported yet; use a plain LoRA or LoCon")
@@ -112,23 +138,32 @@ def read_lora(
         raise InvalidLora(f"{title}: {counted}, but {lost.name!r} does not; {OTHER_MODEL}")
     groups: dict[str, tuple[Format, list[Layer]]] = {}
     for layer in named:
-        form = _format_of(layer)
-        if form is None:
-            parts = ", ".join(sorted(layer.keys))
-            raise InvalidLora(
-                f"{title}: layer {layer.name!r} is incomplete, it has only {parts}; {DAMAGED}"
-            )
-        reason = form.check(layer, shapes)
-        if reason is not None:
+        form, reason = _judged(layer, header)
+        if form is None or reason is not None:
             raise InvalidLora(f"{title}: {counted}, but layer {layer.name!r} {reason}")
         groups.setdefault(form.name, (form, []))[1].append(layer)
 
-    patches = {
-        patch.target: patch
-        for form, layers in groups.values()
-        for patch in form.read(layers, opened)
-    }
-    return Lora(opened.title, " + ".join(groups), patches, tuple(header.skipped))
+    patches: dict[str, Patch] = {}
+    for form, layers in groups.values():
+        for patch in form.read(layers, opened):
+            if patch.target in patches:
+                raise InvalidLora(f"{title} adapts {patch.target!r} twice; keep one of the two")
+            patches[patch.target] = patch
+    decomposed = False
+    for layer in named:
+        assert layer.target is not None
+        part = dora.part_of(layer)
+        if part is not None:
+            decomposed = True
+            patches[layer.target] = dora.read(
+                patches[layer.target], layer, part, header.shapes, opened
+            )
+        if layer.target in header.merged:
+            whole = patches.pop(layer.target)
+            for patch in take_apart(whole, header.merged[layer.target], shapes):
+                patches[patch.target] = patch
+    formats = [*groups, *(["DoRA"] if decomposed else [])]
+    return Lora(opened.title, " + ".join(formats), patches, tuple(header.skipped))
 
 
 def fits(
@@ -142,52 +177,124 @@ def fits(
     (n, n) with n > 0 is a LoRA made for this model. Text encoders and keys of unsupported formats
     do not count.
     """
-    header = _layers(source_names_and_shapes, targets)
+    header = _layers(source_names_and_shapes, targets, shapes)
     # An alpha alone belongs to a layer of an unsupported format.
     layers = [layer for layer in header.layers if layer.keys.keys() != {"alpha"}]
-    matched = 0
-    for layer in layers:
-        form = _format_of(layer) if layer.target is not None else None
-        matched += form is not None and form.check(layer, shapes) is None
+    matched = sum(
+        layer.target is not None and _judged(layer, header)[1] is None for layer in layers
+    )
     return matched, len(layers)
 
 
-def _layers(shapes: Mapping[str, tuple[int, ...]], targets: Mapping[str, str]) -> _Header:
-    """Sort the keys of a header into layers, without judging them."""
-    header = _Header([], [], [], [])
-    found: dict[str, dict[str, str]] = {}
-    for key in shapes:
+def is_lora(keys: Collection[str]) -> bool:
+    """Whether a file with these keys is a LoRA, of a format that is read or only known by name."""
+    return any(
+        _unsupported(key) or ((parsed := parse(key, keys)) and parsed[1] != "alpha") for key in keys
+    )
+
+
+def _unsupported(key: str) -> bool:
+    return _ANY_UNSUPPORTED.search(key) is not None
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """A file's keys, sorted without a model: by (layer, whether its bias), from part to key."""
+
+    layers: dict[tuple[str, bool], dict[str, str]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+
+
+@lru_cache(maxsize=4)  # one file is asked about for one model after the other
+def _sorted(keys: tuple[str, ...]) -> _Keys:
+    found, present = _Keys(), frozenset(keys)
+    for key in keys:
         if is_text_encoder(key):
-            header.skipped.append(key)
+            found.skipped.append(key)
             continue
-        parsed = _parse(key)
+        parsed = None if _unsupported(key) else parse(key, present)
         if parsed is None:
-            header.unknown.append(key)
+            found.unknown.append(key)
             continue
-        parts = found.setdefault(layer_name(parsed[0]), {})
+        # A bias is a layer of its own: its difference may stand beside any format of the weight.
+        parts = found.layers.setdefault((layer_name(parsed[0]), parsed[1] in BIAS_PARTS), {})
         if parts.setdefault(parsed[1], key) != key:
-            header.repeated.append(key)
+            found.repeated.append(key)
+    return found
+
+
+def _layers(
+    keys: Mapping[str, tuple[int, ...]],
+    targets: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> _Header:
+    """The layers of a header with what they adapt in the model, without judging them."""
+    known = _sorted(tuple(keys))
+    header = _Header(dict(shapes), {}, [], known.skipped, known.unknown, list(known.repeated))
     taken: set[str] = set()
-    for name, keys in found.items():
-        target = targets.get(name)
-        if target is not None and target in taken:
-            header.repeated.append(next(iter(keys.values())))
-        elif target is not None:
-            taken.add(target)
-        header.layers.append(
-            Layer(name, target, keys, {p: tuple(shapes[k]) for p, k in keys.items()})
-        )
+    for (name, of_bias), parts in known.layers.items():
+        target = targets.get(name) or _merged(name, targets, header)
+        bias = f"{target.removesuffix('.weight')}.bias" if target else None
+        bias = bias if bias in shapes else None
+        if of_bias:
+            name, target, bias = f"{name}.bias", bias, None
+        if target is not None:
+            own = header.merged.get(target, (target,))
+            if not taken.isdisjoint(own):
+                header.repeated.append(next(iter(parts.values())))
+            taken.update(own)
+        found_shapes = {part: tuple(keys[key]) for part, key in parts.items()}
+        header.layers.append(Layer(name, target, bias, parts, found_shapes))
     return header
 
 
-def _parse(key: str) -> tuple[str, str] | None:
+def _merged(name: str, targets: Mapping[str, str], header: _Header) -> str | None:
+    """The name, made up, of a parameter that merges some of the model's, or None."""
+    own = [targets[part] for part in merged(name) if part in targets]
+    shapes = [header.shapes[target] for target in own]
+    if not own or len(own) < len(merged(name)) or len({shape[1:] for shape in shapes}) > 1:
+        return None
+    whole = f"{name}.weight"
+    header.merged[whole], header.shapes[whole] = tuple(own), stacked(shapes)
+    return whole
+
+
+def parse(key: str, keys: Container[str]) -> tuple[str, str] | None:
+    """(layer as spelled in the key, part), or None for a key of no known format."""
     layer = key.removesuffix(".alpha")
     if layer != key:
         # Some writers hang the alpha below the key of a factor instead of below the layer.
-        of_factor = _parse(layer)
+        of_factor = parse(layer, keys)
         return (of_factor[0] if of_factor else layer), "alpha"
-    return next((parsed for form in FORMATS if (parsed := form.parse(key))), None)
+    magnitudes = dora.parse(key)
+    if magnitudes is not None:
+        return magnitudes
+    return next((parsed for form in FORMATS if (parsed := form.parse(key, keys))), None)
 
 
-def _format_of(layer: Layer) -> Format | None:
-    return next((form for form in FORMATS if form.owns(layer.keys.keys())), None)
+def _judged(layer: Layer, header: _Header) -> tuple[Format | None, str | None]:
+    """The format of a layer that has a target, and what keeps the model from taking it, if any.
+
+    The latter is the end of the sentence "layer X …".
+    """
+    assert layer.target is not None
+    magnitudes = dora.part_of(layer)
+    parts = {part: shape for part, shape in layer.shapes.items() if part != magnitudes}
+    form = next((form for form in FORMATS if form.owns(parts)), None)
+    if form is None:
+        listed = ", ".join(sorted(layer.keys))
+        return None, f"is incomplete, it has only {listed}; {DAMAGED}"
+    own = header.shapes[layer.target]
+    if len(own) < 2 and (magnitudes or not form.vectors):
+        return form, f"is a norm or a bias, which is no matrix; {OTHER_MODEL}"
+    together, decomposed = layer.target in header.merged, magnitudes is not None
+    if (together or decomposed) and (not form.additive or (together and decomposed)):
+        kind = f"{form.name} with magnitudes" if decomposed else form.name
+        where = " on merged projections" if together else ""
+        return form, f"is {kind}{where}, which is not supported; use a plain LoRA or LoCon"
+    reason = form.check(layer, header.shapes)
+    if reason is None and magnitudes:
+        reason = dora.check(layer, magnitudes, header.shapes)
+    return form, reason

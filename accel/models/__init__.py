@@ -2,10 +2,12 @@
 
 from .families import FAMILIES, Family, family_of
 from .unet import (
+    Blocks,
     Parameter,
     TransformerSite,
     UNetConfig,
     adapter_names,
+    blocks,
     config_of_module,
     diffusers_kwargs,
     infer_config,
@@ -16,11 +18,13 @@ from .unet import (
 
 __all__ = [
     "FAMILIES",
+    "Blocks",
     "Family",
     "Parameter",
     "TransformerSite",
     "UNetConfig",
     "adapter_names",
+    "blocks",
     "config_of_module",
     "diffusers_kwargs",
     "family_of",

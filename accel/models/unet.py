@@ -1,10 +1,12 @@
 """Stable Diffusion UNets and ControlNets: SD 1.x, SD 2.x, SDXL, its refiner and distillations."""
 
 from .unet_config import (
+    Blocks,
     Parameter,
     TransformerSite,
     UNetConfig,
     adapter_names,
+    blocks,
     diffusers_kwargs,
     infer_config,
     parameters,
@@ -13,10 +15,12 @@ from .unet_config import (
 from .unet_live import config_of_module, unsupported_state
 
 __all__ = [
+    "Blocks",
     "Parameter",
     "TransformerSite",
     "UNetConfig",
     "adapter_names",
+    "blocks",
     "config_of_module",
     "diffusers_kwargs",
     "infer_config",

@@ -8,6 +8,7 @@ as reading an architecture back from a file or the spellings of LoRA targets, re
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -312,12 +313,12 @@ def transformers(config: UNetConfig) -> tuple[TransformerSite, ...]:
 def adapter_names(config: UNetConfig) -> dict[str, str]:
     """Spellings under which LoRA files name a target layer -> its canonical weight name.
 
-    For every linear and convolution: the dotted diffusers path, the dotted ldm path, and both
+    For every linear, convolution and norm: the dotted diffusers path, the dotted ldm path, and both
     with `_` for `.`; the output projection of an attention also without its trailing `.0`.
     """
     names: dict[str, str] = {}
     for name, parameter in _walk(config).parameters.items():
-        if not name.endswith(".weight") or len(parameter.shape) < 2:
+        if not name.endswith(".weight"):
             continue
         for path in (name, parameter.ldm_name):
             path = path.removesuffix(".weight")
@@ -328,6 +329,40 @@ def adapter_names(config: UNetConfig) -> dict[str, str]:
                 names[spelling] = name
                 names[spelling.replace(".", "_")] = name
     return names
+
+
+_BLOCK = re.compile(r"(input|middle|output)_blocks?\.(\d+)")
+_BLOCK_LETTERS = {"input": "IN", "middle": "M", "output": "OUT"}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a network as single-file checkpoints count them: IN00, IN01, …, M00, OUT00, …
+
+    of:        canonical parameter name -> its block; not of parameters outside of all
+    names:     all blocks in the order of execution
+    attention: those with attention
+    """
+
+    of: Mapping[str, str]
+    names: tuple[str, ...]
+    attention: tuple[str, ...]
+
+
+@lru_cache(maxsize=32)
+def blocks(config: UNetConfig) -> Blocks:
+    """The blocks of a network."""
+    of: dict[str, str] = {}
+    inside = set()
+    for name, parameter in _walk(config).parameters.items():
+        match = _BLOCK.match(parameter.ldm_name)
+        if match:
+            number = 0 if match[1] == "middle" else int(match[2])
+            of[name] = f"{_BLOCK_LETTERS[match[1]]}{number:02}"
+            if "transformer_blocks" in name:
+                inside.add(of[name])
+    names = tuple(dict.fromkeys(of.values()))
+    return Blocks(of, names, tuple(name for name in names if name in inside))
 
 
 def infer_config(shapes: Mapping[str, Shape]) -> UNetConfig | None:

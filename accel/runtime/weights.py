@@ -2,14 +2,15 @@
 
 Order of operations for every parameter, always: source value -> arena dtype -> float32 sum with the
 deltas of all LoRAs -> one rounding -> its places in the constants. So what stands in the arena
-depends on the source and the LoRA set alone, never on what stood there before.
+depends on the source and the LoRA set alone, never on what stood there before. A LoRA that turns or
+scales the weight takes its delta from the weight without any, so that the order of LoRAs is none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from ..errors import OutOfMemory
 from ..plan.memory import align
 from ..plan.recipe import Literal, places
 from ..plan.schema import Constant, Plan, resolve
+from .lowrank import Batch, batch_size, low_rank, ranks
 
 
 class Source(Protocol):
@@ -42,8 +44,11 @@ class Source(Protocol):
 class Patch(Protocol):
     """One adapter's change of one parameter."""
 
-    def delta(self, shape: Sequence[int], device: str | torch.device) -> torch.Tensor:
-        """The float32 change at strength 1, in the parameter's shape."""
+    def delta(self, base: torch.Tensor, strength: float) -> torch.Tensor:
+        """The change that `strength` makes: new, float32, of `base`'s shape and on its device.
+
+        base: the parameter without any adapter, float32. Not to be written to.
+        """
 
 
 class Adapter(Protocol):
@@ -108,8 +113,8 @@ class Weights:
         started = time.perf_counter()
         written, touched = 0, set()
         with torch.inference_mode(False), torch.no_grad(), self._exact_matmul():
-            for name in names:
-                value = self._value(name, source.read(name), adapters)
+            stored = ((name, source.read(name)) for name in names)
+            for name, value in self._values(stored, adapters):
                 for constant, place in self._places[name]:
                     place.copy_(value)
                     written += place.numel() * place.element_size()
@@ -117,21 +122,46 @@ class Weights:
         self.synchronize()
         return SwapReport(time.perf_counter() - started, written, len(touched))
 
-    def _value(self, name: str, stored: torch.Tensor, adapters: Adapters) -> torch.Tensor:
-        # The raw bytes go over the bus; the cast and the transposition happen on the device.
-        value = stored.detach().to(self.device, non_blocking=True).reshape(self.shapes[name])
-        changes = [
-            (adapter.patches[name], s)
-            for adapter, s in adapters
-            if name in adapter.patches and s != 0.0
-        ]
+    def _values(
+        self, stored: Iterable[tuple[str, torch.Tensor]], adapters: Adapters
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter with its adapters, on the device.
+
+        In the order given, but for low-rank changes on a GPU, which go together by shape. Of what
+        is `stored`, each is used before the next is asked for.
+        """
+        batches: dict[Hashable, Batch] = {}
+        for name, raw in stored:
+            shape = self.shapes[name]
+            # The raw bytes go over the bus; the cast and the transposition happen on the device.
+            value = raw.detach().to(self.device, non_blocking=True).reshape(shape)
+            changes = [
+                (adapter.patches[name], s)
+                for adapter, s in adapters
+                if name in adapter.patches and s != 0.0
+            ]
+            size = batch_size(shape, self.device)
+            together = low_rank(changes) if size > 1 else None
+            if together is None:
+                yield name, self._value(value, changes)
+                continue
+            key = (shape, ranks(together))
+            if key not in batches:
+                batches[key] = Batch(shape, size, self.device)
+            if batches[key].add(name, value.to(self.dtype), together):
+                yield from batches.pop(key).values()
+        for batch in batches.values():
+            yield from batch.values()
+
+    def _value(self, value: torch.Tensor, changes: Sequence[tuple[Patch, float]]) -> torch.Tensor:
         if not changes:
             return value
         base = value.to(self.dtype).to(torch.float32)
-        total = torch.zeros_like(base)
-        for patch, strength in changes:
-            total += strength * patch.delta(self.shapes[name], self.device)
-        return base + total
+        (patch, strength), *others = changes
+        total = patch.delta(base, strength)
+        for patch, strength in others:
+            total += patch.delta(base, strength)
+        return total.add_(base)
 
     @contextlib.contextmanager
     def _exact_matmul(self) -> Iterator[None]:

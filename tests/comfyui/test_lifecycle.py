@@ -27,10 +27,11 @@ from accel.hosts.comfyui.patcher import accelerate, accelerated
 from accel.hosts.comfyui.pool import NetworkPatcher, pool
 from accel.hosts.comfyui.routes import Panel, forget, networks
 from accel.hosts.comfyui.run import Acceleration, Options
+from accel.models import parameters
 from accel.runtime.weights import weights_bytes
 from accel.tuning import Selector
 
-from .checkpoints import ensure
+from .checkpoints import CONFIGS, ensure
 from .host import call, conditioning, exists, relative_error, sample
 
 KIND = "tiny-sd15"
@@ -97,9 +98,48 @@ def test_the_picture_is_the_hosts_own_and_the_weights_lie_once(load, prompt):
     assert relative_error(sample(plain, *prompt), expected) == 0
 
 
-def test_loras_in_any_order_and_back_again(load, prompt, lora):
+def every_format() -> dict[str, torch.Tensor]:
+    """Formats that the host reads beyond plain factors, in turn over the transformers' layers."""
+    generator = torch.Generator().manual_seed(5)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.05
+
+    def factors(rows: int, columns: int) -> dict[str, torch.Tensor]:
+        return {"lora_up.weight": noise(rows, 2), "lora_down.weight": noise(2, columns)}
+
+    makers = [
+        lambda o, i: {**factors(o, i), "dora_scale": 1 + noise(o, 1)},
+        lambda o, i: {**factors(o, i), "dora_scale": 1 + noise(1, i)},
+        lambda o, i: {"oft_blocks": noise(o // 8, 8, 8) * 5},
+        lambda o, i: {"oft_blocks": noise(2, o // 8, 8, 8) * 5, "alpha": torch.tensor(0.0)},
+        lambda o, i: {
+            **{"a1.weight": noise(i, 2) * 9, "a2.weight": noise(2, i)},
+            **{"b1.weight": noise(o, 2), "b2.weight": noise(2, i)},
+        },
+        lambda o, i: {"diff": noise(o, i)},
+        lambda o, i: {"set_weight": noise(o, i)},
+    ]
+    state, place = {}, 0
+    for name, parameter in parameters(CONFIGS[KIND]).items():
+        base = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        if name.endswith(".weight") and len(parameter.shape) == 2 and "transformer_bl" in name:
+            parts = makers[place % len(makers)](*parameter.shape)
+            place += 1
+        elif name.endswith("norm2.weight"):
+            # The host knows norms by their single-file names alone.
+            base = "diffusion_model." + parameter.ldm_name.removesuffix(".weight")
+            parts = {"w_norm": noise(*parameter.shape), "b_norm": noise(*parameter.shape)}
+        else:
+            continue
+        state |= {f"{base}.{part}": value for part, value in parts.items()}
+    assert place > 2 * len(makers)
+    return state
+
+
+def test_loras_in_any_order_and_back_again(load, prompt, lora, caplog):
     plain = load()
-    stack = [(lora("1"), 0.8), (lora("loha"), 0.5), (lora("lokr"), -0.4)]
+    stack = [(lora("1"), 0.8), (lora("loha"), 0.5), (lora("lokr"), -0.4), (every_format(), -0.6)]
     before = accelerate(with_loras(plain, *stack), Options(wait=True))
     fast = accelerate(plain, Options(wait=True))
     after = with_loras(fast, *stack)
@@ -109,7 +149,8 @@ def test_loras_in_any_order_and_back_again(load, prompt, lora):
     first = sample(fast, *prompt)
     for model in (before, after):
         assert relative_error(sample(model, *prompt), expected) < CLOSE
-        assert on_engine() and last().loras == 3
+        assert on_engine() and last().loras == 4
+    assert "lora key not loaded" not in caplog.text and "ERROR" not in caplog.text
     assert torch.equal(sample(fast, *prompt), first)
     one = [(stack[0][0], 0.3)]
     expected = sample(with_loras(plain, *one), *prompt)

@@ -25,6 +25,7 @@ NODES = {
     "SwitchyardAccelerateControlNet",
     "SwitchyardLoadCheckpoint",
     "SwitchyardLoadDiffusionModel",
+    "SwitchyardLoadLoraByBlock",
     "SwitchyardReport",
 }
 
@@ -69,14 +70,17 @@ def test_it_loads_from_any_folder_quickly_and_quietly(server, tmp_path, models_f
 
 
 def test_a_prompt_needs_to_set_nothing(server):
-    server.ensure("checkpoints/tiny-sd15-a.safetensors", "controlnet/tiny-sd15-1.safetensors")
+    files = ("checkpoints/tiny-sd15-a", "controlnet/tiny-sd15-1", "loras/tiny-sd15-1")
+    server.ensure(*(f"{file}.safetensors" for file in files))
     graph = Graph()
     name = "tiny-sd15-a.safetensors"
     loaded = graph.add("SwitchyardLoadCheckpoint", ckpt_name=name)
     model = graph.add("SwitchyardAccelerate", model=graph.checkpoint("tiny-sd15"))
     net = graph.add("ControlNetLoader", control_net_name="tiny-sd15-1.safetensors")
     net = graph.add("SwitchyardAccelerateControlNet", control_net=net)
-    for thing in (loaded, model, net):
+    name = "tiny-sd15-1.safetensors"
+    lora = graph.add("SwitchyardLoadLoraByBlock", model=model, lora_name=name)
+    for thing in (loaded, model, net, lora):
         graph.add("SwitchyardReport", anything=thing)
     assert server.run(graph.workflow).status == "success"
     inputs = server.get("/object_info")["SwitchyardLoadDiffusionModel"]["input"]

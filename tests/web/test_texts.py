@@ -19,6 +19,7 @@ NODES = (
     "SwitchyardAccelerate",
     "SwitchyardLoadCheckpoint",
     "SwitchyardLoadDiffusionModel",
+    "SwitchyardLoadLoraByBlock",
     "SwitchyardAccelerateControlNet",
     "SwitchyardReport",
 )

@@ -1,0 +1,108 @@
+"""Low-rank changes of many parameters in one product.
+
+A LoRA of SDXL has some 700 layers: one at a time, a GPU waits for the host between their small
+operations. Parameters of one shape whose changes have the same ranks go together: all changes of
+all of them are one batched product, accumulated in float32 onto the weights.
+
+A batch always has the size that its shape gives, filled up with zeros, so that the same kernel runs
+whichever parameters share it: what comes out for one never depends on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+BATCH_BYTES = 32 << 20
+"""Of float32 weights in one batch: some memory beside the arena, for every shape."""
+
+MOST = 32
+"""Parameters in one batch."""
+
+
+@runtime_checkable
+class LowRankPatch(Protocol):
+    """A patch whose change may be up @ down * scale."""
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """up [O, r] and down [r, I * prod(k)], floating point, on any device; None if it is not."""
+
+    @property
+    def scale(self) -> float:
+        """What strength 1 multiplies their product by."""
+
+
+Change = tuple[LowRankPatch, float]
+
+
+def batch_size(shape: Sequence[int], device: torch.device) -> int:
+    """How many parameters of `shape` go together; 1 where nothing is gained by it."""
+    if device.type == "cpu":
+        return 1
+    return max(1, min(MOST, BATCH_BYTES // (4 * prod(shape))))
+
+
+def low_rank(changes: Sequence[tuple[object, float]]) -> list[Change] | None:
+    """The changes of a parameter if all of them are low-rank and there are some, else None."""
+    found = [
+        (patch, strength)
+        for patch, strength in changes
+        if isinstance(patch, LowRankPatch) and patch.factors is not None
+    ]
+    return found if found and len(found) == len(changes) else None
+
+
+def ranks(changes: Sequence[Change]) -> tuple[int, ...]:
+    """The rank of each change: what parameters of one batch have in common beside their shape."""
+    return tuple(patch.factors[1].shape[0] for patch, _ in changes if patch.factors)
+
+
+class Batch:
+    """Up to `size` parameters of one shape and their changes, which have the same ranks."""
+
+    def __init__(self, shape: Sequence[int], size: int, device: torch.device) -> None:
+        self._shape, self._size, self._device = tuple(shape), size, device
+        self._names: list[str] = []
+        self._changes: list[Sequence[Change]] = []
+        self._values = torch.zeros(size, shape[0], prod(shape[1:]), device=device)
+
+    def add(self, name: str, base: Tensor, changes: Sequence[Change]) -> bool:
+        """Take a copy of a parameter, as it is without any adapter; True once the batch is full."""
+        self._values[len(self._names)].copy_(base.reshape(self._values.shape[1:]))
+        self._names.append(name)
+        self._changes.append(changes)
+        return len(self._names) == self._size
+
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter with its changes, in float32. To be asked for once."""
+        ups, downs = [], []
+        for changes in zip(*self._changes, strict=True):  # one LoRA's on every parameter
+            found = [patch.factors for patch, _ in changes]
+            up = self._stacked([factors[0] for factors in found if factors])
+            down = self._stacked([factors[1] for factors in found if factors])
+            scales = [patch.scale * strength for patch, strength in changes]
+            scales += [0.0] * (self._size - len(scales))
+            ups.append(up * torch.tensor(scales, device=self._device)[:, None, None])
+            downs.append(down)
+        self._values.baddbmm_(torch.cat(ups, 2), torch.cat(downs, 1))
+        for name, value in zip(self._names, self._values, strict=False):
+            yield name, value.view(self._shape)
+
+    def _stacked(self, factors: Sequence[Tensor]) -> Tensor:
+        """[size, …] in float32 on the device. The raw bytes go over the bus, in one piece."""
+        first = factors[0]
+        alike = all((f.dtype, f.device) == (first.dtype, first.device) for f in factors)
+        if not alike:
+            factors = [factor.to(self._device).float() for factor in factors]
+            first = factors[0]
+        pinned = self._device.type == "cuda" and first.device.type == "cpu"
+        stacked = torch.zeros(
+            self._size, *first.shape, dtype=first.dtype, device=first.device, pin_memory=pinned
+        )
+        torch.stack(list(factors), out=stacked[: len(factors)])
+        return stacked.to(self._device, non_blocking=True).float()
