@@ -33,6 +33,9 @@ SLACK = 1e-5
 HOST_AT_MOST = 0.1
 """A host that is further away than this is wrong itself, and nothing to compare with."""
 
+HOST_USUALLY = 0.01
+"""Half precision errs by a fraction of this. Of a host further away each image's is noted."""
+
 KEPT_MIB = 512
 """What a server may keep of the GPU's memory once everything is unloaded, beside what it kept when
 that was first done: kernels, workspaces."""
@@ -139,7 +142,7 @@ class Comparison:
 
     host: a server with the pack. truth: one that computes in float32; the same where both do.
     errors: of every call so far, (engine's, host's, where). failed: what broke the rule. notes:
-    what else a scenario has measured.
+    what else was measured.
     """
 
     host: Server
@@ -249,6 +252,9 @@ class Comparison:
         kind = part.partition("_")[0]
         where = where if kind == "denoised" else f"{where}, {kind}"
         self.errors.append((error, host, where))
+        if host > HOST_USUALLY:
+            each = (own[part] - expected[part]).flatten(1).norm(dim=1) / size
+            self.notes.setdefault("host_by_image", {})[where] = each.tolist()
         limit = CLOSE if self.float32 else RATIO * host + SLACK
         if error <= limit and host < HOST_AT_MOST:  # NaN is neither
             return []
