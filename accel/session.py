@@ -14,7 +14,9 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +26,23 @@ from torch import nn
 from . import hardware
 from .capture import Progress
 from .compiler import open_cache, plan_for
-from .errors import InvalidFile, InvalidInput, InvalidLora, SwitchyardError, UnsupportedModel
+from .errors import InvalidInput, InvalidLora, UnsupportedModel
 from .lora import Lora, fits, read_lora
 from .models import FAMILIES, UNetConfig, adapter_names, parameters, unsupported_state
 from .models.calls import bind_call
 from .plan.schema import Plan
 from .runtime.network import Network, Seat
-from .runtime.weights import SwapReport
+from .runtime.pool import Pool, process_pool
+from .runtime.weights import Source, SwapReport
 from .settings import settings
-from .structure import Structure, canonical_names, structure_of
+from .sources import ModuleSource, Weightlike, added_difference, mixture, source_of
+from .structure import Structure, structure_of
 from .tensorfile import TensorFile, fingerprint_of
 from .tuning import selector_for
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-Weightlike = str | Path | Mapping[str, torch.Tensor]
 
 
 class Session:
@@ -50,6 +52,7 @@ class Session:
     activations.
     cache_dir: folder of built plans; the user's cache folder by default.
     progress: called with (fraction, text) while a structure is captured.
+    pool: memory for weights that wait; by default the process's own.
     Raises `DeviceUnavailable` without such a device, `InvalidInput` for another precision.
     """
 
@@ -59,6 +62,7 @@ class Session:
         precision: str = "fp16",
         cache_dir: str | Path | None = None,
         progress: Progress | None = None,
+        pool: Pool | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise InvalidInput(
@@ -69,6 +73,7 @@ class Session:
         root = Path(cache_dir) if cache_dir is not None else settings().cache_dir
         self.cache = open_cache(root, settings().cache_bytes)
         self._selector = selector_for(self.device, root, measuring=True, waiting=True)
+        self.pool = process_pool() if pool is None else pool
         self.captures = 0
         self._progress = progress
         self._lock = threading.RLock()
@@ -99,7 +104,7 @@ class Session:
             with _off_the_device(module, self.device):
                 if network is None:
                     network = self._networks[key] = Network(
-                        plan, self.device, self.dtype, self._selector
+                        plan, self.device, self.dtype, self._selector, self.pool
                     )
                 with self._lock:
                     engine = Engine(self, network, structure, origin, _host(module))
@@ -137,6 +142,16 @@ class Session:
         return lora
 
 
+@dataclass(frozen=True, eq=False)
+class Scheduled:
+    """A LoRA that is on from the part `start` of a sampling to the part `end`."""
+
+    lora: Lora
+    strength: float
+    start: float
+    end: float
+
+
 class Engine:
     """A checkpoint on an accelerated network. Call it as the module's `forward` is called.
 
@@ -155,6 +170,7 @@ class Engine:
         self._swaps: deque[dict[str, Any]] = deque(maxlen=32)
         self._fallbacks: deque[str] = deque(maxlen=32)
         self._lora_names: list[tuple[str, float]] = []
+        self._schedule: tuple[Scheduled, ...] | None = None
         self.times: dict[str, float] = {}
         weakref.finalize(self, network.leave, self.seat)
 
@@ -183,14 +199,39 @@ class Engine:
         kept by reference. Raises `InvalidFile` or `StructureMismatch`, and then nothing has
         changed.
         """
-        weights: FileSource | StateDictSource
-        if isinstance(source, (str, Path)):
-            weights = FileSource(TensorFile(source), self.config)
-        else:
-            weights = StateDictSource(source, self.config)
+        return self._load("load_weights", source_of(source, self.config))
+
+    def mix(self, parts: Sequence[tuple[Weightlike, float]]) -> SwapReport:
+        """Swap in a weighted sum of checkpoints: `[(a, 0.6), (b, 0.4)]`; the LoRA set stays on.
+
+        parts: (`.safetensors` path or state dict, weight), summed in float32 and rounded once, as
+        if they had been merged in float32 beforehand. Weights need not add up to 1. Raises
+        `InvalidInput`, `InvalidFile` or `StructureMismatch`, and then nothing has changed.
+        """
+        return self._load("mix", mixture(parts, self.config))
+
+    def add_difference(
+        self, a: Weightlike, b: Weightlike, c: Weightlike, strength: float = 1.0
+    ) -> SwapReport:
+        """Swap in a + strength · (b - c), what `b` has learned beyond `c` added to `a`.
+
+        Computed, and refused, as `mix` is.
+        """
+        return self._load("add_difference", added_difference(a, b, c, strength, self.config))
+
+    def prefetch(self, source: Weightlike) -> Future[None]:
+        """Bring a checkpoint that comes next nearer, in the background; this returns at once.
+
+        It waits on the device if the pool has room there, else in pinned RAM if it has room there;
+        `load_weights` then finds it. The result is done when it waits, and has no value. Raises as
+        `load_weights` does where the header of the file already tells.
+        """
+        return self._network.prefetch(source_of(source, self.config))
+
+    def _load(self, operation: str, source: Source) -> SwapReport:
         with self.session._lock:
-            report = self._network.load(self.seat, weights)
-            self._note("load_weights", report, weights.label)
+            report = self._network.load(self.seat, source)
+            self._note(operation, report, source.label)
         return report
 
     def set_loras(self, loras: Sequence[tuple[Weightlike, float]]) -> SwapReport:
@@ -203,11 +244,61 @@ class Engine:
         for source, strength in _checked(loras):
             parsed.append((self.session._lora(source, self.config), strength))
         with self.session._lock:
-            report = self._network.set_adapters(self.seat, tuple(parsed))
-            self._lora_names = [(lora.name, strength) for lora, strength in parsed]
-            self._note(
-                "set_loras", report, ", ".join(name for name, _ in self._lora_names) or "none"
+            report = self._wear(tuple(parsed), "set_loras")
+            self._schedule = None
+        return report
+
+    def schedule_loras(self, loras: Sequence[tuple[Weightlike, float, float, float]]) -> None:
+        """Replace the whole LoRA set by one that changes over a sampling: see `at_step`.
+
+        loras: (`.safetensors` path or state dict, strength, start, end). Start and end are parts of
+        the sampling, 0 ≤ start < end ≤ 1: a LoRA is on at the steps i of n with start ≤ i / n <
+        end. All of them are read here; the weights change at the first step. Raises as `set_loras`
+        does, and `InvalidInput` for a start or an end that is none; then nothing has changed.
+        """
+        planned = []
+        for entry in loras:
+            if not isinstance(entry, (tuple, list)) or len(entry) != 4:
+                raise InvalidInput(
+                    "scheduled LoRAs are a list of (path or state dict, strength, start, end)"
+                )
+            source, strength, start, end = entry
+            numbers = all(isinstance(part, (int, float)) for part in (start, end))
+            if not numbers or not 0 <= start < end <= 1:
+                raise InvalidInput(
+                    f"a LoRA's start and end are parts of the sampling, 0 ≤ start < end ≤ 1, "
+                    f"not {start!r} and {end!r}"
+                )
+            ((source, strength),) = _checked([(source, strength)])
+            planned.append(Scheduled(self.session._lora(source, self.config), strength, start, end))
+        with self.session._lock:
+            self._schedule = tuple(planned)
+
+    def at_step(self, step: int, steps: int) -> SwapReport:
+        """Put on the LoRAs that the schedule has for step `step`, from 0, of `steps`.
+
+        To be called before each step of a sampling. Only parameters whose LoRAs change are written,
+        and nothing at all where none does. Without a schedule the LoRA set stays as it is.
+        """
+        if not 0 <= step < steps:
+            raise InvalidInput(f"there is no step {step!r} of {steps!r}")
+        with self.session._lock:
+            if self._schedule is None:
+                return SwapReport(0.0, 0, 0)
+            wanted = tuple(
+                (one.lora, one.strength)
+                for one in self._schedule
+                if one.start <= step / steps < one.end
             )
+            # By identity: two LoRAs of equal content have patches of their own.
+            if [(id(a), s) for a, s in wanted] == [(id(a), s) for a, s in self.seat.adapters]:
+                return SwapReport(0.0, 0, 0)
+            return self._wear(wanted, "at_step")
+
+    def _wear(self, adapters: tuple[tuple[Lora, float], ...], operation: str) -> SwapReport:
+        report = self._network.set_adapters(self.seat, adapters)
+        self._lora_names = [(lora.name, strength) for lora, strength in adapters]
+        self._note(operation, report, ", ".join(name for name, _ in self._lora_names) or "none")
         return report
 
     def note_fallback(self, reason: str) -> None:
@@ -250,79 +341,20 @@ class Engine:
                 "shapes": network.shapes(),
                 "weights": None if source is None else source.label,
                 "live": network.live is self.seat,
-                "parked": self.seat.parked is not None,
+                "parked": network.parked(self.seat),
                 "loras": [{"name": n, "strength": s} for n, s in self._lora_names],
+                "lora_schedule": [
+                    {"name": s.lora.name, "strength": s.strength, "start": s.start, "end": s.end}
+                    for s in self._schedule or ()
+                ],
                 "weights_bytes": network.weights.bytes,
                 "activation_bytes": network.activation_bytes,
                 "swaps": list(self._swaps),
                 "activations_ms": [seconds * 1e3 for seconds in counters.activations[-32:]],
                 "fallbacks": list(self._fallbacks),
+                "pool": network.pool.report(),
                 "cache_problem": self.session.cache.problem,
             }
-
-
-class ModuleSource:
-    """The parameters of a host's module, by name at each read: hosts replace their objects."""
-
-    def __init__(self, module: nn.Module, structure: Structure) -> None:
-        assert structure.config is not None
-        self._module = module
-        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-        self._names = canonical_names(shapes, structure.config)
-        self.label = f"module {type(module).__name__}"
-
-    def read(self, name: str) -> torch.Tensor:
-        """The parameter as the module has it now."""
-        return self._module.get_parameter(self._names[name])
-
-    def stamp(self) -> Hashable:
-        """Where every parameter lies, and its version."""
-        return _stamp(self.read(name) for name in self._names)
-
-
-class FileSource:
-    """The parameters of a `.safetensors` file, mapped: each is read when it is asked for."""
-
-    def __init__(self, file: TensorFile, config: UNetConfig) -> None:
-        self._file = file
-        self._names = canonical_names(file.tensors, config)
-        self.label = str(file.path)
-        for name in self._names.values():
-            _require_numbers(f"{file.path}: {name}", file.tensors[name].dtype, InvalidFile)
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, backed by the mapped file."""
-        return self._file.read(self._names[name])
-
-    def stamp(self) -> Hashable:
-        """The file's fingerprint; InvalidFile once it has changed, since it is mapped."""
-        self._file.check_unchanged()
-        return self._file.fingerprint
-
-
-class StateDictSource:
-    """The parameters of a state dict, by reference."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], config: UNetConfig) -> None:
-        if not isinstance(tensors, Mapping) or not all(
-            isinstance(value, torch.Tensor) for value in tensors.values()
-        ):
-            raise InvalidInput("weights are given as a .safetensors path or a dict of tensors")
-        names = canonical_names(tensors, config)
-        self._tensors = {name: tensors[source] for name, source in names.items()}
-        self.label = "state dict"
-        for name, tensor in self._tensors.items():
-            _require_numbers(name, tensor.dtype, InvalidInput)
-            if tensor.is_meta or tensor.is_sparse:
-                raise InvalidInput(f"{name} is a {tensor.device} tensor without plain values")
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor itself."""
-        return self._tensors[name]
-
-    def stamp(self) -> Hashable:
-        """Where every tensor lies, and its version."""
-        return _stamp(self._tensors.values())
 
 
 def _checked(loras: Sequence[tuple[Weightlike, float]]) -> Iterator[tuple[Weightlike, float]]:
@@ -346,16 +378,6 @@ def _require_comparable(key: object) -> None:
         raise InvalidInput(f"the key must be hashable, a {type(key).__name__} is not") from None
     if isinstance(key, torch.Tensor):
         raise InvalidInput("the key must not be a tensor: give its identity and version")
-
-
-def _stamp(tensors: Iterable[torch.Tensor]) -> Hashable:
-    # Tensors made in inference mode count no versions.
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-
-
-def _require_numbers(what: str, dtype: torch.dtype, error: type[SwitchyardError]) -> None:
-    if not dtype.is_floating_point:
-        raise error(f"{what} holds {dtype}: an engine takes floating-point weights")
 
 
 @contextlib.contextmanager

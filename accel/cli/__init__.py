@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
         description="Switchyard: one compiled engine for every checkpoint.",
         epilog="Every command has its own --help. Settings: SWITCHYARD_CACHE_DIR (folder), "
         "SWITCHYARD_CACHE_GIB (size limit), SWITCHYARD_LOG (debug, info, warning or error), "
-        "SWITCHYARD_TUNE (on or off).",
+        "SWITCHYARD_TUNE (on or off), SWITCHYARD_POOL_GIB and SWITCHYARD_POOL_RAM_GIB (memory for "
+        "weights that wait, on each device and in RAM).",
     )
     top.add_argument("--version", action="version", version=f"Switchyard {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
