@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -35,12 +35,25 @@ from .runtime.network import Network, Seat
 from .runtime.pool import Pool, process_pool
 from .runtime.weights import Source, SwapReport
 from .settings import settings
-from .sources import ModuleSource, Weightlike, added_difference, mixture, source_of
+from .sources import (
+    FileSource,
+    ModuleSource,
+    StateDictSource,
+    Weightlike,
+    added_difference,
+    mixture,
+    source_of,
+)
 from .structure import Structure, structure_of
 from .tensorfile import TensorFile, fingerprint_of
 from .tuning import selector_for
 
 logger = logging.getLogger(__name__)
+
+LORAS, HEADERS = 32, 256
+"""Parsed LoRAs, and headers of checkpoints (about 1 MB for SDXL), that a session keeps."""
+
+T = TypeVar("T")
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -81,6 +94,7 @@ class Session:
         # Held by their engines: when the last engine of a structure goes, so does its memory.
         self._networks: weakref.WeakValueDictionary[str, Network] = weakref.WeakValueDictionary()
         self._loras: dict[Any, Lora] = {}
+        self._sources: dict[Any, FileSource] = {}
 
     def engine(self, module: nn.Module) -> Engine:
         """The engine of a UNet or ControlNet, its weights seated; built, or fetched by structure.
@@ -121,6 +135,21 @@ class Session:
         self.captures += origin == "built"
         return plan, origin
 
+    def _source(self, given: Weightlike, config: UNetConfig) -> FileSource | StateDictSource:
+        """A checkpoint; a file's header is kept while the file is the same: it takes 20 ms."""
+        key = None
+        if isinstance(given, (str, Path)):
+            with contextlib.suppress(OSError):  # reading it says what is wrong with the path
+                key = (fingerprint_of(given), config)
+        with self._lock:
+            source = self._sources.get(key)
+        if source is not None:
+            return source
+        found = source_of(given, config)
+        if isinstance(found, FileSource) and key is not None:
+            _keep(self._sources, key, found, HEADERS, self._lock)
+        return found
+
     def _lora(self, source: Weightlike, config: UNetConfig) -> Lora:
         """A parsed LoRA; that of a file is kept while the file is the same: strengths are cheap."""
         key = None
@@ -135,10 +164,7 @@ class Session:
         except InvalidLora as error:
             raise InvalidLora(f"{error}{_made_for(source, config)}") from error
         if key is not None:
-            with self._lock:
-                while len(self._loras) >= 32:
-                    self._loras.pop(next(iter(self._loras)))
-                self._loras[key] = lora
+            _keep(self._loras, key, lora, LORAS, self._lock)
         return lora
 
 
@@ -199,7 +225,7 @@ class Engine:
         kept by reference. Raises `InvalidFile` or `StructureMismatch`, and then nothing has
         changed.
         """
-        return self._load("load_weights", source_of(source, self.config))
+        return self._load("load_weights", self.session._source(source, self.config))
 
     def mix(self, parts: Sequence[tuple[Weightlike, float]]) -> SwapReport:
         """Swap in a weighted sum of checkpoints: `[(a, 0.6), (b, 0.4)]`; the LoRA set stays on.
@@ -226,7 +252,7 @@ class Engine:
         `load_weights` then finds it. The result is done when it waits, and has no value. Raises as
         `load_weights` does where the header of the file already tells.
         """
-        return self._network.prefetch(source_of(source, self.config))
+        return self._network.prefetch(self.session._source(source, self.config))
 
     def _load(self, operation: str, source: Source) -> SwapReport:
         with self.session._lock:
@@ -368,6 +394,14 @@ def _checked(loras: Sequence[tuple[Weightlike, float]]) -> Iterator[tuple[Weight
         if not isinstance(strength, (int, float)) or not math.isfinite(strength):
             raise InvalidInput(f"a LoRA's strength is a finite number, not {strength!r}")
         yield source, float(strength)
+
+
+def _keep(kept: dict[Any, T], key: Any, value: T, most: int, lock: threading.RLock) -> None:
+    """Remember the latest `most` of a kind."""
+    with lock:
+        while len(kept) >= most:
+            kept.pop(next(iter(kept)))
+        kept[key] = value
 
 
 def _require_comparable(key: object) -> None:

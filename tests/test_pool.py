@@ -437,10 +437,10 @@ def test_fifty_checkpoints_in_a_pool_that_holds_six(
     arguments, rng = inputs(), random.Random(0)
     engine.load_weights(paths[0])
     zero, held = engine(**arguments), []
-    order = [*range(50), *(rng.choice((3, 4, 5, 6, 40)) for _ in range(20))]
+    order = [*range(50), *(rng.choice((3, 4, 5, 6, 40)) for _ in range(12))]
     for step, index in enumerate(order):
         engine.load_weights(paths[index])
-        if step % 3 == 0:
+        if step % 6 == 0:
             engine.prefetch(paths[order[(step + 1) % len(order)]]).result(timeout=60)
         alive = [storage for ref in storages if (storage := ref()) is not None]
         held.append(sum(storage.numel() for storage in alive))
@@ -451,7 +451,7 @@ def test_fifty_checkpoints_in_a_pool_that_holds_six(
             assert torch.allclose(engine(**arguments) - zero, torch.tensor(float(index)), atol=1e-4)
     assert max(held) == 6 * size, "all of the budget is used"
     events = engine.report()["pool"]["events"]
-    assert events["hits_cpu"] >= 20 and events["evictions"] > 30
+    assert events["hits_cpu"] >= 12 and events["evictions"] > 30
 
 
 def test_swaps_go_on_while_memory_runs_out(

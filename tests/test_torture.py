@@ -22,7 +22,7 @@ from accel.session import Engine, Session
 from accel.sources import FileSource
 from accel.tensorfile import TensorFile
 
-STEPS = 60
+STEPS = 30
 SIZES = [(16, 16), (24, 16), (17, 9), (33, 12), (8, 40), (13, 13)]
 LORA_SETS: list[list[tuple[int, float]]] = [[], [(0, 0.8)], [(1, -0.5)], [(0, 0.3), (1, 1.1)]]
 
@@ -58,7 +58,7 @@ def inputs_for(size: tuple[int, int], batch: int, controlled: bool, seed: int) -
     return inputs
 
 
-def test_sixty_random_swaps_equal_fresh_engines(
+def test_random_swaps_equal_fresh_engines(
     plan_cache: Path, checkpoints: list[State], loras: list[State]
 ) -> None:
     """Whatever came before, an output depends on the present checkpoint, LoRAs and inputs alone."""

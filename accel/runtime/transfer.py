@@ -122,6 +122,10 @@ class HostBytes:
         runtime: Any = torch.cuda.cudart()
         address = self.tensor.data_ptr()
         if int(runtime.cudaHostRegister(address, size, 0)) != 0:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # takes the error, which the next launch reports
+                torch.zeros(1, device="cuda")
             raise torch.OutOfMemoryError(f"{size >> 20} MiB of RAM cannot be pinned")
         # The tensor is an argument, so that its memory goes after it has been unpinned.
         weakref.finalize(self, _unpin, address, self.tensor)
@@ -167,7 +171,12 @@ class Slot:
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device = size, device
         cuda = device.type == "cuda"
-        self.host = HostBytes(size, pin=cuda)
+        try:
+            self.host = HostBytes(size, pin=cuda)
+        except torch.OutOfMemoryError:
+            if not cuda:
+                raise
+            self.host = HostBytes(size, pin=False)  # slower, and right
         if cuda:
             with torch.inference_mode(False):
                 self.there = torch.empty(size, dtype=torch.uint8, device=device)
