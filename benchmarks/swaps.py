@@ -39,6 +39,8 @@ from accel.bench.networks import (
     release_memory,
 )
 from accel.bench.timing import enter, seconds, synchronize, timed
+from accel.demo.audition import Options, run_audition
+from accel.demo.material import SUPPORTED
 from accel.models import UNetConfig, parameters
 from accel.runtime.pool import PINNED, Pool
 
@@ -84,6 +86,10 @@ def main() -> None:
         ):
             document["rows"].append(case.facts | row)
             results.save(document, arguments.out)  # what was measured stays, whatever comes
+        if case.model in SUPPORTED:
+            row = audition_row(Path(folder), (width, height), arguments.device)
+            document["rows"].append(case.facts | row)
+            results.save(document, arguments.out)
 
 
 def say(text: str) -> None:
@@ -421,6 +427,32 @@ def mixed_loras(config: UNetConfig) -> list[dict[str, Tensor]]:
             hadamard[f"{layer}.alpha"] = torch.tensor(4.0)
     ranks = [random_lora(config, rank, seed) for rank, seed in ((8, 1), (64, 2))]
     return [*ranks, convolutions, hadamard]
+
+
+def audition_row(folder: Path, size: tuple[int, int], device: str, steps: int = 20) -> Row:
+    """Two pictures by each checkpoint of a folder: the part of the time without a step under way.
+
+    The files hold no text encoders and no VAE: random vectors stand in for the prompt, and pictures
+    are linear previews.
+    """
+    say("audition")
+    options = Options(folder, folder / "sheet.png", None, size, steps, images=2, device=device)
+    result = run_audition(options)
+    rest = result.rows[1:]
+    return {
+        "variant": "engine",
+        "operation": "audition",
+        "pictures": len(result.rows),
+        "steps": steps,
+        "ms": statistics.median(row.steps_ms for row in result.rows),
+        "ms_min": min(row.steps_ms for row in result.rows),
+        "ms_max": max(row.steps_ms for row in result.rows),
+        "idle_ms": statistics.median(row.idle_ms for row in rest),
+        "swap_ms": statistics.median(row.swap_ms for row in rest if row.swap_ms),
+        "idle": result.idle,
+        "must_idle": 0.05,
+        "held": result.idle <= 0.05,
+    }
 
 
 def diffusers_rows(case: Case, device: torch.device, files: Sequence[Path]) -> list[Row]:

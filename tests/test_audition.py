@@ -18,6 +18,7 @@ from accel.demo.audition import Options, find, run_audition
 from accel.demo.sheet import Cell, contact_sheet
 from accel.errors import InvalidFile, InvalidInput
 from accel.sources import FileSource
+from benchmarks import swaps
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,12 @@ def test_pictures_do_not_depend_on_who_came_before(
     run_audition(options)
     (with_other, alone), (other,) = pictures["z-flat"], pictures["tiny-neon"]
     assert torch.equal(with_other, alone) and not torch.equal(other, alone)
+
+
+def test_an_audition_is_a_row_of_the_benchmark(folder: Path) -> None:
+    row = swaps.audition_row(folder, (64, 64), "cpu", steps=1)
+    assert row["pictures"] == 4 and row["ms"] > 0 and 0 <= row["idle"] < 1
+    assert row["held"] == (row["idle"] <= row["must_idle"])
 
 
 def test_a_checkpoint_that_breaks_is_left_out_and_named(
