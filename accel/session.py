@@ -14,9 +14,11 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,7 +26,7 @@ from torch import nn
 from . import hardware
 from .capture import Progress
 from .compiler import open_cache, plan_for
-from .errors import InvalidFile, InvalidInput, InvalidLora, SwitchyardError, UnsupportedModel
+from .errors import InvalidInput, InvalidLora, UnsupportedModel
 from .lora import BlockWeights, Lora, block_weights, fits, read_lora
 from .models import (
     FAMILIES,
@@ -37,17 +39,31 @@ from .models import (
 from .models.calls import bind_call
 from .plan.schema import Plan
 from .runtime.network import Network, Seat
-from .runtime.weights import SwapReport
+from .runtime.pool import Pool, process_pool
+from .runtime.weights import Source, SwapReport
 from .settings import settings
-from .structure import Structure, canonical_names, structure_of
+from .sources import (
+    FileSource,
+    ModuleSource,
+    StateDictSource,
+    Weightlike,
+    added_difference,
+    mixture,
+    source_of,
+)
+from .structure import Structure, structure_of
 from .tensorfile import TensorFile, fingerprint_of
 from .tuning import selector_for
 
 logger = logging.getLogger(__name__)
 
+LORAS, HEADERS = 32, 256
+"""Parsed LoRAs, and headers of checkpoints (about 1 MB for SDXL), that a session keeps."""
+
+T = TypeVar("T")
+
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-Weightlike = str | Path | Mapping[str, torch.Tensor]
 LoraEntry = tuple[Weightlike, float] | tuple[Weightlike, float, BlockWeights]
 
 
@@ -58,6 +74,7 @@ class Session:
     activations.
     cache_dir: folder of built plans; the user's cache folder by default.
     progress: called with (fraction, text) while a structure is captured.
+    pool: memory for weights that wait; by default the process's own.
     Raises `DeviceUnavailable` without such a device, `InvalidInput` for another precision.
     """
 
@@ -67,6 +84,7 @@ class Session:
         precision: str = "fp16",
         cache_dir: str | Path | None = None,
         progress: Progress | None = None,
+        pool: Pool | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise InvalidInput(
@@ -77,6 +95,7 @@ class Session:
         root = Path(cache_dir) if cache_dir is not None else settings().cache_dir
         self.cache = open_cache(root, settings().cache_bytes)
         self._selector = selector_for(self.device, root, measuring=True, waiting=True)
+        self.pool = process_pool() if pool is None else pool
         self.captures = 0
         self._progress = progress
         self._lock = threading.RLock()
@@ -84,6 +103,7 @@ class Session:
         # Held by their engines: when the last engine of a structure goes, so does its memory.
         self._networks: weakref.WeakValueDictionary[str, Network] = weakref.WeakValueDictionary()
         self._loras: dict[Any, Lora] = {}
+        self._sources: dict[Any, FileSource] = {}
 
     def engine(self, module: nn.Module) -> Engine:
         """The engine of a UNet or ControlNet, its weights seated; built, or fetched by structure.
@@ -107,7 +127,7 @@ class Session:
             with _off_the_device(module, self.device):
                 if network is None:
                     network = self._networks[key] = Network(
-                        plan, self.device, self.dtype, self._selector
+                        plan, self.device, self.dtype, self._selector, self.pool
                     )
                 with self._lock:
                     engine = Engine(self, network, structure, origin, _host(module))
@@ -123,6 +143,21 @@ class Session:
         plan, origin = plan_for(structure, network, self.cache, self._progress)
         self.captures += origin == "built"
         return plan, origin
+
+    def _source(self, given: Weightlike, config: UNetConfig) -> FileSource | StateDictSource:
+        """A checkpoint; a file's header is kept while the file is the same: it takes 20 ms."""
+        key = None
+        if isinstance(given, (str, Path)):
+            with contextlib.suppress(OSError):  # reading it says what is wrong with the path
+                key = (fingerprint_of(given), config)
+        with self._lock:
+            source = self._sources.get(key)
+        if source is not None:
+            return source
+        found = source_of(given, config)
+        if isinstance(found, FileSource) and key is not None:
+            _keep(self._sources, key, found, HEADERS, self._lock)
+        return found
 
     def _lora(self, source: Weightlike, config: UNetConfig) -> Lora:
         """A parsed LoRA; that of a file is kept while the file is the same: strengths are cheap."""
@@ -145,11 +180,18 @@ class Session:
                 len(lora.skipped),
             )
         if key is not None:
-            with self._lock:
-                while len(self._loras) >= 32:
-                    self._loras.pop(next(iter(self._loras)))
-                self._loras[key] = lora
+            _keep(self._loras, key, lora, LORAS, self._lock)
         return lora
+
+
+@dataclass(frozen=True, eq=False)
+class Scheduled:
+    """A LoRA that is on from the part `start` of a sampling to the part `end`."""
+
+    lora: Lora
+    strength: float
+    start: float
+    end: float
 
 
 class Engine:
@@ -170,6 +212,7 @@ class Engine:
         self._swaps: deque[dict[str, Any]] = deque(maxlen=32)
         self._fallbacks: deque[str] = deque(maxlen=32)
         self._loras: list[dict[str, Any]] = []
+        self._schedule: tuple[Scheduled, ...] | None = None
         self.times: dict[str, float] = {}
         weakref.finalize(self, network.leave, self.seat)
 
@@ -198,14 +241,39 @@ class Engine:
         kept by reference. Raises `InvalidFile` or `StructureMismatch`, and then nothing has
         changed.
         """
-        weights: FileSource | StateDictSource
-        if isinstance(source, (str, Path)):
-            weights = FileSource(TensorFile(source), self.config)
-        else:
-            weights = StateDictSource(source, self.config)
+        return self._load("load_weights", self.session._source(source, self.config))
+
+    def mix(self, parts: Sequence[tuple[Weightlike, float]]) -> SwapReport:
+        """Swap in a weighted sum of checkpoints: `[(a, 0.6), (b, 0.4)]`; the LoRA set stays on.
+
+        parts: (`.safetensors` path or state dict, weight), summed in float32 and rounded once, as
+        if they had been merged in float32 beforehand. Weights need not add up to 1. Raises
+        `InvalidInput`, `InvalidFile` or `StructureMismatch`, and then nothing has changed.
+        """
+        return self._load("mix", mixture(parts, self.config))
+
+    def add_difference(
+        self, a: Weightlike, b: Weightlike, c: Weightlike, strength: float = 1.0
+    ) -> SwapReport:
+        """Swap in a + strength · (b - c), what `b` has learned beyond `c` added to `a`.
+
+        Computed, and refused, as `mix` is.
+        """
+        return self._load("add_difference", added_difference(a, b, c, strength, self.config))
+
+    def prefetch(self, source: Weightlike) -> Future[None]:
+        """Bring a checkpoint that comes next nearer, in the background; this returns at once.
+
+        It waits on the device if the pool has room there, else in pinned RAM if it has room there;
+        `load_weights` then finds it. The result is done when it waits, and has no value. Raises as
+        `load_weights` does where the header of the file already tells.
+        """
+        return self._network.prefetch(self.session._source(source, self.config))
+
+    def _load(self, operation: str, source: Source) -> SwapReport:
         with self.session._lock:
-            report = self._network.load(self.seat, weights)
-            self._note("load_weights", report, weights.label)
+            report = self._network.load(self.seat, source)
+            self._note(operation, report, source.label)
         return report
 
     def set_loras(self, loras: Sequence[LoraEntry]) -> SwapReport:
@@ -221,23 +289,67 @@ class Engine:
         for source, strength, given in _checked(loras):
             lora = self.session._lora(source, self.config)
             weights = _weights_of_blocks(given, lora, self.config)
-            used.append(
-                {
-                    "name": lora.name,
-                    "strength": strength,
-                    "blocks": weights,
-                    "skipped_keys": len(lora.skipped),
-                }
-            )
+            used.append(_told(lora, strength, weights))
             if weights is None:
                 parsed.append((lora, strength))
                 continue
             for block, part in lora.by_block(blocks(self.config).of).items():
                 parsed.append((part, strength * weights.get(block or "", 1.0)))
         with self.session._lock:
-            report = self._network.set_adapters(self.seat, tuple(parsed))
-            self._loras = used
-            self._note("set_loras", report, ", ".join(one["name"] for one in used) or "none")
+            report = self._wear(tuple(parsed), used, "set_loras")
+            self._schedule = None
+        return report
+
+    def schedule_loras(self, loras: Sequence[tuple[Weightlike, float, float, float]]) -> None:
+        """Replace the whole LoRA set by one that changes over a sampling: see `at_step`.
+
+        loras: (`.safetensors` path or state dict, strength, start, end). Start and end are parts of
+        the sampling, 0 ≤ start < end ≤ 1: a LoRA is on at the steps i of n with start ≤ i / n <
+        end. All of them are read here; the weights change at the first step. Raises as `set_loras`
+        does, and `InvalidInput` for a start or an end that is none; then nothing has changed.
+        """
+        planned = []
+        for entry in loras:
+            if not isinstance(entry, (tuple, list)) or len(entry) != 4:
+                raise InvalidInput(
+                    "scheduled LoRAs are a list of (path or state dict, strength, start, end)"
+                )
+            source, strength, start, end = entry
+            numbers = all(isinstance(part, (int, float)) for part in (start, end))
+            if not numbers or not 0 <= start < end <= 1:
+                raise InvalidInput(
+                    f"a LoRA's start and end are parts of the sampling, 0 ≤ start < end ≤ 1, "
+                    f"not {start!r} and {end!r}"
+                )
+            ((source, strength, _),) = _checked([(source, strength)])
+            planned.append(Scheduled(self.session._lora(source, self.config), strength, start, end))
+        with self.session._lock:
+            self._schedule = tuple(planned)
+
+    def at_step(self, step: int, steps: int) -> SwapReport:
+        """Put on the LoRAs that the schedule has for step `step`, from 0, of `steps`.
+
+        To be called before each step of a sampling. Only parameters whose LoRAs change are written,
+        and nothing at all where none does. Without a schedule the LoRA set stays as it is.
+        """
+        if not 0 <= step < steps:
+            raise InvalidInput(f"there is no step {step!r} of {steps!r}")
+        with self.session._lock:
+            if self._schedule is None:
+                return SwapReport(0.0, 0, 0)
+            now = [one for one in self._schedule if one.start <= step / steps < one.end]
+            wanted = tuple((one.lora, one.strength) for one in now)
+            # By identity: two LoRAs of equal content have patches of their own.
+            if [(id(a), s) for a, s in wanted] == [(id(a), s) for a, s in self.seat.adapters]:
+                return SwapReport(0.0, 0, 0)
+            return self._wear(wanted, [_told(one.lora, one.strength) for one in now], "at_step")
+
+    def _wear(
+        self, adapters: tuple[tuple[Lora, float], ...], told: list[dict[str, Any]], operation: str
+    ) -> SwapReport:
+        report = self._network.set_adapters(self.seat, adapters)
+        self._loras = told
+        self._note(operation, report, ", ".join(one["name"] for one in told) or "none")
         return report
 
     def note_fallback(self, reason: str) -> None:
@@ -280,79 +392,20 @@ class Engine:
                 "shapes": network.shapes(),
                 "weights": None if source is None else source.label,
                 "live": network.live is self.seat,
-                "parked": self.seat.parked is not None,
+                "parked": network.parked(self.seat),
                 "loras": [dict(lora) for lora in self._loras],
+                "lora_schedule": [
+                    {"name": s.lora.name, "strength": s.strength, "start": s.start, "end": s.end}
+                    for s in self._schedule or ()
+                ],
                 "weights_bytes": network.weights.bytes,
                 "activation_bytes": network.activation_bytes,
                 "swaps": list(self._swaps),
                 "activations_ms": [seconds * 1e3 for seconds in counters.activations[-32:]],
                 "fallbacks": list(self._fallbacks),
+                "pool": network.pool.report(),
                 "cache_problem": self.session.cache.problem,
             }
-
-
-class ModuleSource:
-    """The parameters of a host's module, by name at each read: hosts replace their objects."""
-
-    def __init__(self, module: nn.Module, structure: Structure) -> None:
-        assert structure.config is not None
-        self._module = module
-        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-        self._names = canonical_names(shapes, structure.config)
-        self.label = f"module {type(module).__name__}"
-
-    def read(self, name: str) -> torch.Tensor:
-        """The parameter as the module has it now."""
-        return self._module.get_parameter(self._names[name])
-
-    def stamp(self) -> Hashable:
-        """Where every parameter lies, and its version."""
-        return _stamp(self.read(name) for name in self._names)
-
-
-class FileSource:
-    """The parameters of a `.safetensors` file, mapped: each is read when it is asked for."""
-
-    def __init__(self, file: TensorFile, config: UNetConfig) -> None:
-        self._file = file
-        self._names = canonical_names(file.tensors, config)
-        self.label = str(file.path)
-        for name in self._names.values():
-            _require_numbers(f"{file.path}: {name}", file.tensors[name].dtype, InvalidFile)
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, backed by the mapped file."""
-        return self._file.read(self._names[name])
-
-    def stamp(self) -> Hashable:
-        """The file's fingerprint; InvalidFile once it has changed, since it is mapped."""
-        self._file.check_unchanged()
-        return self._file.fingerprint
-
-
-class StateDictSource:
-    """The parameters of a state dict, by reference."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], config: UNetConfig) -> None:
-        if not isinstance(tensors, Mapping) or not all(
-            isinstance(value, torch.Tensor) for value in tensors.values()
-        ):
-            raise InvalidInput("weights are given as a .safetensors path or a dict of tensors")
-        names = canonical_names(tensors, config)
-        self._tensors = {name: tensors[source] for name, source in names.items()}
-        self.label = "state dict"
-        for name, tensor in self._tensors.items():
-            _require_numbers(name, tensor.dtype, InvalidInput)
-            if tensor.is_meta or tensor.is_sparse:
-                raise InvalidInput(f"{name} is a {tensor.device} tensor without plain values")
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor itself."""
-        return self._tensors[name]
-
-    def stamp(self) -> Hashable:
-        """Where every tensor lies, and its version."""
-        return _stamp(self._tensors.values())
 
 
 def _checked(
@@ -375,6 +428,14 @@ def _checked(
         yield source, float(strength), weights
 
 
+def _told(
+    lora: Lora, strength: float, weights: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """What the report says of a LoRA that is on."""
+    skipped = len(lora.skipped)
+    return {"name": lora.name, "strength": strength, "blocks": weights, "skipped_keys": skipped}
+
+
 def _weights_of_blocks(
     given: BlockWeights | None, lora: Lora, config: UNetConfig
 ) -> dict[str, float] | None:
@@ -388,6 +449,14 @@ def _weights_of_blocks(
         raise InvalidInput(f"LoRA {lora.name!r}: {error}") from error
 
 
+def _keep(kept: dict[Any, T], key: Any, value: T, most: int, lock: threading.RLock) -> None:
+    """Remember the latest `most` of a kind."""
+    with lock:
+        while len(kept) >= most:
+            kept.pop(next(iter(kept)))
+        kept[key] = value
+
+
 def _require_comparable(key: object) -> None:
     """A key that can change, or that does not compare to a bool, vouches for nothing."""
     try:
@@ -396,16 +465,6 @@ def _require_comparable(key: object) -> None:
         raise InvalidInput(f"the key must be hashable, a {type(key).__name__} is not") from None
     if isinstance(key, torch.Tensor):
         raise InvalidInput("the key must not be a tensor: give its identity and version")
-
-
-def _stamp(tensors: Iterable[torch.Tensor]) -> Hashable:
-    # Tensors made in inference mode count no versions.
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-
-
-def _require_numbers(what: str, dtype: torch.dtype, error: type[SwitchyardError]) -> None:
-    if not dtype.is_floating_point:
-        raise error(f"{what} holds {dtype}: an engine takes floating-point weights")
 
 
 @contextlib.contextmanager

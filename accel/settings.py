@@ -30,27 +30,44 @@ class Settings:
     `log_level` (SWITCHYARD_LOG): one of LOG_LEVELS, for the command line's log.
     `tune` (SWITCHYARD_TUNE, "on" or "off"): time the kernels for a call that no profile knows,
     before its first run. Unset, sessions of scripts do and hosts, whose users wait, do not.
+    `pool_device_bytes` (SWITCHYARD_POOL_GIB, in GiB): weights that wait on each device; unset, what
+    is free there bounds them.
+    `pool_ram_bytes` (SWITCHYARD_POOL_RAM_GIB, in GiB): weights that wait in pinned RAM; unset, a
+    quarter of all RAM.
     """
 
     cache_dir: Path
     cache_bytes: int
     log_level: str
     tune: bool | None
+    pool_device_bytes: int | None
+    pool_ram_bytes: int | None
 
 
 def settings() -> Settings:
     """The settings in force. A bad value is warned of once and replaced by its default."""
-    names = ("SWITCHYARD_CACHE_DIR", "SWITCHYARD_CACHE_GIB", "SWITCHYARD_LOG", "SWITCHYARD_TUNE")
-    return _parse(*(os.environ.get(name, "").strip() for name in names), user_cache_dir())
+    names = ("CACHE_DIR", "CACHE_GIB", "LOG", "TUNE", "POOL_GIB", "POOL_RAM_GIB")
+    values = (os.environ.get(f"SWITCHYARD_{name}", "").strip() for name in names)
+    return _parse(user_cache_dir(), *values)
 
 
 @lru_cache(maxsize=16)  # one entry per environment seen, so that each bad value is warned of once
-def _parse(cache_dir: str, cache_gib: str, log: str, tune: str, default_cache: Path) -> Settings:
+def _parse(
+    default_cache: Path,
+    cache_dir: str,
+    cache_gib: str,
+    log: str,
+    tune: str,
+    pool_gib: str,
+    pool_ram_gib: str,
+) -> Settings:
     return Settings(
         cache_dir=_cache_dir(cache_dir, default_cache),
-        cache_bytes=int(_gib(cache_gib) * 2**30),
+        cache_bytes=_bytes("SWITCHYARD_CACHE_GIB", cache_gib, int(DEFAULT_CACHE_GIB * 2**30)),
         log_level=_log_level(log),
         tune=_tune(tune),
+        pool_device_bytes=_bytes("SWITCHYARD_POOL_GIB", pool_gib, None),
+        pool_ram_bytes=_bytes("SWITCHYARD_POOL_RAM_GIB", pool_ram_gib, None),
     )
 
 
@@ -83,16 +100,18 @@ def _cache_dir(text: str, default: Path) -> Path:
     return _default("SWITCHYARD_CACHE_DIR", text, "an absolute path", default)
 
 
-def _gib(text: str) -> float:
-    if not text:
-        return DEFAULT_CACHE_GIB
+def _bytes(name: str, gib: str, default: _T) -> int | _T:
+    """A size in bytes; `default` where none, or none that makes sense, is given."""
+    if not gib:
+        return default
     try:
-        value = float(text)
+        value = float(gib)
     except ValueError:
         value = math.nan
     if math.isfinite(value) and value >= 0:
-        return value
-    return _default("SWITCHYARD_CACHE_GIB", text, "a size in GiB such as 2", DEFAULT_CACHE_GIB)
+        return int(value * 2**30)
+    _warn(name, gib, "a size in GiB such as 2", default)
+    return default
 
 
 def _log_level(text: str) -> str:
@@ -111,5 +130,10 @@ def _tune(text: str) -> bool | None:
 
 
 def _default(name: str, text: str, wanted: str, default: _T) -> _T:
-    logger.warning("%s is %r, which is not %s: using %s", name, text, wanted, default)
+    _warn(name, text, wanted, default)
     return default
+
+
+def _warn(name: str, text: str, wanted: str, default: object) -> None:
+    used = "none" if default is None else default
+    logger.warning("%s is %r, which is not %s: using %s", name, text, wanted, used)

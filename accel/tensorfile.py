@@ -47,6 +47,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def bytes(self) -> int:
+        """Size of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 Fingerprint = tuple[str, int, int]
 
@@ -67,6 +72,7 @@ class TensorFile:
         self.path = Path(path)
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
+        self._starts: dict[str, int] = {}
         self._mapped: Any = None
         self._lock = threading.Lock()
         if self.path.is_dir():
@@ -85,6 +91,7 @@ class TensorFile:
         except OSError as error:
             raise InvalidFile(f"{self.path} cannot be read: {error.strerror or error}") from None
         self._parse(header, data_bytes)
+        self._data = 8 + len(header)
         self.fingerprint = _fingerprint(self.path, stat)
 
     def read(self, name: str) -> torch.Tensor:
@@ -102,6 +109,33 @@ class TensorFile:
             # Headers of odd length are allowed; kernels that expect aligned data are many.
             tensor = tensor.clone()
         return tensor
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Read one tensor into `out`: on the CPU, contiguous, of the stored shape and dtype.
+
+        The bytes come by a read of their own, not through the mapping, whose pages are brought in
+        one by one: several threads may read at once, and none holds the interpreter meanwhile.
+        Raises KeyError for an unknown name, InvalidFile where the file changed or ended early.
+        """
+        info = self.tensors[name]
+        if (tuple(out.shape), out.dtype) != (info.shape, info.dtype) or not out.is_contiguous():
+            raise ValueError(f"{name} is {info}, not {out.dtype} {tuple(out.shape)}")
+        if not out.numel():
+            return
+        raw: Any = out.view(-1).view(torch.uint8).numpy()
+        view = memoryview(raw)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if _fingerprint(self.path, os.fstat(file.fileno())) != self.fingerprint:
+                    raise InvalidFile(f"{self.path} changed while it was in use: load it again")
+                file.seek(self._data + self._starts[name])
+                while view:
+                    count = file.readinto(view)
+                    if not count:
+                        raise InvalidFile(f"{self.path} ended in the midst of {name}")
+                    view = view[count:]
+        except OSError as error:
+            raise InvalidFile(f"{self.path} cannot be read: {_line(error)}") from None
 
     def check_unchanged(self) -> None:
         """Raise InvalidFile where the file is no more what its header said when it was read."""
@@ -151,6 +185,7 @@ class TensorFile:
                 if end - start != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
                     raise ValueError(name)
                 spans.append((start, end))
+                self._starts[name] = start
                 self.tensors[name] = TensorInfo(shape, dtype)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise InvalidFile(

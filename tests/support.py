@@ -28,6 +28,18 @@ def tiny_config(family: str = "sd15") -> UNetConfig:
     return dataclasses.replace(config, **changes)
 
 
+def two_levels() -> UNetConfig:
+    """A structure that captures in a second or two."""
+    return dataclasses.replace(
+        tiny_config(),
+        block_out_channels=(32, 32),
+        layers_per_block=(1, 1),
+        down_depths=((1,), (0,)),
+        up_depths=((0, 0), (1, 1)),
+        heads=(4, 4),
+    )
+
+
 def make_unet(seed: int, config: UNetConfig | None = None) -> torch.nn.Module:
     """A diffusers UNet or ControlNet with weights that make every path of it matter."""
     from diffusers import ControlNetModel, UNet2DConditionModel

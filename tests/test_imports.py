@@ -29,7 +29,11 @@ LAYERS: dict[str, set[str]] = {
     "runtime": {"kernels", "ops", "plan", "tuning"},
     "capture": {"models", "ops", "plan"},
     "compiler": {"capture", "lora", "models", "passes", "plan", "runtime", "structure", "tuning"},
-    "session": {"capture", "compiler", "lora", "models", "plan", "runtime", "structure", "tuning"},
+    "sources": {"models", "runtime", "structure"},
+    "session": {
+        *("capture", "compiler", "lora", "models", "plan", "runtime", "sources", "structure"),
+        "tuning",
+    },
     "accel": {"compiler", "session", "structure"},  # accel/__init__.py: the public surface
     "hosts": {"accel", "compiler", "lora", "models", "plan", "runtime", "structure"},
     "demo": {"accel", "lora", "models", "structure"},

@@ -16,7 +16,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import family_config, make_lora, make_unet, residuals_for, tiny_config
+from support import (
+    family_config,
+    make_lora,
+    make_unet,
+    residuals_for,
+    tiny_config,
+    two_levels,
+)
 
 import accel
 from accel import compiler
@@ -34,23 +41,12 @@ from accel.errors import (
 from accel.models import FAMILIES, UNetConfig, parameters
 from accel.plan.schema import Plan
 from accel.runtime.arena import Arena
-from accel.session import Engine, Session, StateDictSource
+from accel.session import Engine, Session
+from accel.sources import StateDictSource
 from accel.structure import Structure, structure_of
 from accel.tuning import Choice, Selector
 
 ROOT = Path(__file__).parents[1]
-
-
-def two_levels() -> UNetConfig:
-    """A structure that captures in a second or two."""
-    return dataclasses.replace(
-        tiny_config(),
-        block_out_channels=(32, 32),
-        layers_per_block=(1, 1),
-        down_depths=((1,), (0,)),
-        up_depths=((0, 0), (1, 1)),
-        heads=(4, 4),
-    )
 
 
 def arguments(config: UNetConfig | None = None, seed: int = 0) -> dict[str, Any]:
@@ -308,6 +304,126 @@ def test_runs_under_inference_mode(engine: Engine) -> None:
     assert torch.equal(inside, engine(**inputs))
 
 
+# Checkpoint arithmetic.
+
+
+Weights = dict[str, torch.Tensor]
+
+
+def summed(parts: list[tuple[Weights, float]]) -> Weights:
+    """A weighted sum in float32, merged beforehand, one operation after the other."""
+    (first, weight), *rest = parts
+    total = {name: value.float() * weight for name, value in first.items()}
+    for state, weight in rest:
+        total = {name: total[name] + state[name].float() * weight for name in total}
+    return total
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_mix_equals_weights_merged_beforehand(
+    plan_cache: Path, tmp_path: Path, precision: str
+) -> None:
+    """Bit for bit in the arena, from files and state dicts of any precision, LoRAs on top."""
+    states = [make_unet(seed).state_dict() for seed in (1, 2, 3)]
+    states[1] = {name: value.half() for name, value in states[1].items()}
+    path = tmp_path / "b.safetensors"
+    save_file(states[1], path)
+    session = Session("cpu", precision, cache_dir=plan_cache)
+    engine, plain = session.engine(make_unet(4)), session.engine(make_unet(5))
+    arena = engine._network.weights.storage
+    parts: list[Any] = [(states[0], 0.6), (path, 0.7), (states[2], -0.3)]
+    merge = summed([(state, weight) for state, (_, weight) in zip(states, parts, strict=True)])
+    difference = {
+        name: value + (states[1][name].float() - states[2][name]) * 0.8
+        for name, value in states[0].items()
+    }
+    for mix, expected in (
+        (lambda: engine.mix(parts), merge),
+        (lambda: engine.add_difference(states[0], path, states[2], 0.8), difference),
+    ):
+        for loras in ([], [(make_lora(3), 0.7)]):
+            engine.set_loras(loras)
+            report = mix()
+            assert report.constants > 100 and report.bytes > 0
+            found = arena.clone()
+            plain.set_loras(loras)
+            plain.load_weights(expected)
+            plain._network.activate(plain.seat)
+            assert torch.equal(found, arena)
+            # Put on afterwards, a LoRA comes to the same.
+            engine.set_loras([])
+            engine.set_loras(loras)
+            assert torch.equal(found, arena)
+
+
+def test_a_difference_of_nothing_is_the_base_itself(engine: Engine) -> None:
+    state, other = make_unet(2).state_dict(), make_unet(3).state_dict()
+    engine.load_weights(state)
+    before = engine(**arguments())
+    engine.add_difference(state, other, other, 3.0)
+    assert torch.equal(engine(**arguments()), before)
+    assert engine.report()["swaps"][-1]["operation"] == "add_difference"
+
+
+def test_what_cannot_be_mixed_changes_nothing(engine: Engine, tmp_path: Path) -> None:
+    before = engine(**arguments())
+    state = make_unet(2).state_dict()
+    other = {name: torch.empty(p.shape, device="meta") for name, p in _sdxl().items()}
+    path, cut = tmp_path / "other.safetensors", tmp_path / "cut.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    save_file(state, cut)
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    bad: Any
+    for bad in ([], state, [state], [(state, 0.5, 1)], [(state, float("inf"))], [(state, "x")]):
+        refused(InvalidInput, lambda bad=bad: engine.mix(bad))  # type: ignore[misc]
+    assert "SDXL" in refused(StructureMismatch, lambda: engine.mix([(state, 0.5), (other, 0.5)]))
+    assert "other.safetensors" in refused(
+        StructureMismatch, lambda: engine.mix([(state, 0.5), (path, 0.5)])
+    )
+    assert "cut" in refused(InvalidFile, lambda: engine.add_difference(state, state, cut))
+    refused(InvalidInput, lambda: engine.add_difference(state, state, state, float("nan")))
+    assert torch.equal(engine(**arguments()), before)
+
+
+# Schedules.
+
+
+def test_scheduled_loras_come_and_go_between_steps(engine: Engine) -> None:
+    first, second = make_lora(3), make_lora(4)
+    sets: dict[int, list[Any]] = {
+        0: [(first, 0.5)],
+        1: [(first, 0.5), (second, 1.0)],
+        2: [(second, 1.0)],
+        3: [],
+    }
+    expected = []
+    for chosen in sets.values():
+        engine.set_loras(chosen)
+        expected.append(engine(**arguments()))
+    engine.schedule_loras([(first, 0.5, 0.0, 0.5), (second, 1.0, 0.25, 0.75)])
+    for _ in range(2):  # a second sampling begins with the first step's again
+        for step in range(8):
+            report = engine.at_step(step, 8)
+            assert (report.bytes > 0) == (step % 2 == 0), "only where the set changes"
+            output = engine.call((), arguments(), key="prompt")
+            assert torch.equal(output, expected[step // 2])
+    assert engine.report()["lora_schedule"][1]["start"] == 0.25
+    engine.set_loras([(first, 0.5)])
+    assert engine.at_step(7, 8).bytes == 0, "the schedule has gone"
+    assert torch.equal(engine(**arguments()), expected[0])
+
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(0.5, 0.5), (-0.1, 1), (0, 1.5), (float("nan"), 1), ("0", 1)]
+)
+def test_parts_of_a_sampling_that_are_none(engine: Engine, start: Any, end: Any) -> None:
+    lora = make_lora(3)
+    engine.schedule_loras([(lora, 1.0, 0.0, 1.0)])
+    refused(InvalidInput, lambda: engine.schedule_loras([(lora, 1.0, start, end)]))
+    refused(InvalidInput, lambda: engine.at_step(3, 3))
+    assert len(engine.report()["lora_schedule"]) == 1
+
+
 # Builds.
 
 
@@ -315,9 +431,9 @@ def test_an_engine_of_a_collected_handle_frees_its_seat(plan_cache: Path) -> Non
     session = Session("cpu", "fp32", cache_dir=plan_cache)
     kept = session.engine(make_unet(1))
     dropped = session.engine(make_unet(2))
-    seat = dropped.seat
+    seat, network = dropped.seat, dropped._network
     del dropped
-    assert seat.source is None and seat.parked is None
+    assert seat.source is None and not network.parked(seat)
     assert relative(kept(**arguments()), make_unet(1)(**arguments())[0]) < 1e-5
 
 
@@ -406,7 +522,7 @@ def test_full_memory_costs_parked_seats_and_other_shapes_first(
     session = Session("cpu", "fp32", cache_dir=plan_cache)
     waiting, engine = session.engine(make_unet(2)), session.engine(make_unet(1))
     before = waiting(**arguments()), engine(**arguments())
-    assert waiting.seat.parked is not None
+    assert waiting.report()["parked"]
     acquire, calls = Arena.acquire, []
 
     def full_once(self: Arena, intervals: Any) -> Any:
@@ -419,7 +535,7 @@ def test_full_memory_costs_parked_seats_and_other_shapes_first(
     larger = {**arguments(), "sample": torch.randn(2, 4, 24, 24)}
     assert relative(engine(**larger), make_unet(1)(**larger)[0]) < 1e-5
     assert calls == [1, 0]
-    assert waiting.seat.parked is None
+    assert not waiting.report()["parked"]
     assert torch.equal(waiting(**arguments()), before[0])
     assert torch.equal(engine(**arguments()), before[1])
 

@@ -27,6 +27,10 @@ def test_values_are_read_at_every_call(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert (found.cache_dir, found.cache_bytes, found.log_level) == (tmp_path, 2**29, "info")
     monkeypatch.setenv("SWITCHYARD_CACHE_GIB", "0")
     assert settings().cache_bytes == 0
+    assert settings().pool_device_bytes is None and settings().pool_ram_bytes is None
+    monkeypatch.setenv("SWITCHYARD_POOL_GIB", "1.5")
+    monkeypatch.setenv("SWITCHYARD_POOL_RAM_GIB", "0")
+    assert settings().pool_device_bytes == 3 * 2**29 and settings().pool_ram_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -39,6 +43,8 @@ def test_values_are_read_at_every_call(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("SWITCHYARD_CACHE_DIR", "a/relative/path"),
         ("SWITCHYARD_LOG", "loud"),
         ("SWITCHYARD_TUNE", "maybe"),
+        ("SWITCHYARD_POOL_GIB", "all"),
+        ("SWITCHYARD_POOL_RAM_GIB", "-3"),
     ],
 )
 def test_bad_value_warns_once_and_gives_the_default(

@@ -46,6 +46,31 @@ def test_header_and_tensors(path, tensors):
         file.read("absent")
 
 
+def test_reading_into_a_tensor(path, tensors):
+    """Past the mapping, whatever the header's length; and only what fits, of the file as it was."""
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = content[8 : 8 + length] + b" " * 3
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+    file = TensorFile(path)
+    for name, value in tensors.items():
+        out = torch.empty(value.shape, dtype=value.dtype)
+        file.read_into(name, out)
+        assert torch.equal(out.float(), value.float()), name
+        assert file.tensors[name].bytes == value.numel() * value.element_size()
+    for wrong in (torch.empty(6), torch.empty(2, 3).half(), torch.empty(3, 2).T):
+        with pytest.raises(ValueError):
+            file.read_into("a.weight", wrong)
+    with pytest.raises(KeyError):
+        file.read_into("absent", torch.empty(1))
+    path.write_bytes(content)
+    with pytest.raises(InvalidFile, match="changed"):
+        file.read_into("a.weight", torch.empty(2, 3))
+    path.unlink()
+    with pytest.raises(InvalidFile, match="cannot be read"):
+        file.read_into("a.weight", torch.empty(2, 3))
+
+
 def test_writing_to_a_read_tensor_leaves_the_file_alone(path, tensors):
     before = path.read_bytes()
     TensorFile(path).read("a.weight").add_(1)

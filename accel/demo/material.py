@@ -22,6 +22,11 @@ Size = tuple[int, int]
 """Height and width in latent pixels, an eighth of the picture's."""
 
 SUPPORTED = ("sd15", "sdxl", "ssd1b")
+PROMPT = "a lighthouse on a cliff at sunset, oil painting"
+GUIDANCE = 6.0
+WORLD_PROMPT = "red disc on blue"
+WORLD_GUIDANCE = 3.0
+WORLD_SIZE = (32, 32)
 _SIDE = {"sd15": 64}  # of a square latent that the family was trained for; SDXL and its kin: 128
 
 
@@ -52,21 +57,14 @@ class Material:
 
 def tiny_world(folder: Path, prompt: str | None, size: Size | None) -> Material:
     """The world that the demo brings along, written into `folder`. Raises InvalidInput."""
-    text = prompt or "red disc on blue"
-    scene = world.parse(text)
-    shape, colour, ground = (
-        torch.tensor([index]) for index in (scene.shape, scene.colour, scene.ground)
-    )
+    text = prompt or WORLD_PROMPT
+    shape = torch.tensor([world.parse(text).shape])
     files = world.write_files(folder)
 
     def hint(latent: Size) -> Tensor:
         height, width = latent
         centre = torch.tensor([[0.36 * height, 0.36 * width]])
         return world.outline(shape, centre, torch.tensor([0.3 * min(latent)]), height, width)
-
-    def decode(latent: Tensor) -> Tensor:
-        picture = world.to_picture(latent.float().cpu())
-        return torch.nn.functional.interpolate(picture, scale_factor=world.PIXELS)[0]
 
     return Material(
         title=f"the tiny world, '{text}'",
@@ -75,17 +73,34 @@ def tiny_world(folder: Path, prompt: str | None, size: Size | None) -> Material:
         checkpoints=files.checkpoints,
         lora=files.lora,
         controlnet=files.controlnet,
-        conditioning=Conditioning(
-            torch.cat([world.empty_context(1), world.encode(shape, colour, ground)])
-        ),
-        guidance=3.0,
-        size=size or (32, 32),
+        conditioning=world_conditioning(text),
+        guidance=WORLD_GUIDANCE,
+        size=size or WORLD_SIZE,
         # Odd sides, which halve to fractions at every level of the network.
         other_size=(33, 65) if size != (33, 65) else (32, 48),
         hint=hint,
-        decode=decode,
+        decode=decode_world,
         remarks=(f"the files are in {folder}: try them in your own programs",),
     )
+
+
+def trained_size(family: str | None) -> Size:
+    """The size of latents that a family was trained for."""
+    side = _SIDE.get(family or "", 128)
+    return side, side
+
+
+def world_conditioning(text: str) -> Conditioning:
+    """Conditioning of the tiny world's network. Raises InvalidInput for what it cannot paint."""
+    scene = world.parse(text)
+    words = (torch.tensor([index]) for index in (scene.shape, scene.colour, scene.ground))
+    return Conditioning(torch.cat([world.empty_context(1), world.encode(*words)]))
+
+
+def decode_world(latent: Tensor) -> Tensor:
+    """The picture [3, 8H, 8W] of one of the tiny world's latents [1, 4, H, W]."""
+    picture = world.to_picture(latent.float().cpu())
+    return torch.nn.functional.interpolate(picture, scale_factor=world.PIXELS)[0]
 
 
 def own_files(
@@ -125,11 +140,10 @@ def own_files(
         read_lora(lora, adapter_names(config), shapes)
     control_config = None if controlnet is None else _control_config(controlnet, config, family)
     file = TensorFile(first)
-    text = prompt or "a lighthouse on a cliff at sunset, oil painting"
+    text = prompt or PROMPT
     conditioning, about_prompt = prompts.conditioning(file, config, text, size, tokenizer, seed)
     decoder = Decoder(file, config.pooled_dim is not None, device)
-    side = _SIDE.get(family, 128)
-    chosen = size or (side, side)
+    chosen = size or trained_size(family)
     shape = torch.tensor([world.SHAPES.index("disc")])
 
     def hint(latent: Size) -> Tensor:
@@ -148,7 +162,7 @@ def own_files(
         lora=lora,
         controlnet=controlnet,
         conditioning=conditioning,
-        guidance=6.0,
+        guidance=GUIDANCE,
         size=chosen,
         other_size=(chosen[0], chosen[1] * 3 // 4 if chosen[1] > 16 else chosen[1] + 8),
         hint=hint,

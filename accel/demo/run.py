@@ -130,8 +130,8 @@ def run_demo(options: Options, report: Report = lambda fraction, text: None) -> 
     Raises SwitchyardError in one line for files that cannot be used, a device or a package that is
     not there.
     """
-    _require_packages()
-    device, precision = _device(options.device)
+    require_packages()
+    device, precision = best_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     stuff = _material(options, device)
     changes = _changes(stuff)
@@ -153,7 +153,8 @@ def run_demo(options: Options, report: Report = lambda fraction, text: None) -> 
     )
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Raise SwitchyardError where a package is missing that painting needs."""
     missing = [
         package
         for module, package in (("diffusers", "diffusers"), ("PIL", "pillow"))
@@ -161,12 +162,12 @@ def _require_packages() -> None:
     ]
     if missing:
         raise SwitchyardError(
-            f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}, "
+            f"painting needs {' and '.join(missing)}: pip install {' '.join(missing)}, "
             "or run python3 install.py demo"
         )
 
 
-def _device(wanted: str | None) -> tuple[torch.device, str]:
+def best_device(wanted: str | None) -> tuple[torch.device, str]:
     """The device and the precision that suits it."""
     found = "cpu"
     for name in ("cuda", "cpu") if wanted is None else (wanted,):
@@ -221,10 +222,10 @@ class _Plain:
         from diffusers import ControlNetModel, UNet2DConditionModel
 
         self.stuff, self.device, self.dtype = stuff, device, dtype
-        self.unet = _empty(UNet2DConditionModel, stuff.config, dtype)
+        self.unet = empty_module(UNet2DConditionModel, stuff.config, dtype)
         self.controlnet: nn.Module | None = None
         if stuff.controlnet is not None and stuff.control_config is not None:
-            self.controlnet = _empty(ControlNetModel, stuff.control_config, dtype)
+            self.controlnet = empty_module(ControlNetModel, stuff.control_config, dtype)
             _load(self.controlnet, stuff.controlnet, stuff.control_config)
             self.controlnet.to(device)
         self.conditioning = stuff.conditioning.to(device, dtype)
@@ -310,7 +311,7 @@ class _Engined:
         ticker.report(done / ticker.total, f"building the engine, once: {text}")
 
 
-def _empty(kind: Any, config: UNetConfig, dtype: torch.dtype) -> nn.Module:
+def empty_module(kind: Any, config: UNetConfig, dtype: torch.dtype) -> nn.Module:
     """A module of diffusers whose weights are yet to be loaded."""
     with torch.device("meta"):
         module: nn.Module = kind(**diffusers_kwargs(config)).eval()

@@ -1,4 +1,4 @@
-"""The side-by-side picture: plain PyTorch above, the engine below, one column a change."""
+"""Sheets of pictures: plain PyTorch above the engine, one column a change; or one cell each."""
 
 from __future__ import annotations
 
@@ -44,6 +44,35 @@ def sheet(columns: Sequence[Column]) -> Image.Image:
     return image
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One picture [3, H, W] in 0..1, and what is written above and below."""
+
+    title: str
+    note: str
+    picture: Tensor
+
+
+def contact_sheet(heading: str, cells: Sequence[Cell], columns: int) -> Image.Image:
+    """Pictures row by row, `columns` in each, under a heading."""
+    rows = -(-len(cells) // columns)
+    step = CELL + 2 * CAPTION
+    width = MARGIN + columns * (CELL + MARGIN)
+    image = Image.new("RGB", (width, CAPTION + rows * step + MARGIN), "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(15)
+    draw.text((MARGIN, MARGIN), _cut(draw, heading, font, width - 2 * MARGIN), "black", font)
+    for index, cell in enumerate(cells):
+        x = MARGIN + index % columns * (CELL + MARGIN)
+        y = CAPTION + index // columns * step
+        _centred(draw, cell.title, x, y + MARGIN, font)
+        tile = _tile(cell.picture)
+        place = x + (CELL - tile.width) // 2, y + CAPTION + (CELL - tile.height) // 2
+        image.paste(tile, place)
+        _centred(draw, cell.note, x, y + CAPTION + CELL + MARGIN // 2, font)
+    return image
+
+
 def _tile(picture: Tensor) -> Image.Image:
     values = (picture * 255).round().byte().permute(1, 2, 0).contiguous()
     image = Image.fromarray(values.numpy())
@@ -59,6 +88,17 @@ def _centred(
     y: int,
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
 ) -> None:
-    while text and draw.textlength(text, font) > CELL:
-        text = text[:-2].rstrip("…") + "…"
+    text = _cut(draw, text, font, CELL)
     draw.text((x + (CELL - draw.textlength(text, font)) / 2, y), text, "black", font)
+
+
+def _cut(
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    width: int,
+) -> str:
+    """As much of a text as fits."""
+    while len(text) > 1 and draw.textlength(text, font) > width:
+        text = text[:-2].rstrip("…") + "…"
+    return text

@@ -1,1 +1,1 @@
-"""Execution: one executable per shape, weights with seats, memory."""
+"""Execution: one executable per shape, weights with seats, the pool of those that wait."""

@@ -1,48 +1,52 @@
 """One structure on one device: plan, live weights, seats, executables by shape.
 
 A *seat* is a set of weights that belongs to the structure: a checkpoint and its LoRAs. One seat is
-live, that is, in the arena which captured graphs read; the others wait, parked on the device while
-there is room, otherwise at their source. A call for a seat that waits first brings it in, by copy.
+live, that is, in the arena which captured graphs read. What was live is *parked* in the pool, as a
+copy of the arena that is found again by what stands in it, whichever seat asks: a checkpoint that
+comes back, with the LoRAs it had, is one copy on the device, and LoRAs are put on and taken off
+from the copy of the bare checkpoint. What finds no room in the pool is read from its source.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 
 from ..errors import OutOfMemory, SwitchyardError
-from ..hardware import available_memory
 from ..plan.schema import Plan
 from ..tuning import Selector, selector_for
 from .arena import Arena
 from .executable import Executable, PromptState, bind_dims
-from .weights import Adapters, Source, SwapReport, Weights
+from .pool import PINNED, Pool, process_pool
+from .transfer import Combined, HostCopy, Readable, Stageable, Sum, transfer_for
+from .weights import Adapters, Source, SwapReport, Waiting, Weights
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_EXECUTABLES = 64
 """Shapes kept ready. A captured graph of a large UNet takes some 10 MiB beside the shared arena."""
 
-PARKING_RESERVE = 2 << 30
-"""Bytes that parking leaves free on the device, for the host's other models."""
-
 
 @dataclass(eq=False)
 class Seat:
-    """Weights that may be live. `parked`: the arena as it was when another seat took over."""
+    """Weights that may be live. `stamp`: that of the source when the weights were read."""
 
     source: Source | None = None
     stamp: Hashable = None
     adapters: Adapters = ()
-    parked: torch.Tensor | None = None
 
 
 @dataclass
@@ -70,16 +74,20 @@ class Network:
         device: torch.device,
         dtype: torch.dtype,
         selector: Selector | None = None,
+        pool: Pool | None = None,
     ) -> None:
         self.plan, self.device, self.dtype = plan, device, dtype
+        self.pool = process_pool() if pool is None else pool
+        self._tier, self._owner = str(device), object()
+        weakref.finalize(self, self.pool.forget, self._owner)
         self._selector = selector
         self.waiting = False
-        self.weights = Weights(plan, device, dtype)
+        self.weights = self._room_for(lambda: Weights(plan, device, dtype))
         self.arena = Arena(device)
         self.counters = Counters()
         self.live: Seat | None = None
         self._epoch = 0
-        self._parked: weakref.WeakSet[Seat] = weakref.WeakSet()
+        self._coming: dict[Hashable, Future[None]] = {}
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
         self._prompts: dict[Any, PromptState] = {}
         self._optional = [entry.name for entry in plan.inputs if entry.optional]
@@ -90,68 +98,54 @@ class Network:
 
     # Weights.
 
+    def _room_for(self, make: Callable[[], T]) -> T:
+        """What `make` makes; where memory runs out, once more with all that waits given up."""
+        try:
+            return make()
+        except (OutOfMemory, torch.OutOfMemoryError):
+            if not self.pool.shrink(self._tier):
+                raise
+            return make()
+
     def load(self, seat: Seat, source: Source) -> SwapReport:
         """Seat the parameters of `source` with the seat's LoRAs on them, and make the seat live.
 
         On failure the seat keeps what it had.
         """
-        self._park_other_than(seat)
-        names = self.weights.shapes.keys()
-        return self._write(seat, names, source, seat.adapters)
+        started = time.perf_counter()
+        stamp = source.stamp()
+        if self.live is not seat or (seat.source is not None and seat.source.lasting):
+            self._park()
+        self._wait_for(stamp)
+        return self._bring(seat, source, stamp, seat.adapters).since(started)
 
     def update(self, seat: Seat, names: Collection[str], source: Source) -> SwapReport:
         """Give a seat another source that differs from its own in the parameters `names` alone.
 
         The caller vouches for that. The seat is live afterwards; on failure it holds nothing.
         """
-        if self.live is not seat and seat.parked is None:
+        if self.live is not seat and not self.parked(seat):
             return self.load(seat, source)
         try:
             self.activate(seat)
-            return self._write(seat, names, source, seat.adapters)
+            return self._write(seat, names, source, source.stamp(), seat.adapters, source)
         except BaseException:
             self.leave(seat)
             raise
 
     def set_adapters(self, seat: Seat, adapters: Adapters) -> SwapReport:
         """Replace the seat's whole LoRA set, rewriting only parameters whose adapters change."""
+        started = time.perf_counter()
         self.activate(seat)
         assert seat.source is not None
-        names: Collection[str] = self.weights.shapes.keys()
-        if seat.source.stamp() == seat.stamp:  # else all of it is read anew, never a mixture
-            names = [
-                name for name in names if _changes(name, seat.adapters) != _changes(name, adapters)
-            ]
-        return self._write(seat, names, seat.source, adapters)
-
-    def _write(
-        self, seat: Seat, names: Collection[str], source: Source, adapters: Adapters
-    ) -> SwapReport:
-        stamp = source.stamp()
-        self._epoch += 1
-        self.weights.synchronize()  # replays under way still read the arena
-        try:
-            report = self.weights.write(names, source, adapters)
-        except BaseException as error:
-            self._restore(seat, names)
-            if isinstance(error, torch.OutOfMemoryError):
-                raise OutOfMemory(f"no memory is left on {self.device} to swap weights") from error
-            raise
-        seat.source, seat.stamp, seat.adapters, seat.parked = source, stamp, adapters, None
-        self.live = seat
-        return report
-
-    def _restore(self, seat: Seat, names: Collection[str]) -> None:
-        """After a write that failed half-way: what the seat held before, or nothing live."""
-        was_live, self.live = self.live is seat, None
-        if not was_live or seat.source is None:
-            return
-        try:
-            self.weights.write(names, seat.source, seat.adapters)
-        except Exception as error:  # the first error is the one to tell
-            logger.warning("the weights from before could not be restored: %s", error)
-        else:
-            self.live = seat
+        stamp = seat.source.stamp()
+        if stamp != seat.stamp:  # all of it is read anew, never a mixture
+            return self._bring(seat, seat.source, stamp, adapters).since(started)
+        if not _standing(seat.adapters):
+            self._park()  # what LoRAs are put on, and taken off from
+        names = _differing(self.weights.shapes, seat.adapters, adapters)
+        origin = self._nearest(seat.source, stamp)
+        return self._write(seat, names, seat.source, stamp, adapters, origin).since(started)
 
     def activate(self, seat: Seat) -> None:
         """Make `seat` the live one."""
@@ -160,41 +154,190 @@ class Network:
         if seat.source is None:
             raise SwitchyardError("this engine has no weights: load_weights first")
         started = time.perf_counter()
-        self._park_other_than(seat)
-        if seat.parked is None:
-            self._write(seat, self.weights.shapes.keys(), seat.source, seat.adapters)
-        else:
-            self._epoch += 1
-            self.weights.storage.copy_(seat.parked)
-            self.live = seat
-            self.weights.synchronize()
+        self._park()
+        stamp = seat.stamp
+        if not self.parked(seat):
+            stamp = seat.source.stamp()
+            self._wait_for(stamp)
+        self._bring(seat, seat.source, stamp, seat.adapters)
         self.counters.activations.append(time.perf_counter() - started)
 
-    def _park_other_than(self, seat: Seat) -> None:
-        """Keep a copy of the live weights on the device, where there is room to spare."""
-        leaving = self.live
-        if leaving is None or leaving is seat or leaving.parked is not None:
-            return
-        if available_memory(self.device) < self.weights.bytes + PARKING_RESERVE:
+    def prefetch(self, source: Source) -> Future[None]:
+        """Bring a checkpoint nearer in the background: onto the device, else into pinned RAM.
+
+        A hint: where there is no room, or the source cannot be read by threads, nothing happens.
+        What fails is said in the log, and again when the checkpoint is loaded.
+        """
+        stamp = source.stamp()
+        with _coming_lock:
+            for done in [key for key, job in self._coming.items() if job.done()]:
+                del self._coming[done]
+            if stamp not in self._coming:
+                # Weakly: what is yet to come must not keep a network whose engines are gone.
+                self._coming[stamp] = _prefetcher().submit(
+                    _prefetch, weakref.ref(self), source, stamp
+                )
+            return self._coming[stamp]
+
+    def _bring(self, seat: Seat, source: Source, stamp: Hashable, adapters: Adapters) -> SwapReport:
+        """Make all of `source` with `adapters` live, from the nearest place that has it."""
+        copy = self.pool.get(self._tier, self._owner, (stamp, _standing(adapters)))
+        if copy is not None:
+            self._epoch += 1
+            self.weights.synchronize()  # replays under way still read the arena
+            report = self.weights.restore(copy.storage)
+            self._now_holds(seat, source, stamp, adapters)
+            return report
+        bare = self._bare(source, stamp) if _standing(adapters) else None
+        if bare is not None:
+            touched = _differing(self.weights.shapes, (), adapters)
+            origin: Readable = Waiting(self.weights, bare.storage)
+            return self._write(seat, touched, source, stamp, adapters, origin, bare.storage)
+        origin = self._nearest(source, stamp)
+        return self._write(seat, self.weights.shapes, source, stamp, adapters, origin)
+
+    def _bare(self, source: Source, stamp: Hashable) -> Parked | None:
+        """A parked copy of a checkpoint without adapters, for these to be put on and taken off."""
+        parked: Parked | None = self.pool.get(self._tier, self._owner, (stamp, ()))
+        if parked is not None:
+            return parked
+        origin = self._nearest(source, stamp)
+
+        def read() -> Parked:
+            storage = self.weights.blank()
+            self.weights.write_copy(storage, origin, transfer_for(self.device))
+            return Parked(storage, ())
+
+        return self.pool.put(self._tier, self._owner, (stamp, ()), self.weights.bytes, read)
+
+    def _nearest(self, source: Source, stamp: Hashable) -> Readable:
+        """What to read a source's parameters from: a parked copy, a copy in RAM, or itself."""
+        parked = self.pool.get(self._tier, self._owner, (stamp, ()))
+        if parked is not None:
+            return Waiting(self.weights, parked.storage)
+        if isinstance(source, Combined):
+            # From copies in RAM alone: what is parked has been rounded to the arena's dtype.
+            parts = [self._in_ram(part, part.stamp()) for part in source.parts]
+            return Sum(parts, source.combine)
+        return self._in_ram(source, stamp)
+
+    def _in_ram(self, source: Readable, stamp: Hashable) -> Readable:
+        copy = self.pool.get(PINNED, None, stamp)
+        return source if copy is None else copy
+
+    def _write(
+        self,
+        seat: Seat,
+        names: Collection[str],
+        source: Source,
+        stamp: Hashable,
+        adapters: Adapters,
+        origin: Readable,
+        start: torch.Tensor | None = None,
+    ) -> SwapReport:
+        """Write parameters of a seat, read from `origin`; it then holds `source` and is live.
+
+        start: a copy of the arena that is brought in first.
+        """
+        self._epoch += 1
+        self.weights.synchronize()  # replays under way still read the arena
+        try:
+            whole = None if start is None else self.weights.restore(start)
+            report = self._room_for(lambda: self.weights.write(names, origin, adapters))
+        except BaseException as error:
+            self._restore(seat, names if start is None else self.weights.shapes)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise OutOfMemory(f"no memory is left on {self.device} to swap weights") from error
+            raise
+        self._now_holds(seat, source, stamp, adapters)
+        if whole is None:
+            return report
+        return replace(whole, bytes=whole.bytes + report.bytes)
+
+    def _now_holds(self, seat: Seat, source: Source, stamp: Hashable, adapters: Adapters) -> None:
+        if seat.stamp != stamp:
+            self._abandon(seat)
+        seat.source, seat.stamp, seat.adapters = source, stamp, adapters
+        self.live = seat
+
+    def _abandon(self, seat: Seat) -> None:
+        """Give up copies that nobody can ask for again once the seat holds something else."""
+        stamp = seat.stamp
+        if seat.source is not None and not seat.source.lasting:
+            self.pool.drop(self._tier, self._owner, lambda what: what[0] == stamp)
+
+    def _restore(self, seat: Seat, names: Collection[str]) -> None:
+        """After a write that failed half-way: what the seat held before, or nothing live."""
+        was_live, self.live = self.live is seat, None
+        if not was_live or seat.source is None:
             return
         try:
-            with torch.inference_mode(False):
-                leaving.parked = self.weights.storage.clone()
-            self._parked.add(leaving)
-        except torch.OutOfMemoryError:
-            leaving.parked = None
+            self.weights.write(names, self._nearest(seat.source, seat.stamp), seat.adapters)
+        except Exception as error:  # the first error is the one to tell
+            logger.warning("the weights from before could not be restored: %s", error)
+        else:
+            self.live = seat
+
+    def _park(self) -> None:
+        """Keep a copy of the live weights on the device, where the pool has room for it."""
+        seat = self.live
+        if seat is None:
+            return
+        self.pool.trim(self._tier)
+        self.pool.put(
+            self._tier,
+            self._owner,
+            (seat.stamp, _standing(seat.adapters)),
+            self.weights.bytes,
+            lambda: Parked(self.weights.copy(), seat.adapters),
+        )
+
+    def parked(self, seat: Seat) -> bool:
+        """Whether a seat's weights wait in a copy on the device."""
+        what = (seat.stamp, _standing(seat.adapters))
+        return seat.source is not None and self.pool.holds(self._tier, self._owner, what)
 
     def free_parked(self) -> None:
-        """Give up the copies of seats that wait: they are read from their sources again."""
-        for seat in self._parked:
-            seat.parked = None
-        self._parked.clear()
+        """Give up the copies of weights that wait: they are read from their sources again."""
+        self.pool.forget(self._owner)
 
     def leave(self, seat: Seat) -> None:
-        """Forget a seat whose engine is gone."""
+        """Forget a seat whose engine is gone. A copy of what it held is the pool's to keep."""
         if self.live is seat:
             self.live = None
-        seat.source, seat.adapters, seat.parked = None, (), None
+        self._abandon(seat)
+        seat.source, seat.stamp, seat.adapters = None, None, ()
+
+    def _wait_for(self, stamp: Hashable) -> None:
+        """Let a prefetch that is under way come to its end: it is ahead of one begun now."""
+        with _coming_lock:
+            job = self._coming.get(stamp)
+        if job is not None and not job.cancel():  # one that has not begun is not waited for
+            wait([job])
+
+    def _fetch(self, source: Source, stamp: Hashable) -> None:
+        """Bring a checkpoint nearer, in the prefetcher's thread."""
+        if self.pool.holds(self._tier, self._owner, (stamp, ())):
+            return
+        transfer = transfer_for(self.device, background=True)
+        self.pool.trim(self._tier)
+        copy = self.pool.get(PINNED, None, stamp)
+
+        def on_the_device() -> Parked:
+            storage = self.weights.blank()
+            with _own_stream(self.device):
+                self.weights.write_copy(storage, source if copy is None else copy, transfer)
+            return Parked(storage, ())
+
+        what = (stamp, ())
+        if self.pool.put(self._tier, self._owner, what, self.weights.bytes, on_the_device):
+            return
+        if copy is not None or not isinstance(source, Stageable):
+            return
+        names = list(self.weights.shapes)
+        size = HostCopy.bytes_for(names, source)
+        if size is not None:
+            self.pool.put(PINNED, None, stamp, size, lambda: transfer.gather(names, source))
 
     # Running.
 
@@ -213,7 +356,7 @@ class Network:
             try:
                 return self._run(self._executable(plan, dims), inputs, vouched)
             except OutOfMemory:  # what seats that wait and other shapes hold is given up for it
-                self.free_parked()
+                self.pool.shrink(self._tier)
                 self.clear_executables()
                 return self._run(self._executable(plan, dims), inputs, vouched)
 
@@ -298,7 +441,7 @@ class Network:
     @property
     def bytes(self) -> int:
         """Bytes on the device: weights, those of seats that wait, activations."""
-        waiting = sum(seat.parked.numel() for seat in self._parked if seat.parked is not None)
+        waiting = self.pool.bytes(self._tier, self._owner)
         return self.weights.bytes + waiting + self.activation_bytes
 
     @property
@@ -331,6 +474,62 @@ class Network:
         ]
 
 
-def _changes(name: str, adapters: Adapters) -> list[tuple[int, float]]:
-    """What touches a parameter. Adapters are told apart by identity, which holds while they do."""
-    return [(id(a), s) for a, s in adapters if name in a.patches and s != 0.0]
+@dataclass(frozen=True, eq=False)
+class Parked:
+    """A copy of the arena, and the adapters in it: while they live, their identity tells it."""
+
+    storage: torch.Tensor
+    adapters: Adapters
+
+
+def _standing(adapters: Adapters) -> tuple[tuple[int, float], ...]:
+    """What tells LoRA sets apart. Adapters are known by identity, which holds while they live."""
+    return tuple((id(adapter), strength) for adapter, strength in adapters if strength != 0.0)
+
+
+def _differing(names: Iterable[str], before: Adapters, after: Adapters) -> list[str]:
+    """The parameters that two LoRA sets do not change alike."""
+
+    def changes(name: str, adapters: Adapters) -> tuple[tuple[int, float], ...]:
+        return _standing(tuple(entry for entry in adapters if name in entry[0].patches))
+
+    return [name for name in names if changes(name, before) != changes(name, after)]
+
+
+_coming_lock = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def _prefetcher() -> ThreadPoolExecutor:
+    """One checkpoint at a time is fetched ahead, by a transfer's readers."""
+    return ThreadPoolExecutor(1, "switchyard-prefetch")
+
+
+def _prefetch(network: weakref.ref[Network], source: Source, stamp: Hashable) -> None:
+    alive = network()
+    if alive is None:
+        return
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            alive._fetch(source, stamp)
+        alive.pool.note("prefetches")
+    except Exception as error:
+        alive.pool.note("failed_prefetches")
+        logger.warning("%s was not fetched ahead: %s", source.label, error)
+
+
+@contextlib.contextmanager
+def _own_stream(device: torch.device) -> Iterator[None]:
+    """Work beside that of other threads, after what this one has asked for; done at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream(device)
+        # Memory that was just taken may still be read by work that came before.
+        stream.wait_stream(torch.cuda.current_stream(device))
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            stream.synchronize()

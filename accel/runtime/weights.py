@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
 
@@ -22,22 +22,30 @@ from ..plan.memory import align
 from ..plan.recipe import Literal, places
 from ..plan.schema import Constant, Plan, resolve
 from .lowrank import Batch, batch_size, low_rank, ranks
+from .transfer import Readable, Transfer, transfer_for
 
 
 class Source(Protocol):
-    """Where parameters come from: a mapped file, a state dict, a host's module."""
+    """Where parameters come from: a mapped file, a state dict, a host's module.
+
+    One that is `transfer.Stageable` or `transfer.Combined` too is read faster.
+    """
 
     @property
     def label(self) -> str:
         """A name for reports."""
 
+    @property
+    def lasting(self) -> bool:
+        """Whether other sources can have its stamp, as two of one file have: copies are kept."""
+
     def read(self, name: str) -> torch.Tensor:
         """The parameter by canonical name, any floating dtype, any device. Not to be written to."""
 
     def stamp(self) -> Hashable:
-        """Something that differs once what `read` gives has changed.
+        """Equal stamps, of whatever sources, vouch for equal values.
 
-        Raises `InvalidFile` where it changed in a way that must not be read on from.
+        Raises `InvalidFile` where what is read changed in a way that must not be read on from.
         """
 
 
@@ -74,6 +82,10 @@ class SwapReport:
     bytes: int
     constants: int
 
+    def since(self, started: float) -> SwapReport:
+        """The same with all the time that has passed since `started`, of `time.perf_counter`."""
+        return replace(self, seconds=time.perf_counter() - started)
+
 
 class Weights:
     """The live weights: constants of a plan as views of one allocation on the device.
@@ -83,6 +95,7 @@ class Weights:
 
     def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
+        self._transfer = transfer_for(device)
         *offsets, end = _offsets(plan, dtype)
         with torch.inference_mode(False):  # written in and out of inference mode
             self.storage = _allocate(end, device)
@@ -108,24 +121,72 @@ class Weights:
         """Size of the allocation."""
         return self.storage.numel()
 
-    def write(self, names: Collection[str], source: Source, adapters: Adapters) -> SwapReport:
+    def write(self, names: Collection[str], source: Readable, adapters: Adapters) -> SwapReport:
         """Bring the parameters `names` to the values that `source` and `adapters` give them."""
         started = time.perf_counter()
+        with self._exact_matmul():
+            written, touched = self._write(names, source, adapters, self.storage, self._transfer)
+        self.synchronize()
+        return SwapReport(time.perf_counter() - started, written, touched)
+
+    def blank(self) -> torch.Tensor:
+        """Room for a copy of the arena. Raises `torch.OutOfMemoryError`."""
+        with torch.inference_mode(False):
+            return torch.empty_like(self.storage)
+
+    def copy(self) -> torch.Tensor:
+        """A copy of the arena. Raises `torch.OutOfMemoryError`."""
+        with torch.inference_mode(False):
+            return self.storage.clone()
+
+    def write_copy(self, storage: torch.Tensor, source: Readable, transfer: Transfer) -> None:
+        """Make `storage` what the arena would be with `source` in it and no adapters.
+
+        Another thread may run the network meanwhile. On a GPU the work has only been asked for.
+        """
+        with torch.inference_mode(False):
+            storage.copy_(self.storage)  # for the constants that no parameter changes
+            self._write(self.shapes, source, (), storage, transfer)
+
+    def restore(self, storage: torch.Tensor) -> SwapReport:
+        """Make the arena what it was when `storage` was copied from it."""
+        started = time.perf_counter()
+        with torch.inference_mode(False):
+            self.storage.copy_(storage)
+        self.synchronize()
+        return SwapReport(time.perf_counter() - started, self.bytes, len(self.constants))
+
+    def _write(
+        self,
+        names: Collection[str],
+        source: Readable,
+        adapters: Adapters,
+        storage: torch.Tensor,
+        transfer: Transfer,
+    ) -> tuple[int, int]:
+        """Bytes and constants written."""
         written, touched = 0, set()
-        with torch.inference_mode(False), torch.no_grad(), self._exact_matmul():
-            stored = ((name, source.read(name)) for name in names)
-            for name, value in self._values(stored, adapters):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            contextlib.closing(transfer.values(list(names), source)) as values,
+        ):
+            for name, value in self._values(zip(names, values, strict=True), adapters):
                 for constant, place in self._places[name]:
-                    place.copy_(value)
+                    _same_place(place, storage).copy_(value)
                     written += place.numel() * place.element_size()
                     touched.add(constant)
-        self.synchronize()
-        return SwapReport(time.perf_counter() - started, written, len(touched))
+        return written, len(touched)
+
+    def read_place(self, name: str, storage: torch.Tensor) -> torch.Tensor:
+        """A parameter as it stands in a copy of the arena, at the widest where it has several."""
+        places = (place for _, place in self._places[name])
+        return _same_place(max(places, key=lambda place: place.element_size()), storage)
 
     def _values(
         self, stored: Iterable[tuple[str, torch.Tensor]], adapters: Adapters
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter with its adapters, on the device.
+        """Every parameter of those on the device with its adapters.
 
         In the order given, but for low-rank changes on a GPU, which go together by shape. Of what
         is `stored`, each is used before the next is asked for.
@@ -133,8 +194,7 @@ class Weights:
         batches: dict[Hashable, Batch] = {}
         for name, raw in stored:
             shape = self.shapes[name]
-            # The raw bytes go over the bus; the cast and the transposition happen on the device.
-            value = raw.detach().to(self.device, non_blocking=True).reshape(shape)
+            value = raw.reshape(shape)
             changes = [
                 (adapter.patches[name], s)
                 for adapter, s in adapters
@@ -193,6 +253,23 @@ class Weights:
         """Wait until the device has done all that was asked of it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class Waiting:
+    """A copy of the arena as a source: the parameters of a checkpoint, cast and on the device."""
+
+    def __init__(self, weights: Weights, storage: torch.Tensor) -> None:
+        self._weights, self._storage = weights, storage
+
+    def read(self, name: str) -> torch.Tensor:
+        """The parameter, in the copy."""
+        return self._weights.read_place(name, self._storage)
+
+
+def _same_place(place: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:
+    """Where `place`, a view of the arena, would be if the arena were `storage`."""
+    view = storage.view(place.dtype)
+    return view.as_strided(place.shape, place.stride(), place.storage_offset())
 
 
 def weights_bytes(plan: Plan, dtype: torch.dtype) -> int:

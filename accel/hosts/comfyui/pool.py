@@ -1,4 +1,4 @@
-"""The engines' memory, owned by the process and counted by the host.
+"""The engines of the process, whose memory the host counts as it counts that of its models.
 
 ComfyUI drops a MODEL as soon as no node of the prompt uses it, so what an engine holds in VRAM must
 not belong to one: it would die at every change of checkpoint. A `NetworkPatcher` owns it instead,
@@ -162,8 +162,6 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
         """Hold nothing any more; whether anything was held."""
         with self.lock:
             network, self.network = self.network, None
-            for checkpoint in self._checkpoints.values():
-                checkpoint.seat.parked = None
             self._checkpoints.clear()
             if network is not None:
                 network.free_parked()
@@ -217,7 +215,7 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
         return (
             self.network is not None
             and seat.source is not None
-            and (self.network.live is seat or seat.parked is not None)
+            and (self.network.live is seat or self.network.parked(seat))
         )
 
     def run(self, seat: Seat, inputs: Mapping[str, Tensor], key: object | None) -> list[Tensor]:

@@ -1,0 +1,263 @@
+"""One budget for all memory that can be had again: weights that wait on devices and in pinned RAM.
+
+What waits here is a copy of something, found by what it is. Whatever was not used for longest goes
+first: when a budget is reached, when other programs leave too little memory, when an allocation
+fails. What finds no room is done without: its reader goes to where it came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import psutil
+import torch
+
+from ..hardware import available_memory
+from ..settings import settings
+
+logger = logging.getLogger(__name__)
+
+PINNED = "pinned"
+"""The tier besides those of devices, which go by the device's name. Below both lie the files, which
+are read without being mapped, so that what of them is in RAM is the system's to give and take."""
+
+DEVICE_RESERVE = 2 << 30
+"""Bytes that the pool leaves free on a device, for activations and for the host's other models."""
+
+RAM_RESERVE = 2 << 30
+"""Bytes of RAM that pinning leaves free: pinned pages cannot be swapped out."""
+
+
+@dataclass
+class Block:
+    """`data` of `bytes` bytes; None while it is being made."""
+
+    bytes: int
+    data: Any = None
+
+
+Key = tuple[str, Hashable, Hashable]
+"""Tier, owner, and what it is. An owner's blocks can be counted and given up together."""
+
+
+class Pool:
+    """Blocks of all tiers. Threads may share it.
+
+    budgets: bytes per tier: a device's name or kind ("cuda", "cuda:1", "cpu") and "pinned"; a tier
+             that is not named is bounded by the memory that is free alone.
+    free:    bytes that a tier could still get from the system, its reserve taken off.
+
+    Who gets a block's data keeps it alive by holding it, though the pool may take the block back.
+    """
+
+    def __init__(
+        self, budgets: Mapping[str, int] | None = None, free: Callable[[str], int] | None = None
+    ) -> None:
+        self._budgets = dict(budgets or {})
+        self._free = free or _free
+        self._lock = threading.Lock()
+        self._blocks: OrderedDict[Key, Block] = OrderedDict()  # the least recently used first
+        self._gone: deque[Hashable] = deque()
+        self._counters: Counter[str] = Counter()
+
+    def budget(self, tier: str) -> int | None:
+        """The tier's budget in bytes; that of the device's kind, where it has none of its own."""
+        return self._budgets.get(tier, self._budgets.get(tier.partition(":")[0]))
+
+    def set_budget(self, tier: str, size: int) -> None:
+        """Change a tier's budget; blocks that exceed it go at once."""
+        with self._turn():
+            self._budgets[tier] = size
+            while self._bytes(tier) > size and self._evict(tier):
+                pass
+
+    def get(self, tier: str, owner: Hashable, what: Hashable) -> Any:
+        """A block's data, which is now the last to go; None where there is none."""
+        with self._turn():
+            data = self._touched((tier, owner, what))
+            self._counters[f"hits_{tier}" if data is not None else f"misses_{tier}"] += 1
+            return data
+
+    def holds(self, tier: str, owner: Hashable, what: Hashable) -> bool:
+        """Whether there is such a block; asking is no use of it."""
+        with self._turn():
+            block = self._blocks.get((tier, owner, what))
+            return block is not None and block.data is not None
+
+    def put(
+        self,
+        tier: str,
+        owner: Hashable,
+        what: Hashable,
+        size: int,
+        make: Callable[[], Any],
+    ) -> Any:
+        """Make room for a block of `size` bytes, make its data and keep it; None without room.
+
+        One that is there is kept, and is now the last to go. `make` runs without the pool's lock,
+        since pinning memory takes seconds. It may raise `torch.OutOfMemoryError`: the tier then
+        shrinks by a block, and it is tried again. Whatever else it raises is raised, and nothing
+        is kept.
+        """
+        key = (tier, owner, what)
+        block = Block(size)
+        if not self._reserve(key, block):
+            with self._turn():
+                return self._touched(key)
+        while True:
+            try:
+                block.data = make()
+            except torch.OutOfMemoryError:
+                with self._turn():
+                    self._counters["out_of_memory"] += 1
+                    if self._evict(tier):
+                        continue
+                    self._remove(key, block)
+                    self._counters["refused"] += 1
+                    return None
+            except BaseException:
+                with self._turn():
+                    self._remove(key, block)
+                raise
+            return block.data
+
+    def _reserve(self, key: Key, block: Block) -> bool:
+        """Count a block that is yet to be made, after others have gone as its size needs it."""
+        tier = key[0]
+        limit = self.budget(tier)
+        with self._turn():
+            if key in self._blocks:  # made, or being made by somebody else
+                return False
+            while limit is None or block.bytes <= limit:
+                within = limit is None or self._bytes(tier) + block.bytes <= limit
+                # What is being made has not been taken from what is free yet.
+                pending = sum(
+                    b.bytes for k, b in self._blocks.items() if k[0] == tier and b.data is None
+                )
+                if within and self._free(tier) >= block.bytes + pending:
+                    self._blocks[key] = block
+                    return True
+                if not self._evict(tier):
+                    break
+            self._counters["refused"] += 1
+            return False
+
+    def trim(self, tier: str) -> None:
+        """Give back what other programs need: blocks go until the tier's reserve is free again."""
+        with self._turn():
+            while self._free(tier) < 0 and self._evict(tier):
+                pass
+
+    def shrink(self, tier: str) -> int:
+        """Give up all of a tier, since memory has run out there; the bytes given up."""
+        with self._turn():
+            before = self._bytes(tier)
+            while self._evict(tier):
+                pass
+            return before - self._bytes(tier)
+
+    def drop(self, tier: str, owner: Hashable, which: Callable[[Any], bool]) -> None:
+        """Give up an owner's blocks of which `which`, asked with what they are, is true."""
+        with self._turn():
+            for key in list(self._blocks):
+                if key[:2] == (tier, owner) and which(key[2]):
+                    del self._blocks[key]
+
+    def forget(self, owner: Hashable) -> None:
+        """Give up all of an owner's blocks. A finalizer may call this at any moment."""
+        self._gone.append(owner)
+        if self._lock.acquire(blocking=False):  # else whoever holds it, or comes next, sees to it
+            try:
+                self._sweep()
+            finally:
+                self._lock.release()
+
+    def bytes(self, tier: str, owner: Hashable = None) -> int:
+        """Bytes of a tier's blocks; of an owner's alone where one is given."""
+        with self._turn():
+            return self._bytes(tier, owner)
+
+    def note(self, event: str) -> None:
+        """Count an event for the report."""
+        with self._turn():
+            self._counters[event] += 1
+
+    def report(self) -> dict[str, Any]:
+        """Blocks, bytes and budget of every tier, and what happened, as plain JSON values."""
+        with self._turn():
+            tiers = sorted({tier for tier, _, _ in self._blocks} | self._budgets.keys())
+            return {
+                "tiers": {
+                    tier: {
+                        "blocks": sum(key[0] == tier for key in self._blocks),
+                        "bytes": self._bytes(tier),
+                        "budget": self.budget(tier),
+                    }
+                    for tier in tiers
+                },
+                "events": dict(sorted(self._counters.items())),
+            }
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._lock:
+            self._sweep()
+            yield
+
+    def _sweep(self) -> None:
+        while self._gone:
+            owner = self._gone.popleft()
+            for key in [key for key in self._blocks if key[1] is owner]:
+                del self._blocks[key]
+
+    def _touched(self, key: Key) -> Any:
+        block = self._blocks.get(key)
+        if block is None or block.data is None:
+            return None
+        self._blocks.move_to_end(key)
+        return block.data
+
+    def _bytes(self, tier: str, owner: Hashable = None) -> int:
+        return sum(
+            block.bytes
+            for key, block in self._blocks.items()
+            if key[0] == tier and (owner is None or key[1] is owner)
+        )
+
+    def _evict(self, tier: str) -> bool:
+        """Give up the tier's least recently used block; whether there was one."""
+        for key, block in self._blocks.items():
+            if key[0] == tier and block.data is not None:
+                del self._blocks[key]
+                self._counters["evictions"] += 1
+                return True
+        return False
+
+    def _remove(self, key: Key, block: Block) -> None:
+        if self._blocks.get(key) is block:  # its owner may be gone meanwhile
+            del self._blocks[key]
+
+
+def _free(tier: str) -> int:
+    """Bytes that a new block could get without taking them from others."""
+    if tier == PINNED:
+        return int(psutil.virtual_memory().available) - RAM_RESERVE
+    return available_memory(tier) - DEVICE_RESERVE
+
+
+@lru_cache(maxsize=1)
+def process_pool() -> Pool:
+    """The pool of the process, with the budgets of the settings."""
+    found = settings()
+    ram = int(psutil.virtual_memory().total)
+    budgets = {PINNED: ram // 4 if found.pool_ram_bytes is None else found.pool_ram_bytes}
+    if found.pool_device_bytes is not None:
+        budgets |= {"cuda": found.pool_device_bytes, "cpu": found.pool_device_bytes}
+    return Pool(budgets)

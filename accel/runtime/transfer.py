@@ -1,0 +1,383 @@
+"""Bringing parameters to a device: several threads read ahead, large copies cross the bus.
+
+Reading and crossing take turns in *slots*: a reader fills a slot's pinned half from a file, one
+copy takes it to the slot's device half on a stream of its own, and from there the caller moves
+each parameter to its place, casts and transpositions included. On a CPU a slot has one half.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..plan.memory import align
+from ..tensorfile import TensorInfo
+
+READERS = 4
+SLOTS = READERS + 2
+KEPT = 2
+"""Sets of slots that stay for the next time, since pinning takes longer than copying."""
+
+SLOT_BYTES = 32 << 20
+"""Large enough that a copy runs at the bus's speed, small enough that the first begins at once."""
+
+
+class Readable(Protocol):
+    """What parameters are read from."""
+
+    def read(self, name: str) -> Tensor:
+        """The parameter by canonical name."""
+
+
+@runtime_checkable
+class Stageable(Readable, Protocol):
+    """A source whose values reader threads can put where they are wanted."""
+
+    def stored(self, name: str) -> TensorInfo | None:
+        """Shape and dtype of what `read_into` gives; None where `read` is as good."""
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Put the value into `out`, on the CPU, contiguous. Several threads call this at once."""
+
+
+class Stamped(Readable, Protocol):
+    """What parameters are read from, and whether they are still the same."""
+
+    def stamp(self) -> Hashable:
+        """Equal stamps vouch for equal values."""
+
+
+@runtime_checkable
+class Combined(Protocol):
+    """A source whose values are made of those of others, on the device."""
+
+    @property
+    def parts(self) -> Sequence[Stamped]:
+        """The others."""
+
+    @property
+    def combine(self) -> Callable[[list[Tensor]], Tensor]:
+        """Their float32 values, which it may write to, to the float32 result."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A `Combined` source with other parts, which hold the same."""
+
+    parts: Sequence[Readable]
+    combine: Callable[[list[Tensor]], Tensor]
+
+    def read(self, name: str) -> Tensor:
+        """The parameter, computed on the CPU."""
+        values = [part.read(name).to("cpu", torch.float32, copy=True) for part in self.parts]
+        return self.combine(values)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A parameter and where its bytes begin in a slot or a copy."""
+
+    name: str
+    info: TensorInfo
+    start: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the value."""
+        return self.info.bytes
+
+    def view(self, raw: Tensor, base: int = 0) -> Tensor:
+        """The value in `raw`, bytes that begin at `base`."""
+        start = self.start - base
+        return raw[start : start + self.bytes].view(self.info.dtype).view(self.info.shape)
+
+
+class HostBytes:
+    """Bytes of RAM of exactly the size asked for, pinned if `pin`.
+
+    PyTorch's own pinned memory comes in powers of two. Raises `torch.OutOfMemoryError`.
+    """
+
+    def __init__(self, size: int, pin: bool) -> None:
+        with torch.inference_mode(False):
+            try:
+                self.tensor = torch.empty(size, dtype=torch.uint8)
+            except RuntimeError as error:  # PyTorch's CPU allocator raises nothing finer
+                raise torch.OutOfMemoryError(str(error)) from error
+        if not pin or not size:
+            return
+        runtime: Any = torch.cuda.cudart()
+        address = self.tensor.data_ptr()
+        if int(runtime.cudaHostRegister(address, size, 0)) != 0:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # takes the error, which the next launch reports
+                torch.zeros(1, device="cuda")
+            raise torch.OutOfMemoryError(f"{size >> 20} MiB of RAM cannot be pinned")
+        # The tensor is an argument, so that its memory goes after it has been unpinned.
+        weakref.finalize(self, _unpin, address, self.tensor)
+
+
+def _unpin(address: int, tensor: Tensor) -> None:
+    runtime: Any = torch.cuda.cudart()
+    runtime.cudaHostUnregister(address)
+
+
+class HostCopy:
+    """All parameters of a source side by side in (pinned) RAM, as they are stored."""
+
+    def __init__(self, names: Sequence[str], source: Stageable, pin: bool) -> None:
+        self.items: dict[str, Item] = {}
+        end = 0
+        for name in names:
+            info = source.stored(name)
+            assert info is not None
+            self.items[name] = Item(name, info, end)
+            end = align(end + info.bytes)
+        self.host = HostBytes(end, pin)
+
+    @staticmethod
+    def bytes_for(names: Sequence[str], source: Stageable) -> int | None:
+        """The size of such a copy; None where the source gives nothing that could be copied."""
+        total = 0
+        for name in names:
+            info = source.stored(name)
+            if info is None:
+                return None
+            total = align(total + info.bytes)
+        return total
+
+    def read(self, name: str) -> Tensor:
+        """The value, in the copy."""
+        return self.items[name].view(self.host.tensor)
+
+
+class Slot:
+    """Room for a batch of values: on the host, and on the device unless that is the CPU."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size, self.device = size, device
+        cuda = device.type == "cuda"
+        try:
+            self.host = HostBytes(size, pin=cuda)
+        except torch.OutOfMemoryError:
+            if not cuda:
+                raise
+            self.host = HostBytes(size, pin=False)  # slower, and right
+        if cuda:
+            with torch.inference_mode(False):
+                self.there = torch.empty(size, dtype=torch.uint8, device=device)
+            self.crossed, self.used = torch.cuda.Event(), torch.cuda.Event()
+            self.used.record(torch.cuda.current_stream(device))
+
+    def fill(self, items: Sequence[Item], source: Stageable) -> None:
+        """Read values into the host's half, in a reader thread."""
+        if self.device.type == "cuda":
+            self.crossed.synchronize()  # what stood here before is still being sent
+        with torch.inference_mode(False), torch.no_grad():
+            for item in items:
+                source.read_into(item.name, item.view(self.host.tensor))
+
+    def send(self, raw: Tensor, stream: Any) -> Tensor:
+        """`raw`, bytes in pinned RAM, on the device, for the work that is asked for after this."""
+        if stream is None:
+            return raw
+        stream.wait_event(self.used)
+        with torch.cuda.stream(stream):
+            self.there[: raw.numel()].copy_(raw, non_blocking=True)
+            self.crossed.record(stream)
+        torch.cuda.current_stream(self.device).wait_event(self.crossed)
+        return self.there[: raw.numel()]
+
+    def done(self) -> None:
+        """All work with what was sent last has been asked for."""
+        if self.device.type == "cuda":
+            self.used.record(torch.cuda.current_stream(self.device))
+
+
+class Transfer:
+    """Parameters of sources as tensors on `device`. Threads may share it.
+
+    background: readers run at a low priority, for what nobody waits for yet.
+    """
+
+    def __init__(
+        self, device: torch.device, background: bool = False, slot_bytes: int = SLOT_BYTES
+    ) -> None:
+        self.device, self._slot_bytes = device, slot_bytes
+        self._readers = ThreadPoolExecutor(
+            READERS, "switchyard-reader", initializer=_give_way if background else None
+        )
+        self._lock = threading.Lock()
+        self._idle: list[list[Slot]] = []
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def values(self, names: Sequence[str], source: Readable) -> Generator[Tensor, None, None]:
+        """The value of each name in order, valid until the next is asked for, not to be written.
+
+        Close it when it is not read to the end.
+        """
+        if isinstance(source, (Combined, Sum)):
+            yield from self._combined(names, source)
+        elif isinstance(source, HostCopy):
+            yield from self._from_copy(names, source)
+        elif isinstance(source, Stageable):
+            yield from self._staged(names, source)
+        else:
+            for name in names:
+                yield self._direct(name, source)
+
+    def gather(self, names: Sequence[str], source: Stageable) -> HostCopy:
+        """A copy of the source in RAM, pinned where the device is a GPU; read by all readers."""
+        copy = HostCopy(names, source, pin=self.device.type == "cuda")
+
+        def read(name: str) -> None:
+            with torch.inference_mode(False), torch.no_grad():
+                source.read_into(name, copy.read(name))
+
+        list(self._readers.map(read, names))
+        return copy
+
+    def _direct(self, name: str, source: Readable) -> Tensor:
+        # The raw bytes go over the bus; the cast and the transposition happen on the device.
+        return source.read(name).detach().to(self.device, non_blocking=True)
+
+    def _combined(self, names: Sequence[str], source: Combined | Sum) -> Iterator[Tensor]:
+        with contextlib.ExitStack() as stack:
+            parts = [
+                stack.enter_context(contextlib.closing(self.values(names, part)))
+                for part in source.parts
+            ]
+            for values in zip(*parts, strict=True):
+                yield source.combine([value.to(torch.float32, copy=True) for value in values])
+
+    def _from_copy(self, names: Sequence[str], source: HostCopy) -> Iterator[Tensor]:
+        """Neighbours cross the bus together, straight from where they lie."""
+        raw = source.host.tensor
+        items = [source.items[name] for name in names]
+        size = self._size([item.bytes for item in items])
+        with self._slots(size, SLOTS) as slots:
+            runs = _neighbours(items, size)
+            for run, slot in zip(runs, itertools.cycle(slots), strict=False):
+                begin, end = run[0].start, run[-1].start + run[-1].bytes
+                sent = slot.send(raw[begin:end], self._stream)
+                for item in run:
+                    yield item.view(sent, begin)
+                slot.done()
+
+    def _staged(self, names: Sequence[str], source: Stageable) -> Iterator[Tensor]:
+        infos = {name: source.stored(name) for name in names}
+        size = self._size([info.bytes for info in infos.values() if info is not None])
+        found = list(_batches(infos, size))
+        batches = iter(found)
+        running: deque[tuple[str | list[Item], Slot | None, Future[None] | None]] = deque()
+        with self._slots(size, min(SLOTS, len(found))) as slots:
+            free = deque(slots)
+            try:
+                while True:
+                    while free and (batch := next(batches, None)) is not None:
+                        if isinstance(batch, str):
+                            running.append((batch, None, None))
+                            continue
+                        slot = free.popleft()
+                        future = self._readers.submit(slot.fill, batch, source)
+                        running.append((batch, slot, future))
+                    if not running:
+                        return
+                    first, filled, read = running.popleft()
+                    if isinstance(first, str):
+                        yield self._direct(first, source)
+                        continue
+                    assert filled is not None and read is not None
+                    read.result()
+                    last = first[-1]
+                    sent = filled.send(filled.host.tensor[: last.start + last.bytes], self._stream)
+                    for item in first:
+                        yield item.view(sent)
+                    filled.done()
+                    free.append(filled)
+            finally:  # no reader may be at a slot that is given back
+                left = [future for _, _, future in running if future is not None]
+                for future in left:
+                    future.cancel()
+                wait(left)
+
+    def _size(self, sizes: Sequence[int]) -> int:
+        """The size of a slot for values of these sizes: as is usual, unless one is larger."""
+        total = sum(map(align, sizes))
+        return max(min(self._slot_bytes, total), max(map(align, sizes), default=0))
+
+    @contextlib.contextmanager
+    def _slots(self, size: int, count: int) -> Iterator[list[Slot]]:
+        """Slots for one run through a source's values. Runs at the same time have slots each."""
+        with self._lock:
+            slots = self._idle.pop() if self._idle else []
+        slots = [slot for slot in slots if slot.size >= size]
+        slots += [Slot(size, self.device) for _ in range(count - len(slots))]
+        try:
+            yield slots
+        finally:
+            with self._lock:
+                keep = len(self._idle) < KEPT
+                if keep:
+                    self._idle.append(slots)
+            if not keep and self._stream is not None:
+                self._stream.synchronize()  # the others go, once they are not read any more
+
+
+def _batches(infos: dict[str, TensorInfo | None], size: int) -> Iterator[str | list[Item]]:
+    """Names in order: those that are staged in lists that fill a slot, the others one by one."""
+    batch: list[Item] = []
+    end = 0
+    for name, info in infos.items():
+        if batch and (info is None or end + info.bytes > size):
+            yield batch
+            batch, end = [], 0
+        if info is None:
+            yield name
+            continue
+        batch.append(Item(name, info, end))
+        end = align(end + info.bytes)
+    if batch:
+        yield batch
+
+
+def _neighbours(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """Runs of items that follow one another in a copy and together fit into a slot."""
+    run: list[Item] = []
+    for item in items:
+        if run and (
+            item.start != align(run[-1].start + run[-1].bytes)
+            or item.start + item.bytes - run[0].start > size
+        ):
+            yield run
+            run = []
+        run.append(item)
+    if run:
+        yield run
+
+
+def _give_way() -> None:
+    """Let the threads that render go first. Linux alone has priorities of threads by this call."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+@lru_cache(maxsize=16)
+def transfer_for(device: torch.device, background: bool = False) -> Transfer:
+    """The device's own, one for those who wait and one for reading ahead."""
+    return Transfer(device, background)

@@ -1,0 +1,135 @@
+"""The audition: every checkpoint of a folder paints, each as if it had been alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sparse import ldm_shapes, sparse_file
+
+from accel.cli import main
+from accel.demo import audition, world
+from accel.demo.audition import Options, find, run_audition
+from accel.demo.sheet import Cell, contact_sheet
+from accel.errors import InvalidFile, InvalidInput
+from accel.sources import FileSource
+from benchmarks import swaps
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny world's plan is kept once a test has built it."""
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture(autouse=True)
+def shared_plans(plans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWITCHYARD_CACHE_DIR", str(plans))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The tiny world's checkpoints among what cannot paint."""
+    files = world.write_files(tmp_path / "world")
+    files.checkpoints[0].rename(tmp_path / "world" / "z-flat.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "world" / "other.safetensors")
+    (tmp_path / "world" / "cut.safetensors").write_bytes(b"")
+    return tmp_path / "world"
+
+
+def test_a_folder_is_painted_with_one_engine(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sheets" / "sheet.png"
+    arguments = ["--checkpoints", folder, "--out", out, "--steps", 2, "--images", 2, "--json"]
+    assert main(["audition", *map(str, arguments), "--size", "64x128", "--device", "cpu"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    painted = [(row["checkpoint"], row["seed"]) for row in found["rows"]]
+    assert painted == [("tiny-neon", 0), ("tiny-neon", 1), ("z-flat", 0), ("z-flat", 1)]
+    assert all(row["steps_ms"] > 0 and row["idle_ms"] >= 0 for row in found["rows"])
+    assert [row["swap_ms"] > 0 for row in found["rows"]] == [True, False, True, False]
+    assert 0 <= found["idle"] < 1
+    engine = found["engine"]
+    assert engine["captures"] <= 1 and engine["binds"] == 1
+    assert engine["pool"]["events"]["prefetches"] >= 1
+    for name in ("other", "cut", "lora", "controlnet"):
+        assert any(f"{name}.safetensors" in remark for remark in found["remarks"]), name
+    with Image.open(out) as image:
+        assert image.width > 2 * 256 and image.height > 2 * 256
+        assert len(image.getcolors(1 << 20) or ()) > 100, "something is painted"
+
+
+def test_pictures_do_not_depend_on_who_came_before(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures: dict[str, list[torch.Tensor]] = {}
+
+    def noted(heading: str, cells: list[Cell], columns: int) -> Image.Image:
+        for cell in cells:
+            pictures.setdefault(cell.title, []).append(cell.picture)
+        return contact_sheet(heading, cells, columns)
+
+    monkeypatch.setattr(audition, "contact_sheet", noted)
+    options = Options(folder, tmp_path / "a.png", steps=2, size=(64, 64), device="cpu")
+    run_audition(options)
+    (folder / "tiny-neon.safetensors").unlink()
+    run_audition(options)
+    (with_other, alone), (other,) = pictures["z-flat"], pictures["tiny-neon"]
+    assert torch.equal(with_other, alone) and not torch.equal(other, alone)
+
+
+def test_an_audition_is_a_row_of_the_benchmark(folder: Path) -> None:
+    row = swaps.audition_row(folder, (64, 64), "cpu", steps=1)
+    assert row["pictures"] == 4 and row["ms"] > 0 and 0 <= row["idle"] < 1
+    assert row["held"] == (row["idle"] <= row["must_idle"])
+
+
+def test_a_checkpoint_that_breaks_is_left_out_and_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = FileSource.read_into
+
+    def failing(self: FileSource, name: str, out: torch.Tensor) -> None:
+        if "neon" in self.label:
+            raise InvalidFile(f"{self.label} ended early")
+        read(self, name, out)
+
+    monkeypatch.setattr(FileSource, "read_into", failing)
+    options = Options(folder, tmp_path / "a.png", steps=1, size=(64, 64), device="cpu")
+    result = run_audition(options)
+    assert [row.checkpoint for row in result.rows] == ["z-flat"]
+    assert any("tiny-neon.safetensors ended early" in remark for remark in result.remarks)
+
+
+def test_structures_stand_together_and_headers_alone_are_read(tmp_path: Path) -> None:
+    for name, family in (("a", "sdxl"), ("b", "sd15"), ("c", "sdxl")):
+        sparse_file(tmp_path / f"{name}.safetensors", ldm_shapes(family))
+    candidates, remarks = find(tmp_path)
+    assert [one.path.stem for one in candidates] == ["a", "c", "b"] and not remarks
+
+
+@pytest.mark.parametrize(("prepare", "says"), [(None, "no folder"), ("", "no .safetensors")])
+def test_folders_without_a_checkpoint(tmp_path: Path, prepare: str | None, says: str) -> None:
+    folder = tmp_path / "folder"
+    if prepare is not None:
+        folder.mkdir()
+    with pytest.raises(InvalidFile, match=says):
+        find(folder)
+
+
+def test_what_no_checkpoint_can_paint(folder: Path, tmp_path: Path) -> None:
+    options = Options(folder, tmp_path / "a.png", prompt="a lighthouse", steps=1, device="cpu")
+    with pytest.raises((InvalidFile, InvalidInput)) as caught:
+        run_audition(options)
+    assert "\n" not in str(caught.value) and not (tmp_path / "a.png").exists()
+
+
+def test_names_that_are_too_long_are_cut() -> None:
+    cells = [Cell("name " * 40, "note", torch.zeros(3, 8, 16))] * 3
+    image = contact_sheet("heading " * 100, cells, 2)
+    assert image.size == (12 + 2 * (256 + 12), 40 + 2 * (256 + 80) + 12)

@@ -1,0 +1,536 @@
+"""Weights that wait: what the pool keeps within its budgets, and how they get to a device."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import random
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import make_lora, make_unet, tiny_config
+
+from accel.errors import InvalidFile, OutOfMemory, StructureMismatch
+from accel.runtime.network import Network
+from accel.runtime.pool import PINNED, Pool
+from accel.runtime.transfer import READERS, SLOTS, HostCopy, Transfer
+from accel.runtime.weights import Weights
+from accel.session import Engine, Session
+from accel.sources import FileSource, StateDictSource, mixture
+from accel.tensorfile import TensorFile
+
+CPU = torch.device("cpu")
+State = Mapping[str, torch.Tensor]
+
+
+def inputs() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "sample": torch.randn(1, 4, 8, 8, generator=generator),
+        "timestep": 400,
+        "encoder_hidden_states": torch.randn(1, 7, 32, generator=generator),
+    }
+
+
+@pytest.fixture(scope="module")
+def states() -> list[State]:
+    return [make_unet(seed).state_dict() for seed in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def files(states: list[State], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    paths = [folder / f"{index}.safetensors" for index in range(len(states))]
+    for path, state in zip(paths, states, strict=True):
+        save_file(dict(state), path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def expected(plan_cache: Path, tiny_unet: torch.nn.Module, states: list[State]) -> list[Any]:
+    """What a fresh engine makes of each checkpoint, without any pool."""
+    found = []
+    for state in states:
+        engine = engine_with(plan_cache, tiny_unet, 0)
+        engine.load_weights(state)
+        found.append(engine(**inputs()))
+    return found
+
+
+def engine_with(
+    plans: Path, module: torch.nn.Module, copies: float, ram: float = 0, **pool: Any
+) -> Engine:
+    """An engine whose pool has room for so many copies of the arena, and of the file in RAM."""
+    budgets: dict[str, int] = {}
+    found = Pool(budgets, **{"free": lambda tier: 1 << 40, **pool})
+    engine = Session("cpu", "fp32", cache_dir=plans, pool=found).engine(module)
+    size = engine._network.weights.bytes
+    found.set_budget("cpu", int(copies * size))
+    found.set_budget(PINNED, int(ram * size))
+    return engine
+
+
+# The pool itself.
+
+
+def fill(pool: Pool, what: object, size: int, tier: str = "cpu", owner: object = None) -> Any:
+    return pool.put(tier, owner, what, size, lambda: torch.zeros(size, dtype=torch.uint8))
+
+
+def roomy(tier: str) -> int:
+    return 1 << 40
+
+
+def test_what_was_not_used_for_longest_goes_first() -> None:
+    pool = Pool({"cpu": 30}, free=roomy)
+    for what in "abc":
+        assert fill(pool, what, 10) is not None
+    assert pool.get("cpu", None, "a") is not None
+    fill(pool, "d", 10)
+    assert [pool.holds("cpu", None, what) for what in "abcd"] == [True, False, True, True]
+    fill(pool, "e", 20)
+    assert [pool.holds("cpu", None, what) for what in "acde"] == [False, False, True, True]
+    assert pool.bytes("cpu") == 30
+
+
+def test_tiers_do_not_take_from_each_other() -> None:
+    pool = Pool({"cuda": 10, "pinned": 10}, free=roomy)
+    for tier in ("cuda:0", "cuda:1", "pinned"):
+        assert fill(pool, "a", 10, tier) is not None
+    assert [pool.bytes(tier) for tier in ("cuda:0", "cuda:1", "pinned")] == [10, 10, 10]
+
+
+def test_what_exceeds_the_budget_alone_takes_nothing_from_others() -> None:
+    pool = Pool({"cpu": 30}, free=roomy)
+    fill(pool, "a", 10)
+    assert fill(pool, "b", 31) is None
+    assert pool.holds("cpu", None, "a") and pool.report()["events"]["refused"] == 1
+
+
+def test_other_programs_memory_is_left_to_them() -> None:
+    """The pool gives way when the system runs short, with its budget far away."""
+    others = 0
+
+    def free(tier: str) -> int:
+        return 100 - others - pool._bytes(tier)
+
+    pool = Pool({"cpu": 1000}, free=free)
+    for index in range(20):
+        fill(pool, index, 10)
+        assert pool.bytes("cpu") <= 100
+    others = 65
+    pool.trim("cpu")
+    assert pool.bytes("cpu") == 30
+    others = 95
+    assert fill(pool, "too much", 10) is None
+    assert pool.bytes("cpu") == 0
+
+
+def test_failed_allocations_shrink_the_pool_until_there_is_room() -> None:
+    pool = Pool({"cpu": 100}, free=roomy)
+    for index in range(6):
+        fill(pool, index, 10)
+    attempts = []
+
+    def make() -> str:
+        attempts.append(pool.bytes("cpu"))
+        if len(attempts) < 4:
+            raise torch.OutOfMemoryError("full")
+        return "data"
+
+    assert pool.put("cpu", None, "new", 10, make) == "data"
+    assert attempts == [70, 60, 50, 40], "the new one counts, and three others have gone"
+
+    def never() -> None:
+        raise torch.OutOfMemoryError("full")
+
+    assert pool.put("cpu", None, "hopeless", 10, never) is None
+    assert pool.bytes("cpu") == 0
+
+
+def test_whatever_else_fails_leaves_no_trace() -> None:
+    pool = Pool({"cpu": 10}, free=roomy)
+
+    def make() -> None:
+        raise InvalidFile("cut")
+
+    with pytest.raises(InvalidFile):
+        pool.put("cpu", None, "a", 10, make)
+    assert pool.bytes("cpu") == 0 and fill(pool, "a", 10) is not None
+
+
+def test_an_owner_that_goes_takes_its_blocks_along() -> None:
+    pool, mine, other = Pool(free=roomy), object(), object()
+    fill(pool, "a", 10, owner=mine)
+    fill(pool, "a", 10, owner=other)
+    with pool._lock:  # a finalizer may come at any moment, on this thread too
+        pool.forget(mine)
+    assert pool.bytes("cpu") == 10 and pool.bytes("cpu", other) == 10
+
+
+def test_threads_never_exceed_a_budget() -> None:
+    pool, seen = Pool({"cpu": 60}, free=roomy), []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(200):
+            what = rng.randrange(20)
+            if pool.get("cpu", None, what) is None:
+                fill(pool, what, 10)
+            seen.append(pool.bytes("cpu"))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(seen) == 60
+
+
+def test_a_smaller_budget_holds_at_once() -> None:
+    pool = Pool(free=roomy)
+    for what in "abc":
+        fill(pool, what, 10)
+    pool.set_budget("cpu", 15)
+    assert pool.bytes("cpu") == 10 and pool.holds("cpu", None, "c")
+
+
+# Reading.
+
+
+class Slow(StateDictSource):
+    """Counts what it is asked for, and fails at one name."""
+
+    def __init__(self, tensors: State, bad: str | None = None) -> None:
+        super().__init__(tensors, tiny_config())
+        self.bad, self.threads = bad, set[str]()
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        self.threads.add(threading.current_thread().name)
+        if name == self.bad:
+            raise OSError(f"{name} went away")
+        super().read_into(name, out)
+
+
+@pytest.mark.parametrize("slot_bytes", [1, 100_000, 1 << 25])
+def test_values_come_in_order_whatever_fits_a_slot(
+    states: list[State], files: list[Path], slot_bytes: int
+) -> None:
+    """Each is right when it comes; a slot is written to again only after it was used."""
+    transfer = Transfer(CPU, slot_bytes=slot_bytes)
+    names = list(states[0])
+    file = FileSource(TensorFile(files[0]), tiny_config())
+    copy = transfer.gather(names, file)
+    some = names[5:300:7]
+    for source in (file, StateDictSource(states[0], tiny_config()), copy):
+        for wanted in (names, some):
+            found = transfer.values(wanted, source)
+            for name, value in zip(wanted, found, strict=True):
+                assert torch.equal(value, states[0][name]), name
+
+
+def test_several_threads_read(states: list[State]) -> None:
+    source = Slow(states[0])
+    list(Transfer(CPU, slot_bytes=1000).values(list(states[0]), source))
+    assert 1 < len(source.threads) <= READERS
+
+
+def test_a_reader_that_fails_ends_the_run_and_leaves_the_slots_usable(states: list[State]) -> None:
+    transfer, names = Transfer(CPU, slot_bytes=1000), list(states[0])
+    values = transfer.values(names, Slow(states[0], bad=names[200]))
+    with pytest.raises(OSError, match="went away"):
+        list(values)
+    assert len(transfer._idle) == 1 and len(transfer._idle[0]) == SLOTS
+    again = transfer.values(names, Slow(states[0]))
+    assert all(torch.equal(v, states[0][n]) for n, v in zip(names, again, strict=True))
+
+
+def test_sums_are_made_of_parts_that_are_read_side_by_side(states: list[State]) -> None:
+    mix = mixture([(state, 0.25) for state in states], tiny_config())
+    transfer, names = Transfer(CPU, slot_bytes=50_000), list(states[0])
+    for name, value in zip(names, transfer.values(names, mix), strict=True):
+        first, second, third = (state[name] * 0.25 for state in states)
+        assert torch.equal(value, first + second + third)
+        assert torch.equal(value, mix.read(name))
+
+
+def test_a_file_that_changed_is_not_read_from(states: list[State], tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(dict(states[0]), path)
+    source = FileSource(TensorFile(path), tiny_config())
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(InvalidFile, match="changed"):
+        list(Transfer(CPU).values(list(states[0]), source))
+
+
+def test_a_copy_in_ram_has_the_size_that_was_counted(states: list[State]) -> None:
+    source = StateDictSource(states[0], tiny_config())
+    copy = HostCopy(list(states[0]), source, pin=False)
+    assert copy.host.tensor.numel() == HostCopy.bytes_for(list(states[0]), source)
+
+
+# Engines with a pool.
+
+
+def test_a_checkpoint_that_comes_back_is_one_copy(
+    plan_cache: Path, tiny_unet: Any, files: list[Path], expected: list[Any]
+) -> None:
+    engine = engine_with(plan_cache, tiny_unet, 4)
+    for index in (0, 1, 2, 0, 1, 2):
+        reads = count_reads(engine)
+        engine.load_weights(files[index])
+        assert torch.equal(engine(**inputs()), expected[index])
+    assert reads == [], "the third came back without its file being read"
+    assert engine.report()["pool"]["events"]["hits_cpu"] == 3
+
+
+def count_reads(engine: Engine) -> list[int]:
+    """Numbers of the parameters that are written from now on, a write each."""
+    weights: Any = engine._network.weights
+    write, found = type(weights)._write, []
+
+    def counted(names: Any, *rest: Any) -> Any:
+        found.append(len(names))
+        return write(weights, names, *rest)
+
+    weights._write = counted
+    return found
+
+
+def test_loras_come_and_go_from_a_parked_copy(
+    plan_cache: Path, tiny_unet: Any, files: list[Path], expected: list[Any], tmp_path: Path
+) -> None:
+    """With the bare checkpoint parked, its file is not read again: it may even be gone."""
+    path = tmp_path / "gone.safetensors"
+    path.write_bytes(files[0].read_bytes())
+    engine, plain = (engine_with(plan_cache, tiny_unet, copies) for copies in (1, 0))
+    for one in (engine, plain):
+        one.load_weights(path)
+    reads: list[str] = []
+    source: Any = engine.seat.source
+    source.read_into = lambda name, out: reads.append(name)
+    for strength in (0.7, -0.3):
+        for one in (engine, plain):
+            one.set_loras([(make_lora(3), strength)])
+        assert torch.equal(engine(**inputs()), plain(**inputs()))
+    engine.set_loras([])
+    assert torch.equal(engine(**inputs()), expected[0]) and not reads
+
+
+def test_prefetched_checkpoints_wait_on_the_device_or_in_ram(
+    plan_cache: Path, tiny_unet: Any, files: list[Path], expected: list[Any]
+) -> None:
+    for copies, ram, tier in ((2, 2, "cpu"), (0, 2, PINNED), (0, 0, None)):
+        engine = engine_with(plan_cache, tiny_unet, copies, ram)
+        before = engine(**inputs())
+        engine.prefetch(files[1]).result(timeout=60)
+        tiers = engine.report()["pool"]["tiers"]
+        assert [name for name, found in tiers.items() if found["blocks"]] == ([tier] * bool(tier))
+        assert torch.equal(engine(**inputs()), before), "it only waits"
+        engine.set_loras([(make_lora(3), 0.5)])
+        engine.load_weights(files[1])
+        engine.set_loras([])
+        assert torch.equal(engine(**inputs()), expected[1])
+        events = engine.report()["pool"]["events"]
+        assert tier is None or events[f"hits_{tier}"] >= 1
+
+
+def test_a_load_waits_for_the_prefetch_that_is_ahead_of_it(
+    plan_cache: Path,
+    tiny_unet: Any,
+    files: list[Path],
+    expected: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engine_with(plan_cache, tiny_unet, 2)
+    begun, go_on, read = threading.Event(), threading.Event(), FileSource.read_into
+    names: list[str] = []
+
+    def waiting(self: FileSource, name: str, out: torch.Tensor) -> None:
+        names.append(name)
+        begun.set()
+        assert go_on.wait(60)
+        read(self, name, out)
+
+    monkeypatch.setattr(FileSource, "read_into", waiting)
+    engine.prefetch(files[1])
+    assert begun.wait(60)
+    threading.Timer(0.05, go_on.set).start()
+    engine.load_weights(files[1])
+    assert torch.equal(engine(**inputs()), expected[1])
+    assert len(names) == len(engine._network.weights.shapes), "read once"
+
+
+def test_a_prefetch_that_fails_says_so_and_harms_nothing(
+    plan_cache: Path,
+    tiny_unet: Any,
+    files: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = engine_with(plan_cache, tiny_unet, 2, 2)
+    before = engine(**inputs())
+    with pytest.raises(InvalidFile, match="absent"):
+        engine.prefetch(tmp_path / "absent.safetensors")
+    other = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(1)}, other)
+    with pytest.raises(StructureMismatch, match=r"other\.safetensors"):
+        engine.prefetch(other)
+
+    def failing(self: FileSource, name: str, out: torch.Tensor) -> None:
+        raise InvalidFile(f"{self.label} is on a disk that went away")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(FileSource, "read_into", failing)
+        engine.prefetch(files[1]).result(timeout=60)
+    assert "1.safetensors is on a disk that went away" in caplog.text
+    report = engine.report()["pool"]
+    assert report["events"]["failed_prefetches"] == 1
+    assert all(tier["bytes"] == 0 for tier in report["tiers"].values())
+    assert torch.equal(engine(**inputs()), before)
+
+
+@pytest.fixture
+def storages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[torch.Tensor]]]:
+    """Every copy of an arena that is made, as PyTorch has it and not as the pool counts it."""
+    made: list[weakref.ref[torch.Tensor]] = []
+    for name in ("copy", "blank"):
+        original = getattr(Weights, name)
+
+        def noted(self: Weights, original: Any = original) -> torch.Tensor:
+            storage: torch.Tensor = original(self)
+            made.append(weakref.ref(storage))
+            return storage
+
+        monkeypatch.setattr(Weights, name, noted)
+    yield made
+
+
+def test_fifty_checkpoints_in_a_pool_that_holds_six(
+    plan_cache: Path,
+    tiny_unet: Any,
+    states: list[State],
+    tmp_path: Path,
+    storages: list[weakref.ref[torch.Tensor]],
+) -> None:
+    """Budgets hold within 1 %, by what is really allocated, and every checkpoint is right."""
+    engine = engine_with(plan_cache, tiny_unet, 6)
+    size = engine._network.weights.bytes
+    bias, path = "conv_out.bias", tmp_path / "a.safetensors"
+    base = {name: value.half() for name, value in states[0].items()}
+    save_file(base, path)
+    rest = path.read_bytes()
+    paths = []
+    for index in range(50):  # they differ by what they add to the output, and so can be told apart
+        paths.append(tmp_path / f"{index}.safetensors")
+        file = TensorFile(path)
+        start = file._data + file._starts[bias]
+        new = torch.full((4,), float(index)).half().numpy().tobytes()
+        paths[-1].write_bytes(rest[:start] + new + rest[start + len(new) :])
+    arguments, rng = inputs(), random.Random(0)
+    engine.load_weights(paths[0])
+    zero, held = engine(**arguments), []
+    order = [*range(50), *(rng.choice((3, 4, 5, 6, 40)) for _ in range(12))]
+    for step, index in enumerate(order):
+        engine.load_weights(paths[index])
+        if step % 6 == 0:
+            engine.prefetch(paths[order[(step + 1) % len(order)]]).result(timeout=60)
+        alive = [storage for ref in storages if (storage := ref()) is not None]
+        held.append(sum(storage.numel() for storage in alive))
+        del alive
+        assert held[-1] <= 6 * size * 1.01
+        assert held[-1] == engine.report()["pool"]["tiers"]["cpu"]["bytes"]
+        if step % 10 == 0 or index == 49:
+            assert torch.allclose(engine(**arguments) - zero, torch.tensor(float(index)), atol=1e-4)
+    assert max(held) == 6 * size, "all of the budget is used"
+    events = engine.report()["pool"]["events"]
+    assert events["hits_cpu"] >= 12 and events["evictions"] > 30
+
+
+def test_swaps_go_on_while_memory_runs_out(
+    plan_cache: Path,
+    tiny_unet: Any,
+    files: list[Path],
+    expected: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another program takes what was free: copies are given up, pictures stay right."""
+    left = 1 << 40
+    engine = engine_with(plan_cache, tiny_unet, 6, free=lambda tier: left)
+    for index in range(3):
+        engine.load_weights(files[index])
+    assert engine.report()["pool"]["tiers"]["cpu"]["blocks"] == 2
+    left = -1
+    engine.load_weights(files[0])
+    assert engine.report()["pool"]["tiers"]["cpu"]["blocks"] == 0
+    left, copy = 1 << 40, Weights.copy
+
+    def full(self: Weights) -> torch.Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Weights, "copy", full)
+    for index in (1, 2, 0):
+        engine.load_weights(files[index])
+        assert torch.equal(engine(**inputs()), expected[index])
+    monkeypatch.setattr(Weights, "copy", copy)
+    # Memory that is missing for the swap itself is taken from what waits.
+    write, attempts = Weights.write, []
+
+    def once(self: Weights, *arguments: Any) -> Any:
+        attempts.append(engine.report()["pool"]["tiers"]["cpu"]["blocks"])
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("full")
+        return write(self, *arguments)
+
+    engine.prefetch(files[2]).result(timeout=60)
+    monkeypatch.setattr(Weights, "write", once)
+    engine.load_weights(files[1])
+    assert attempts == [2, 0] and torch.equal(engine(**inputs()), expected[1])
+
+
+def test_an_engine_is_made_where_only_copies_are_in_the_way(
+    plan_cache: Path, tiny_unet: Any, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_with(plan_cache, tiny_unet, 6)
+    engine.load_weights(files[1])
+    plan, pool, tries = engine._network.plan, engine.session.pool, []
+    allocate = Weights.__init__
+
+    def full_once(self: Weights, *arguments: Any) -> None:
+        tries.append(pool.bytes("cpu"))
+        if len(tries) == 1:
+            raise OutOfMemory("full")
+        allocate(self, *arguments)
+
+    monkeypatch.setattr(Weights, "__init__", full_once)
+    fill(pool, "a", 10)
+    Network(plan, CPU, torch.float32, pool=pool)
+    assert tries[0] > 0 and tries[1] == 0
+
+
+def test_copies_go_with_their_network(plan_cache: Path, tiny_unet: Any, files: list[Path]) -> None:
+    engine = engine_with(plan_cache, tiny_unet, 6)
+    pool = engine.session.pool
+    engine.load_weights(files[0])
+    engine.load_weights(files[1])
+    assert pool.bytes("cpu") > 0
+    del engine
+    gc.collect()
+    assert pool.bytes("cpu") == 0
+
+
+def test_state_dicts_that_nobody_can_ask_for_again_are_not_kept(
+    plan_cache: Path, tiny_unet: Any, states: list[State]
+) -> None:
+    engine = engine_with(plan_cache, tiny_unet, 6)
+    for state in states:
+        engine.load_weights(state)
+        engine.set_loras([(make_lora(3), 1.0)])
+        assert engine.report()["pool"]["tiers"]["cpu"]["blocks"] == 1, "for its LoRA alone"

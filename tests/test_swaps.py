@@ -1,0 +1,57 @@
+"""The benchmark of swaps, in small on the CPU: its rows, and that what it times is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny_config
+
+from accel.bench.networks import Case
+from benchmarks import swaps
+
+CPU = torch.device("cpu")
+LIMITS = {"matmul_tflops": 0.1, "copy_tbps": 0.01, "h2d_gbps": None}
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return Case("tiny", tiny_config(), 64, 64, batch=1, precision="fp32")
+
+
+def test_every_figure_has_its_row(
+    case: Case, plan_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    for name, value in {"SWAPS": 4, "FORWARDS": 1, "ROUNDS": 1, "LORA_ROUNDS": 1}.items():
+        monkeypatch.setattr(swaps, name, value)
+    monkeypatch.setenv("SWITCHYARD_CACHE_DIR", str(plan_cache))
+    rows = swaps.measure(case, CPU, tmp_path, LIMITS, checkpoints=2)
+    found: dict[tuple[Any, ...], Any] = {
+        (row["variant"], row["operation"], row.get("tier"), row.get("loras")): row for row in rows
+    }
+    tiers = ("page cache", "pinned RAM", "device")
+    operations = ("checkpoint_file", "checkpoint_pinned", "checkpoint_seat")
+    for operation, tier in zip(operations, tiers, strict=True):
+        row = found["engine", operation, tier, None]
+        assert row["bytes"] > 1 << 20 and 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
+        assert row["limit_ms"] > 0 and row["must_ms"] > 0 and row["first_step_ms"] > 0
+    assert found["engine", "checkpoint_seat", "device", None]["waiting"] == 2
+    assert found["engine", "checkpoint_pinned", "pinned RAM", None]["waiting"] == 2
+    for tier in tiers[1:]:
+        whole = found["engine", operations[0], tiers[0], None]["bytes"]
+        for operation, count in (
+            *(("lora_on", 1), ("lora_strength", 1), ("lora_off", 1), ("lora_on", 5)),
+        ):
+            assert 0 < found["engine", operation, tier, count]["bytes"] < whole, "only what changes"
+    assert found["engine", "lora_schedule", "device", 1]["bytes"] > 0
+    for operation in ("mix", "add_difference"):
+        assert found["engine", operation, "page cache", None]["bytes"] == whole
+    after = found["engine", "forward_after_swaps", None, None]
+    assert after["equal"] is True and after["pool"]["events"]["hits_cpu"] > 0
+    for operation, tier, count in (
+        *(("checkpoint_file", "page cache", None), ("lora_on", None, 1), ("lora_off", None, 1)),
+    ):
+        assert found["diffusers", operation, tier, count]["ms"] > 0
