@@ -68,6 +68,10 @@ class Entry:
             made["others"] = [[name, dict(c), round(us, 3)] for name, c, us in self.others]
         return made
 
+    def times(self) -> list[tuple[str, Config, float]]:
+        """Of all candidates that it keeps: kernel, configuration, microseconds."""
+        return [(self.kernel, self.config, self.us), *self.others]
+
 
 class _Known:
     """Entries by call, and which calls differ in image size alone."""
@@ -333,6 +337,11 @@ def _entries(content: Content, what: str, path: Path | None = None) -> dict[str,
         count = len(content.faults)
         left_out = "an entry is left out" if count == 1 else f"{count} entries are left out"
         _once(f"{what}: {left_out}: {content.summary()}", path=path)
+    return entries_of(content)
+
+
+def entries_of(content: Content) -> dict[str, Entry]:
+    """The entries of a profile's file, by the keys of calls."""
     return {
         call: Entry(fields["kernel"], fields["config"], float(fields["us"]), _others(fields))
         for call, fields in content.entries.items()

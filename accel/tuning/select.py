@@ -273,7 +273,7 @@ class Selector:
                 self._choices[call.key], entry = self._best(call, results)
                 if entry is not None:
                     if self._model is not None:
-                        self._model.add({call.key: _times(entry)})
+                        self._model.add({call.key: entry.times()})
                     found[call.key] = entry
                     measured += 1
                 problems.update((r.kernel.name, r.problem) for r in results if r.problem)
@@ -336,15 +336,11 @@ def _model(hardware: Hardware, profile: Profile) -> Model | None:
     except ValueError as error:
         logger.warning("times are not predicted: %s", error)
         return None
-    return Model(chip, fitted, {call: _times(entry) for call, entry in profile.items()})
+    return Model(chip, fitted, {call: entry.times() for call, entry in profile.items()})
 
 
 def _named(kernel: Kernel, config: Config) -> tuple[str, str]:
     return kernel.name, json.dumps(dict(config), sort_keys=True)
-
-
-def _times(entry: Entry) -> list[tuple[str, Config, float]]:
-    return [(entry.kernel, entry.config, entry.us), *entry.others]
 
 
 def _same(one: tuple[Kernel, Config], other: tuple[Kernel, Config]) -> bool:
