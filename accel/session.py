@@ -110,6 +110,15 @@ class Session:
         }
         return engine
 
+    def settle(self, seconds: float = 120.0) -> bool:
+        """Wait until nothing is compiled in the background; False if that takes longer."""
+        deadline = time.monotonic() + seconds
+        while not self._selector.settled:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
+
     def plan(self, structure: Structure, network: nn.Module | type[nn.Module]) -> tuple[Plan, str]:
         """The plan of a structure and where it came from: "shipped", "cache" or "built"."""
         plan, origin = plan_for(structure, network, self.cache, self._progress)
@@ -209,6 +218,14 @@ class Engine:
                 "set_loras", report, ", ".join(name for name, _ in self._lora_names) or "none"
             )
         return report
+
+    def refresh(self) -> None:
+        """Between two samplings: let go of kernels that have given way to others.
+
+        A size that is new while kernels are being compiled ahead begins with those there are.
+        """
+        with self.session._lock:
+            self._network.refresh()
 
     def note_fallback(self, reason: str) -> None:
         """Record that the host ran its own path, and why."""

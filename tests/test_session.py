@@ -206,6 +206,9 @@ class Provisional:
         found = self._selector.select(calls)
         return [dataclasses.replace(choice, provisional=not self.settled) for choice in found]
 
+    def prepare(self, *arguments: Any) -> None:
+        """Nothing is compiled ahead."""
+
 
 def test_kernels_change_when_a_host_says_so(engine: Engine) -> None:
     """What was compiled meanwhile is bound between samplings, once, for every size; bits stay."""

@@ -10,7 +10,7 @@ import torch
 from ..hardware import Hardware
 from ..kernels import Call, reference
 from ..plan.schema import Plan
-from ..tuning import Choice
+from ..tuning import Choice, ahead
 from ..tuning.profile import Profile, profile_cache
 from .arena import Arena
 from .executable import Executable
@@ -54,6 +54,19 @@ def calls_at(plan: Plan, width: int, height: int, batch: int, tokens: int = 77) 
     found = calls_of(bare, dims, torch.float16)
     if bare is not plan:
         found += calls_of(plan, dims, torch.float16)
+    return list({call.key: call for call in found}.values())
+
+
+def calls_ahead(plan: Plan, dims: Mapping[str, int], dtype: torch.dtype) -> list[Call]:
+    """Every distinct call of a plan at the sizes of `ahead.SIZES`, the other dimensions as given.
+
+    plan: as `calls_of` takes it.
+    """
+    found = [
+        call
+        for width, height in ahead.SIZES
+        for call in calls_of(plan, {**dims, "height": height // 8, "width": width // 8}, dtype)
+    ]
     return list({call.key: call for call in found}.values())
 
 

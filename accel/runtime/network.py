@@ -14,6 +14,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ..hardware import available_memory
 from ..plan.schema import Plan
 from ..tuning import Selector, selector_for
 from .arena import Arena
+from .calls import calls_ahead
 from .executable import Executable, PromptState, bind_dims
 from .weights import Adapters, Source, SwapReport, Weights
 
@@ -84,6 +86,7 @@ class Network:
         self._prompts: dict[Any, PromptState] = {}
         self._optional = [entry.name for entry in plan.inputs if entry.optional]
         self._plans: dict[frozenset[str], Plan] = {}
+        self._prepared: set[Any] = set()
         cuda = device.type == "cuda"
         self._graph_pool = torch.cuda.graph_pool_handle() if cuda else None
         self._last_run = torch.cuda.Event() if cuda else None
@@ -278,6 +281,11 @@ class Network:
             self._graph_pool,
             selector,
         )
+        if plan.inputs not in self._prepared and {"height", "width"} <= dims.keys():
+            self._prepared.add(plan.inputs)
+            names = sorted(entry.name for entry in plan.inputs)
+            about = f"{plan.structure.get('graph_key')} {plan.version} {names} {self.dtype}"
+            selector.prepare(about, partial(calls_ahead, plan, dims, self.dtype))
         return executable
 
     def _evict(self) -> None:

@@ -11,8 +11,8 @@ import json
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ..errors import OutOfMemory
 from ..hardware import Hardware, describe
 from ..kernels.registry import Call, Config, Kernel
 from ..settings import settings
+from . import ahead
 from .chips import chip_of
 from .compiling import Compiler, launches_of
 from .cost import Fit, Model
@@ -73,7 +74,9 @@ class Selector:
 
     measuring: time the candidates of a call that the profile does not know; needs the device.
     waiting: compile at once what is chosen; else in the background, if it is not measured anyway.
-    Meanwhile what a size near by runs is taken, if that is compiled, or else a library's.
+    Meanwhile what a size near by runs is taken, if that is compiled, or else a library's. Once
+    `prepare` was called nothing is compiled for further sizes of the calls that were known by then:
+    they choose among what there is.
     """
 
     def __init__(
@@ -93,6 +96,9 @@ class Selector:
         self._guesses: dict[str, Choice] = {}
         self._neighbours: dict[str, Choice] = {}
         self._refused: set[tuple[str, str]] = set()
+        self._prepared: set[str] = set()
+        self._ahead: dict[str, list[tuple[Kernel, Config]]] = defaultdict(list)
+        self._preparing = 0
         self._lock = threading.Lock()
         if device.type == "cuda":
             kernels.load_triton()
@@ -120,7 +126,11 @@ class Selector:
             for key in provisional:
                 del found[key]
             found |= proven
-            self._choices |= {key: choice for key, choice in found.items() if choice is not None}
+            for key, choice in found.items():
+                if choice is not None and choice.provisional:
+                    provisional[key] = choice
+                elif choice is not None:
+                    self._choices[key] = choice
             unmeasured = [unknown[key] for key, choice in found.items() if choice is None]
             if unmeasured:
                 self._measure(unmeasured)
@@ -129,8 +139,49 @@ class Selector:
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is being compiled that a provisional choice waits for."""
-        return not self.compiler.busy
+        """Whether nothing is being compiled, for a provisional choice or ahead."""
+        return not self.compiler.busy and not self._preparing
+
+    def prepare(self, plan: str, calls: Callable[[], Iterable[Call]]) -> None:
+        """From now on sizes that are new to the calls known so far wait for no compiler.
+
+        They choose among kernels that are compiled. Of these `ahead.covering` names a few that
+        serve every size well, which are compiled in the background.
+
+        plan: what tells the plan from others, also in later processes, which find the few in the
+        cache. calls: those of the plan at the sizes of `ahead.SIZES`; called in another thread.
+        """
+        if self._model is None or not self._waiting or self.device.type != "cuda":
+            return
+        with self._lock:
+            self._prepared |= {family_of(key)[0] for key in self._choices}
+            self._preparing += 1
+        threading.Thread(
+            target=self._prepare, args=(plan, calls), name="switchyard-ahead", daemon=True
+        ).start()
+
+    def _prepare(self, plan: str, calls: Callable[[], Iterable[Call]]) -> None:
+        try:
+            about = f"{plan} {json.dumps(self.profile.fit, sort_keys=True)}"
+            variants = self.compiler.remembered(about)
+            if variants is None:
+                variants = ahead.covering(calls(), self.hardware, self._times)
+                self.compiler.remember(about, variants)
+            with self._lock:
+                for kernel, config, call in variants:
+                    self._ahead[family_of(call.key)[0]].append((kernel, config))
+            self.compiler.compile_later([v for v in variants if not self.compiler.has(v)])
+        except Exception as error:  # new sizes then choose among fewer
+            logger.warning("kernels for other image sizes are not compiled ahead: %s", error)
+        finally:
+            with self._lock:
+                self._preparing -= 1
+
+    def _times(self, call: Call, candidates: Sequence[tuple[str, Config]]) -> list[float | None]:
+        """Microseconds that the performance model predicts."""
+        with self._lock:  # for one call only: the pictures of the meantime choose kernels, too
+            found = None if self._model is None else self._model.predictions(call, candidates)
+        return [None if p is None else p.us for p in found or [None] * len(candidates)]
 
     def _postponed(
         self, calls: Mapping[str, Call], found: Mapping[str, Choice | None]
@@ -150,17 +201,16 @@ class Selector:
         instead: dict[str, Choice] = {}
         for key in missing:
             choice = self._neighbours.get(key)
-            if choice is not None and self._there(choice, calls[key]):
+            if choice is not None and self._there(choice.kernel, choice.config, calls[key]):
                 reason = f"{choice.reason}, until what is predicted is compiled"
             else:
                 choice, reason = self._library(calls[key]), "the library's, until ours is compiled"
             instead[key] = replace(choice, reason=reason, provisional=True)
         return instead
 
-    def _there(self, choice: Choice, call: Call) -> bool:
-        """Whether a choice runs without compiling anything."""
-        kernel = choice.kernel
-        return kernel.launches is None or self.compiler.has((kernel, choice.config, call))
+    def _there(self, kernel: Kernel, config: Config, call: Call) -> bool:
+        """Whether a kernel runs without compiling anything."""
+        return kernel.launches is None or self.compiler.has((kernel, config, call))
 
     def _known(self, key: str, call: Call) -> Choice | None:
         """The choice that needs no measurement.
@@ -171,6 +221,9 @@ class Selector:
         candidates = kernels.candidates(call, self.hardware)
         entry = self.profile.get(key)
         found = None if entry is None else _offered(entry, call, candidates)
+        prepared = self._waiting and family_of(key)[0] in self._prepared
+        if prepared and found is not None and not self._there(*found, call):
+            entry = found = None
         if entry is not None and found is not None and entry.elsewhere is not None:
             reason = f"measured on {entry.elsewhere}"
             return Choice(*found, reason, about=entry.us, elsewhere=entry.elsewhere)
@@ -178,6 +231,8 @@ class Selector:
             return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
         near = None if entry is not None else self.profile.near(key)
         found = None if near is None else _adopted(near[1], call, candidates, self.hardware)
+        if prepared and found is not None and not self._there(*found, call):
+            found = None
         neighbour = None
         if near is not None and found is not None:
             about = near[1].us * family_of(key)[1] / family_of(near[0])[1]
@@ -186,12 +241,21 @@ class Selector:
             reason = f"measured{where} at a size near this, {near[0]}"
             neighbour = Choice(*found, reason, about=about, elsewhere=elsewhere)
             self._neighbours[key] = neighbour
-        if len(candidates) > 2 and (near is not None or not self._measuring):
-            predicted = self._predicted(call, candidates, found)
+        if len(candidates) > 2 and (near is not None or not self._measuring or prepared):
+            predicted = self._predicted(call, candidates, found, prepared)
             if predicted is not None:
                 return predicted
         if neighbour is not None:
             return neighbour
+        if prepared:
+            kernel, config = next(
+                (kernel, config)
+                for kernel, config in candidates
+                if (kernel.unmeasured or kernel.launches is None)
+                and self._there(kernel, config, call)
+                and _to_be_had(kernel, config, call)
+            )
+            return Choice(kernel, config, "not measured, the first that is compiled")
         kernel, config = candidates[0]
         if len(candidates) == 1:
             return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")
@@ -200,11 +264,16 @@ class Selector:
         return None if self._measuring else _default(call, candidates)
 
     def _predicted(
-        self, call: Call, candidates: Candidates, near: tuple[Kernel, Config] | None
+        self,
+        call: Call,
+        candidates: Candidates,
+        near: tuple[Kernel, Config] | None,
+        prepared: bool = False,
     ) -> Choice | None:
         """What the performance model takes for the fastest, with the time that it expects.
 
         near: what a size near by runs, whose code is there: it is taken if it is as good.
+        prepared: nothing is to be compiled.
         """
         if call.key in self._guesses:  # asked again while its code is being compiled
             return self._guesses[call.key]
@@ -215,8 +284,13 @@ class Selector:
             for kernel, config in candidates[:-1]  # without the reference
             if _named(kernel, config) not in self._refused
         ]
-        if near is not None and not any(_same(near, other) for other in offered):
-            offered.append(near)
+        lent = [] if near is None else [near]
+        if prepared:
+            others = self._ahead.get(family_of(call.key)[0], ())
+            lent += [pair for pair in others if ahead.fits(*pair, call, self.hardware)]
+        for pair in lent:
+            if not any(_same(pair, other) for other in offered):
+                offered.append(pair)
         try:
             ranked = [r for r in self._model.rank(call, offered) if r.us is not None]
         except Exception as error:  # a guess must not cost a picture
@@ -228,9 +302,14 @@ class Selector:
             ranked.sort(
                 key=lambda r: not (_same(near, (r.kernel, r.config)) and (r.us or 0.0) <= limit)
             )
-        for r in ranked:
+        for place, r in enumerate(ranked):
+            if prepared and not self._there(r.kernel, r.config, call):
+                continue
             if _to_be_had(r.kernel, r.config, call):
-                found = Choice(r.kernel, r.config, f"predicted, {r.us:.1f} us", about=r.us)
+                which = ", the best that is compiled" if prepared and place else ""
+                found = Choice(r.kernel, r.config, f"predicted, {r.us:.1f} us{which}", about=r.us)
+                if prepared and place and not self.settled:  # a better one may be there soon
+                    return replace(found, provisional=True)
                 return self._guesses.setdefault(call.key, found)
         return None
 
