@@ -24,9 +24,9 @@ from ..hardware import Hardware, describe
 from ..kernels.registry import Call, Config, Kernel
 from ..settings import settings
 from . import ahead
-from .chips import chip_of
+from .chips import chip_of, named
 from .compiling import Compiler, launches_of
-from .cost import Fit, Model
+from .cost import Fit, Model, Ranked
 from .measure import WRONG, Measurement, measure
 from .profile import OTHERS, Entry, Profile, family_of, profile_cache
 
@@ -44,6 +44,12 @@ KEPT = 1.1
 Its code is compiled, and predictions are not more exact than that: on sizes that were held out this
 costs nothing.
 """
+
+MARGIN = 1.3
+"""By how much ours has to be faster than a library's where nothing was ever timed on such a GPU."""
+
+TENSOR_CORES = ("linear", "conv2d", "attention")
+"""Operators of which that is asked; others move bytes, which takes alike on all."""
 
 SAVED_AT_ONCE = 16
 """Measurements that are written to disk together; a process that is killed loses no more."""
@@ -153,6 +159,8 @@ class Selector:
         """
         if self._model is None or not self._waiting or self.device.type != "cuda":
             return
+        if self.profile.model_made:  # what it says is not worth so many kernels
+            return
         with self._lock:
             self._prepared |= {family_of(key)[0] for key in self._choices}
             self._preparing += 1
@@ -224,6 +232,13 @@ class Selector:
         prepared = self._waiting and family_of(key)[0] in self._prepared
         if prepared and found is not None and not self._there(*found, call):
             entry = found = None
+        another = (
+            entry is not None and entry.elsewhere and self.profile.origin != self.hardware.name
+        )
+        if another and len(candidates) > 2:  # which is faster there need not be here
+            predicted = self._predicted(call, candidates, None, prepared)
+            if predicted is not None:
+                return predicted
         if entry is not None and found is not None and entry.elsewhere is not None:
             reason = f"measured on {entry.elsewhere}"
             return Choice(*found, reason, about=entry.us, elsewhere=entry.elsewhere)
@@ -297,6 +312,8 @@ class Selector:
             logger.warning("times are predicted no more: %s failed: %s", call.key, error)
             self._model = None
             return None
+        if self.profile.model_made:
+            ranked = _cautious(call, ranked)
         if near is not None and ranked:
             limit = KEPT * (ranked[0].us or 0.0)
             ranked.sort(
@@ -406,7 +423,10 @@ def fastest(results: Sequence[Measurement]) -> Entry | None:
 
 
 def _model(hardware: Hardware, profile: Profile) -> Model | None:
-    """The performance model, if a profile has its constants for this GPU."""
+    """The performance model, if a profile has constants for it.
+
+    What was measured on another GPU is carried over.
+    """
     chip = chip_of(hardware)
     if chip is None or profile.fit is None:
         return None
@@ -415,7 +435,35 @@ def _model(hardware: Hardware, profile: Profile) -> Model | None:
     except ValueError as error:
         logger.warning("times are not predicted: %s", error)
         return None
-    return Model(chip, fitted, {call: entry.times() for call, entry in profile.items()})
+    measured = {call: entry.times() for call, entry in profile.items()}
+    carried = {call: _carried(entry) for call, entry in profile.elsewhere().items()}
+    return Model(chip, fitted, measured, carried, named(profile.origin or ""))
+
+
+def _cautious(call: Call, ranked: Sequence[Ranked]) -> list[Ranked]:
+    """The ranking of a model whose constants are another kind of GPU's.
+
+    Libraries know their chips: of what they do best ours has to be faster by far.
+    """
+    libraries = [r.us for r in ranked if r.kernel.launches is None and r.us is not None]
+    if call.op not in TENSOR_CORES or not libraries:
+        return list(ranked)
+    limit = min(libraries) / MARGIN
+    return [r for r in ranked if r.kernel.launches is None or (r.us or 0.0) <= limit]
+
+
+def _carried(entry: Entry) -> list[tuple[str, Config, float]]:
+    """The times of an entry that mean something here: of a library's own algorithms the best.
+
+    That stands for the one which the library names first here.
+    """
+    found: dict[tuple[str, str], tuple[str, Config, float]] = {}
+    for kernel, config, us in entry.times():
+        prefix = next((name for name in _NUMBERED if kernel.startswith(name)), None)
+        if prefix is not None and _NUMBERED[prefix] in config:
+            config = {**config, _NUMBERED[prefix]: 0}
+        found.setdefault((kernel, json.dumps(dict(config), sort_keys=True)), (kernel, config, us))
+    return list(found.values())
 
 
 def _named(kernel: Kernel, config: Config) -> tuple[str, str]:
