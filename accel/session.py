@@ -30,11 +30,13 @@ from .models import FAMILIES, UNetConfig, adapter_names, parameters, unsupported
 from .models.calls import bind_call
 from .plan.schema import Plan
 from .runtime.network import Network, Seat
+from .runtime.predict import Prediction, predict_at
 from .runtime.weights import SwapReport
 from .settings import settings
 from .structure import Structure, canonical_names, structure_of
 from .tensorfile import TensorFile, fingerprint_of
 from .tuning import selector_for
+from .tuning.forecast import Forecast
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +220,24 @@ class Engine:
                 "set_loras", report, ", ".join(name for name, _ in self._lora_names) or "none"
             )
         return report
+
+    def predict(
+        self, width: int, height: int, batch: int = 2, tokens: int = 77, optional: bool = False
+    ) -> Prediction:
+        """What an image size, in pixels, will take: milliseconds and memory. Runs nothing.
+
+        batch: of one forward; guidance makes it twice that of the images. optional: with the
+        residuals of ControlNets and T2I-Adapters. Raises `InvalidInput` for no size.
+        """
+        if min(width, height, batch, tokens) < 1 or width % 8 or height % 8:
+            raise InvalidInput(f"{width}x{height}, batch {batch}: sides are multiples of 8 pixels")
+        selector = self.session._selector
+        times = Forecast(selector.hardware, selector.profile)
+        return predict_at(
+            *(self._network.plan, width, height, batch, times, self.session.dtype),
+            tokens=tokens,
+            optional=optional,
+        )
 
     def refresh(self) -> None:
         """Between two samplings: let go of kernels that have given way to others.

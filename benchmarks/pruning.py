@@ -38,7 +38,7 @@ from accel.tuning.chips import Chip
 from accel.tuning.compiling import _launches
 from accel.tuning.cost import Fit, Model, Times, fit
 from accel.tuning.keys import call_of
-from accel.tuning.profile import Entry
+from accel.tuning.profile import Entry, profiled
 from accel.tuning.tune import sizes_between
 
 from .tuning_regret import _meta, chip_named, read
@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     meta, measured = read(options.candidates)
     chip = chip_named(meta["gpu"])
-    rows = replayed(chip, measured) + estimated(chip, measured, hardware_of(chip, meta))
+    rows = replayed(chip, measured) + estimated(chip, measured, profiled()[chip.name])
     options.transfer = None
     head = _meta(meta, options) | {
         "command": f"python -m benchmarks.pruning {options.candidates}",
@@ -69,15 +69,6 @@ def main() -> None:
         options.out.write_text(text, encoding="utf-8")
     for row in rows:
         print(*(f"{name}={value}" for name, value in row.items()))
-
-
-def hardware_of(chip: Chip, meta: Mapping[str, Any]) -> Hardware:
-    """The GPU as its driver describes it."""
-    return Hardware(
-        *(chip.name, "cuda", chip.capability, chip.multiprocessors, 80 << 30, chip.l2_bytes),
-        *(meta["driver"], meta["torch"], meta["cuda"], meta["cudnn"], meta["triton"]),
-        shared_bytes=chip.shared_bytes - 1024,
-    )
 
 
 @dataclass

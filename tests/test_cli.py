@@ -79,7 +79,9 @@ def test_help_is_instant_and_imports_no_torch() -> None:
     assert time.perf_counter() - started < 10, "a loaded machine included"
 
 
-@pytest.mark.parametrize("command", ["", "demo", "inspect", "build", "tune", "cache", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "inspect", "predict", "build", "tune", "cache", "doctor"]
+)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*command.split(), "--help"])

@@ -17,9 +17,9 @@ from typing import NoReturn
 from .. import __version__
 from ..errors import SwitchyardError
 from ..settings import settings
-from . import bench, build, cache, demo, doctor, inspect, tune
+from . import bench, build, cache, demo, doctor, inspect, predict, tune
 
-COMMANDS = (demo, inspect, build, bench, tune, cache, doctor)
+COMMANDS = (demo, inspect, predict, build, bench, tune, cache, doctor)
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
 

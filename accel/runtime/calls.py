@@ -43,13 +43,18 @@ def calls_of(plan: Plan, dims: Mapping[str, int], dtype: torch.dtype) -> list[Ca
     return list({call.key: call for call in collector.calls}.values())
 
 
+def dims_at(plan: Plan, width: int, height: int, batch: int, tokens: int = 77) -> dict[str, int]:
+    """A size for each of the plan's dimensions, by that of the images in pixels."""
+    sizes = {"batch": batch, "height": height // 8, "width": width // 8, "tokens": tokens}
+    return {name: sizes[name] for name in plan.dims}
+
+
 def calls_at(plan: Plan, width: int, height: int, batch: int, tokens: int = 77) -> list[Call]:
     """Every distinct call in fp16 of a plan at an image size in pixels.
 
     Without the plan's optional inputs (ControlNets, T2I-Adapters), and with all of them.
     """
-    sizes = {"batch": batch, "height": height // 8, "width": width // 8, "tokens": tokens}
-    dims = {name: sizes[name] for name in plan.dims}
+    dims = dims_at(plan, width, height, batch, tokens)
     bare = plan.without(entry.name for entry in plan.inputs if entry.optional)
     found = calls_of(bare, dims, torch.float16)
     if bare is not plan:

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 
 from ..hardware import Hardware
 
+RESERVED_BYTES = 1024
+"""Of shared memory for each block, by CUDA itself."""
+
 
 @dataclass(frozen=True)
 class Chip:

@@ -27,7 +27,7 @@ from ..errors import InvalidFile
 from ..hardware import Hardware
 from ..kernels.registry import Config
 from ..settings import settings
-from . import profile_file
+from . import chips, profile_file
 from .profile_file import Content
 
 logger = logging.getLogger(__name__)
@@ -320,6 +320,31 @@ def shipped(hardware: Hardware) -> Shipped:
     _tell(hardware.name, gpu, versions, [_version(name, mine) for name in differing])
     marked = {call: replace(entry, elsewhere=elsewhere) for call, entry in entries.items()}
     return Shipped(marked, gpu, elsewhere, content.fit)
+
+
+def profiled() -> dict[str, Hardware]:
+    """The GPUs that have a profile in the pack, by name, as they were when it was made."""
+    found = {}
+    for _, content in _shipped_files():
+        meta = content.meta
+        chip = chips.named(meta["gpu"])
+        if chip is None:
+            continue
+        found[meta["gpu"]] = Hardware(
+            name=meta["gpu"],
+            kind="cuda",
+            capability=(meta["capability"][0], meta["capability"][1]),
+            multiprocessors=meta["multiprocessors"],
+            memory_bytes=int(meta.get("memory_mib", 0)) << 20,
+            l2_bytes=chip.l2_bytes,
+            driver=None,
+            torch=meta["torch"],
+            cuda=meta["cuda"],
+            cudnn=meta["cudnn"],
+            triton=meta["triton"],
+            shared_bytes=chip.shared_bytes - chips.RESERVED_BYTES,
+        )
+    return found
 
 
 def _version(library: str, meta: Mapping[str, Any]) -> str:

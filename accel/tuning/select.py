@@ -98,7 +98,7 @@ class Selector:
         self._measuring = measuring and device.type == "cuda"
         self._waiting = waiting or self._measuring
         self._choices: dict[str, Choice] = {}
-        self._model = _model(self.hardware, profile)
+        self._model = model_of(self.hardware, profile)
         self._guesses: dict[str, Choice] = {}
         self._neighbours: dict[str, Choice] = {}
         self._refused: set[tuple[str, str]] = set()
@@ -422,7 +422,7 @@ def fastest(results: Sequence[Measurement]) -> Entry | None:
     return Entry(best.kernel.name, best.config, us, others)
 
 
-def _model(hardware: Hardware, profile: Profile) -> Model | None:
+def model_of(hardware: Hardware, profile: Profile) -> Model | None:
     """The performance model, if a profile has constants for it.
 
     What was measured on another GPU is carried over.
