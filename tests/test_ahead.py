@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -248,3 +249,17 @@ def test_a_failure_costs_no_picture(
     assert "not compiled ahead: no sizes" in caplog.text
     for choice in selector.select(calls((9216,))):
         assert choice.kernel.launches is None
+
+
+# How good they are.
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_a_hundred_and_twenty_pieces_of_code_cost_a_few_percent(gpu: str) -> None:
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / gpu / "ahead.json"
+    rows = {(r["model"], r["operation"]): r["value"] for r in json.loads(path.read_text())["rows"]}
+    for model in ("sd15", "sdxl"):
+        assert rows[model, "ahead_codes"] <= ahead.MOST
+        assert rows[model, "ahead_regret"] <= 0.055
+        assert rows[model, "used_regret"] <= 0.046
+        assert rows[model, "libraries_regret"] > 0.9
