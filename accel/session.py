@@ -37,6 +37,7 @@ from .structure import Structure, canonical_names, structure_of
 from .tensorfile import TensorFile, fingerprint_of
 from .tuning import selector_for
 from .tuning.forecast import Forecast
+from .tuning.idle import IdleTuner
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Session:
         self.captures = 0
         self._progress = progress
         self._lock = threading.RLock()
+        self._idle = IdleTuner(self._selector, self._lock) if settings().idle else None
         self._building = threading.Lock()
         # Held by their engines: when the last engine of a structure goes, so does its memory.
         self._networks: weakref.WeakValueDictionary[str, Network] = weakref.WeakValueDictionary()
@@ -185,7 +187,10 @@ class Engine:
         _require_comparable(key)
         bound = bind_call(self.config, self._host, args, kwargs)  # type: ignore[arg-type]
         with self.session._lock:
-            return bound.finish(self._network.run(self.seat, bound.inputs, key))
+            result = bound.finish(self._network.run(self.seat, bound.inputs, key))
+        if self.session._idle is not None:
+            self.session._idle.used()
+        return result
 
     def load_weights(self, source: Weightlike) -> SwapReport:
         """Swap in another checkpoint of the same structure; the LoRA set stays on.

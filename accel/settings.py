@@ -30,27 +30,34 @@ class Settings:
     `log_level` (SWITCHYARD_LOG): one of LOG_LEVELS, for the command line's log.
     `tune` (SWITCHYARD_TUNE, "on" or "off"): time the kernels for a call that no profile knows,
     before its first run. Unset, sessions of scripts do and hosts, whose users wait, do not.
+    `idle` (SWITCHYARD_IDLE, "on" or "off"): while a session's engines have nothing to do, time what
+    runs by prediction; later processes use it. Off unless it is set.
     """
 
     cache_dir: Path
     cache_bytes: int
     log_level: str
     tune: bool | None
+    idle: bool
 
 
 def settings() -> Settings:
     """The settings in force. A bad value is warned of once and replaced by its default."""
-    names = ("SWITCHYARD_CACHE_DIR", "SWITCHYARD_CACHE_GIB", "SWITCHYARD_LOG", "SWITCHYARD_TUNE")
-    return _parse(*(os.environ.get(name, "").strip() for name in names), user_cache_dir())
+    names = ("CACHE_DIR", "CACHE_GIB", "LOG", "TUNE", "IDLE")
+    values = (os.environ.get(f"SWITCHYARD_{name}", "").strip() for name in names)
+    return _parse(*values, default_cache=user_cache_dir())
 
 
 @lru_cache(maxsize=16)  # one entry per environment seen, so that each bad value is warned of once
-def _parse(cache_dir: str, cache_gib: str, log: str, tune: str, default_cache: Path) -> Settings:
+def _parse(
+    cache_dir: str, cache_gib: str, log: str, tune: str, idle: str, default_cache: Path
+) -> Settings:
     return Settings(
         cache_dir=_cache_dir(cache_dir, default_cache),
         cache_bytes=int(_gib(cache_gib) * 2**30),
         log_level=_log_level(log),
-        tune=_tune(tune),
+        tune=_switch("SWITCHYARD_TUNE", tune),
+        idle=_switch("SWITCHYARD_IDLE", idle) or False,
     )
 
 
@@ -102,12 +109,12 @@ def _log_level(text: str) -> str:
     return _default("SWITCHYARD_LOG", text, f"one of {', '.join(LOG_LEVELS)}", "warning")
 
 
-def _tune(text: str) -> bool | None:
+def _switch(name: str, text: str) -> bool | None:
     if not text:
         return None
     if text.lower() in SWITCHES:
         return SWITCHES[text.lower()]
-    return _default("SWITCHYARD_TUNE", text, "on or off", None)
+    return _default(name, text, "on or off", None)
 
 
 def _default(name: str, text: str, wanted: str, default: _T) -> _T:

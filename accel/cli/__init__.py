@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         description="Switchyard: one compiled engine for every checkpoint.",
         epilog="Every command has its own --help. Settings: SWITCHYARD_CACHE_DIR (folder), "
         "SWITCHYARD_CACHE_GIB (size limit), SWITCHYARD_LOG (debug, info, warning or error), "
-        "SWITCHYARD_TUNE (on or off).",
+        "SWITCHYARD_TUNE and SWITCHYARD_IDLE (on or off).",
     )
     top.add_argument("--version", action="version", version=f"Switchyard {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)

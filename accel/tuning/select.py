@@ -51,6 +51,9 @@ MARGIN = 1.3
 TENSOR_CORES = ("linear", "conv2d", "attention")
 """Operators of which that is asked; others move bytes, which takes alike on all."""
 
+LIKELY = 4
+"""Candidates of a call that are timed in idle time, beside the best of each kernel that may win."""
+
 SAVED_AT_ONCE = 16
 """Measurements that are written to disk together; a process that is killed loses no more."""
 
@@ -100,6 +103,7 @@ class Selector:
         self._choices: dict[str, Choice] = {}
         self._model = model_of(self.hardware, profile)
         self._guesses: dict[str, Choice] = {}
+        self._by_guess: dict[str, Call] = {}
         self._neighbours: dict[str, Choice] = {}
         self._refused: set[tuple[str, str]] = set()
         self._prepared: set[str] = set()
@@ -137,6 +141,8 @@ class Selector:
                     provisional[key] = choice
                 elif choice is not None:
                     self._choices[key] = choice
+                    if key in self._guesses:
+                        self._by_guess[key] = unknown[key]
             unmeasured = [unknown[key] for key, choice in found.items() if choice is None]
             if unmeasured:
                 self._measure(unmeasured)
@@ -184,6 +190,40 @@ class Selector:
         finally:
             with self._lock:
                 self._preparing -= 1
+
+    def guessed(self) -> list[Call]:
+        """The calls that run by what is predicted, those that take longest first."""
+        with self._lock:
+            known = [
+                (self._choices[key].about or 0.0, call) for key, call in self._by_guess.items()
+            ]
+        return [call for _, call in sorted(known, key=lambda item: -item[0])]
+
+    def compile_likely(self, call: Call) -> None:
+        """Compile what `time_likely` will time."""
+        self.compiler.compile((kernel, config, call) for kernel, config in self._likely(call))
+
+    def time_likely(self, call: Call) -> None:
+        """Time the few likeliest candidates of a guessed call; remembered, but not used here."""
+        with self._lock:
+            if self._by_guess.pop(call.key, None) is None:  # another session was quicker
+                return
+        likely = [_named(*pair) for pair in self._likely(call)]
+
+        def prune(call: Call, found: Candidates) -> Candidates:
+            return [pair for pair in found if _named(*pair) in likely]
+
+        for _, results in measure([call], self.compiler, self.device, prune):
+            entry = fastest(results)
+            if entry is not None and lasting(results):
+                with self._lock:
+                    self.profile.add({call.key: entry})
+                logger.info("timed while idle: %s", call.key)
+
+    def _likely(self, call: Call) -> Candidates:
+        candidates = kernels.candidates(call, self.hardware)[:-1]
+        with self._lock:
+            return [] if self._model is None else self._model.prune(call, candidates, LIKELY)
 
     def _times(self, call: Call, candidates: Sequence[tuple[str, Config]]) -> list[float | None]:
         """Microseconds that the performance model predicts."""
