@@ -93,7 +93,7 @@ def test_a_few_pieces_of_code_serve_sizes_that_are_not_among_those_asked() -> No
     for most in (0, 4, 12):
         chosen = covering(calls(), GPU, predicted, most)
         have = set().union(*(launch_keys(variant) for variant in chosen))
-        assert len(have) <= most and len(chosen) <= most
+        assert len(have) <= most
         spent.append(sum(cost(call, have) for call in between))
     everything = {k for c in between for pair in _pairs(c) for k in launch_keys((*pair, c))}
     best = sum(cost(call, everything) for call in between)
@@ -260,6 +260,6 @@ def test_a_hundred_and_twenty_pieces_of_code_cost_a_few_percent(gpu: str) -> Non
     rows = {(r["model"], r["operation"]): r["value"] for r in json.loads(path.read_text())["rows"]}
     for model in ("sd15", "sdxl"):
         assert rows[model, "ahead_codes"] <= ahead.MOST
-        assert rows[model, "ahead_regret"] <= 0.055
-        assert rows[model, "used_regret"] <= 0.046
+        assert rows[model, "ahead_regret"] <= 0.04
+        assert rows[model, "used_regret"] <= 0.035
         assert rows[model, "libraries_regret"] > 0.9

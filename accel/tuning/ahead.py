@@ -20,8 +20,9 @@ from ..kernels.registry import Call, Config, Kernel
 from .compiling import Variant, launch_keys
 from .profile import family_of
 
-SIZES = ((512, 512), (640, 640), (768, 768), (1024, 1024), (1536, 1536))
-"""Image sizes in pixels that stand for the others."""
+SIZES = ((520, 616), (776, 712), (904, 1160), (1024, 1024), (1320, 1000), (1496, 1240))
+"""Image sizes in pixels that stand for the others: odd ones, whose pixels no tile of a convolution
+covers evenly, since most sizes are such. What a plan's first image wants is compiled anyway."""
 
 MOST = 120
 """Pieces of code that a plan's kernels are compiled to ahead."""
@@ -38,16 +39,18 @@ def covering(
 ) -> list[Variant]:
     """Variants of at most `most` pieces of code that serve the calls, and others between, well.
 
-    calls: of one plan at several image sizes. Each variant is of a call that would choose it.
+    calls: of one plan at several image sizes. Of each piece of code there is a variant for every
+    kind of call that it can serve.
     """
     found = list(calls)
     lent = _by_family(found, hardware)
     codes: dict[frozenset[str], int] = {}
-    example: dict[int, Variant] = {}
+    variants: dict[int, dict[str, Variant]] = defaultdict(dict)
     best = np.empty(len(found))
     times: list[dict[int, float]] = []
     for place, call in enumerate(found):
-        offered = lent[family_of(call.key)[0]]
+        family = family_of(call.key)[0]
+        offered = lent[family]
         own = [pair for pair in offered if pair[0].launches is None or fits(*pair, call, hardware)]
         predicted = predict(call, [(kernel.name, config) for kernel, config in own])
         known = [(*pair, us) for pair, us in zip(own, predicted, strict=True) if us is not None]
@@ -58,12 +61,12 @@ def covering(
                 code = codes.setdefault(keys, len(codes))
                 if us < ours.get(code, np.inf):
                     ours[code] = us
-                    example.setdefault(code, (kernel, config, call))
+                    variants[code].setdefault(family, (kernel, config, call))
         libraries = [us for kernel, _, us in known if kernel.launches is None]
         best[place] = min(libraries, default=SLOW * max(ours.values(), default=0.0))
         times.append(ours)
     chosen = _greedy(list(codes), best, times, most)
-    return [example[code] for code in chosen]
+    return [variant for code in chosen for variant in variants[code].values()]
 
 
 def fits(kernel: Kernel, config: Config, call: Call, hardware: Hardware) -> bool:

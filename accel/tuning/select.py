@@ -550,7 +550,7 @@ def _adopted(
     for kernel, _ in candidates:
         if kernel.name == entry.kernel:
             found = _to_be_had(kernel, entry.config, call)
-            return found if found and _fits(kernel, entry.config, call, hardware) else None
+            return found if found and ahead.fits(kernel, entry.config, call, hardware) else None
     return None
 
 
@@ -576,13 +576,6 @@ def _first_of(entry: Entry, call: Call, candidates: Candidates) -> tuple[Kernel,
         if kernel.name == entry.kernel:
             return _to_be_had(kernel, config, call)
     return None
-
-
-def _fits(kernel: Kernel, config: Config, call: Call, hardware: Hardware) -> bool:
-    try:
-        return kernel.fits(call, config, hardware)
-    except (KeyError, ValueError):  # an entry of another version of the kernel
-        return False
 
 
 def _to_be_had(kernel: Kernel, config: Config, call: Call) -> tuple[Kernel, Config] | None:
