@@ -11,13 +11,15 @@ all, and those alone of which candidates were ruled out.
 tune_candidates, tune_seconds: for `accel tune` of SD1.5 and SDXL with their ControlNets from
 512² to 1536². Candidates are listed as on that GPU, but for the libraries' own algorithms, of which
 as many are assumed as the file has of its calls. Seconds are those of the GPU, by times that the
-model predicts, and those of the host by what `COSTS` assumes.
+model predicts; of the model itself, as it takes here; and of the host, by what `COSTS` assumes:
+it knows nothing of how long cuDNN takes to make its plans.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -167,6 +169,7 @@ def estimated(
     registered = _registered()
     by_key = {call.key: call for call in calls}
     for which, keep in (("exhaustive", None), ("pruned", KEEP)):
+        started = time.perf_counter()
         calibration = Calibration(chip, keep=keep)
         full = {call.key for call in calibration.in_full(calls)}
         for key in full:
@@ -177,6 +180,7 @@ def estimated(
             worth = pairs if key in full else calibration.worth_timing(call, pairs)
             chosen = {(kernel.name, _text(config)) for kernel, config in worth}
             kept[key] = [t for t in times[key] if (t[0], _text(t[1])) in chosen]
+        modelled = time.perf_counter() - started
         codes = _launches(
             (registered[name], config, by_key[key])
             for key, found in kept.items()
@@ -189,6 +193,7 @@ def estimated(
             "host": COSTS["call"] * len(calls) + COSTS["candidate"] * count,
             "compiling": COSTS["compile"] * len(codes) / COSTS["processes"]
             + COSTS["start"] * starts,
+            "model": modelled,
         }
         parts = {name: round(value) for name, value in seconds.items()}
         common = {"which": which, "calls": len(calls), "in_full": len(full), "codes": len(codes)}
