@@ -40,6 +40,7 @@ from .models.calls import bind_call
 from .plan.schema import Plan
 from .runtime.network import Network, Seat
 from .runtime.pool import Pool, process_pool
+from .runtime.predict import Prediction, predict_at
 from .runtime.weights import Source, SwapReport
 from .settings import settings
 from .sources import (
@@ -54,6 +55,8 @@ from .sources import (
 from .structure import Structure, structure_of
 from .tensorfile import TensorFile, fingerprint_of
 from .tuning import selector_for
+from .tuning.forecast import Forecast
+from .tuning.idle import IdleTuner
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +102,7 @@ class Session:
         self.captures = 0
         self._progress = progress
         self._lock = threading.RLock()
+        self._idle = IdleTuner(self._selector, self._lock) if settings().idle else None
         self._building = threading.Lock()
         # Held by their engines: when the last engine of a structure goes, so does its memory.
         self._networks: weakref.WeakValueDictionary[str, Network] = weakref.WeakValueDictionary()
@@ -137,6 +141,15 @@ class Session:
             "weights_seconds": time.perf_counter() - planned,
         }
         return engine
+
+    def settle(self, seconds: float = 120.0) -> bool:
+        """Wait until nothing is compiled in the background; False if that takes longer."""
+        deadline = time.monotonic() + seconds
+        while not self._selector.settled:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
     def plan(self, structure: Structure, network: nn.Module | type[nn.Module]) -> tuple[Plan, str]:
         """The plan of a structure and where it came from: "shipped", "cache" or "built"."""
@@ -232,7 +245,10 @@ class Engine:
         _require_comparable(key)
         bound = bind_call(self.config, self._host, args, kwargs)  # type: ignore[arg-type]
         with self.session._lock:
-            return bound.finish(self._network.run(self.seat, bound.inputs, key))
+            result = bound.finish(self._network.run(self.seat, bound.inputs, key))
+        if self.session._idle is not None:
+            self.session._idle.used()
+        return result
 
     def load_weights(self, source: Weightlike) -> SwapReport:
         """Swap in another checkpoint of the same structure; the LoRA set stays on.
@@ -351,6 +367,32 @@ class Engine:
         self._loras = told
         self._note(operation, report, ", ".join(one["name"] for one in told) or "none")
         return report
+
+    def predict(
+        self, width: int, height: int, batch: int = 2, tokens: int = 77, optional: bool = False
+    ) -> Prediction:
+        """What an image size, in pixels, will take: milliseconds and memory. Runs nothing.
+
+        batch: of one forward; guidance makes it twice that of the images. optional: with the
+        residuals of ControlNets and T2I-Adapters. Raises `InvalidInput` for no size.
+        """
+        if min(width, height, batch, tokens) < 1 or width % 8 or height % 8:
+            raise InvalidInput(f"{width}x{height}, batch {batch}: sides are multiples of 8 pixels")
+        selector = self.session._selector
+        times = Forecast(selector.hardware, selector.profile)
+        return predict_at(
+            *(self._network.plan, width, height, batch, times, self.session.dtype),
+            tokens=tokens,
+            optional=optional,
+        )
+
+    def refresh(self) -> None:
+        """Between two samplings: let go of kernels that have given way to others.
+
+        A size that is new while kernels are being compiled ahead begins with those there are.
+        """
+        with self.session._lock:
+            self._network.refresh()
 
     def note_fallback(self, reason: str) -> None:
         """Record that the host ran its own path, and why."""

@@ -34,6 +34,8 @@ class Settings:
     is free there bounds them.
     `pool_ram_bytes` (SWITCHYARD_POOL_RAM_GIB, in GiB): weights that wait in pinned RAM; unset, a
     quarter of all RAM.
+    `idle` (SWITCHYARD_IDLE, "on" or "off"): while a session's engines have nothing to do, time what
+    runs by prediction; later processes use it. Off unless it is set.
     """
 
     cache_dir: Path
@@ -42,11 +44,12 @@ class Settings:
     tune: bool | None
     pool_device_bytes: int | None
     pool_ram_bytes: int | None
+    idle: bool
 
 
 def settings() -> Settings:
     """The settings in force. A bad value is warned of once and replaced by its default."""
-    names = ("CACHE_DIR", "CACHE_GIB", "LOG", "TUNE", "POOL_GIB", "POOL_RAM_GIB")
+    names = ("CACHE_DIR", "CACHE_GIB", "LOG", "TUNE", "IDLE", "POOL_GIB", "POOL_RAM_GIB")
     values = (os.environ.get(f"SWITCHYARD_{name}", "").strip() for name in names)
     return _parse(user_cache_dir(), *values)
 
@@ -58,6 +61,7 @@ def _parse(
     cache_gib: str,
     log: str,
     tune: str,
+    idle: str,
     pool_gib: str,
     pool_ram_gib: str,
 ) -> Settings:
@@ -65,9 +69,10 @@ def _parse(
         cache_dir=_cache_dir(cache_dir, default_cache),
         cache_bytes=_bytes("SWITCHYARD_CACHE_GIB", cache_gib, int(DEFAULT_CACHE_GIB * 2**30)),
         log_level=_log_level(log),
-        tune=_tune(tune),
+        tune=_switch("SWITCHYARD_TUNE", tune),
         pool_device_bytes=_bytes("SWITCHYARD_POOL_GIB", pool_gib, None),
         pool_ram_bytes=_bytes("SWITCHYARD_POOL_RAM_GIB", pool_ram_gib, None),
+        idle=_switch("SWITCHYARD_IDLE", idle) or False,
     )
 
 
@@ -121,12 +126,12 @@ def _log_level(text: str) -> str:
     return _default("SWITCHYARD_LOG", text, f"one of {', '.join(LOG_LEVELS)}", "warning")
 
 
-def _tune(text: str) -> bool | None:
+def _switch(name: str, text: str) -> bool | None:
     if not text:
         return None
     if text.lower() in SWITCHES:
         return SWITCHES[text.lower()]
-    return _default("SWITCHYARD_TUNE", text, "on or off", None)
+    return _default(name, text, "on or off", None)
 
 
 def _default(name: str, text: str, wanted: str, default: _T) -> _T:

@@ -108,6 +108,33 @@ def rows_of(document: Any, case: Case) -> dict[str, Any]:
     return found
 
 
+# Sizes at random.
+
+
+def test_sizes_at_random_say_how_soon_and_how_fast(document: Any, plans: Path) -> None:
+    from benchmarks.random_sizes import LIMITS_MS, drawn, rows_of
+
+    sizes = [(64, 72), (96, 64)]
+    found = rows_of(PLAIN, sizes, "cpu", plans, 1.0, isolated=False, anchors=[(72, 64), (96, 96)])
+    by_name: dict[str, list[Any]] = {}
+    for row in found:
+        by_name.setdefault(row["operation"], []).append(row)
+        assert row["model"] == "tiny" and row.get("limit_ms") == LIMITS_MS.get(row["operation"])
+    assert {name: len(rows) for name, rows in by_name.items()} == {
+        **{"engine_build": 1, "engine_fetch": 1, "new_size": 2},
+        **{"random_size_mfu": 2, "random_size_gain": 2},
+    }
+    assert [(row["width"], row["height"]) for row in by_name["new_size"]] == sizes
+    for row in by_name["random_size_mfu"]:
+        assert row["value"] > 0 and row["mfu"] > 0 and row["of"] == "72x64"
+    assert {row["over"] for row in by_name["random_size_gain"]} == {
+        "libraries",
+        "tuned at one size",
+    }
+    assert drawn(12, 5) == drawn(12, 5) != drawn(12, 6)
+    assert all(512 <= side <= 1536 and side % 8 == 0 for size in drawn(50, 1) for side in size)
+
+
 # A whole run.
 
 

@@ -80,7 +80,8 @@ def test_help_is_instant_and_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "demo", "audition", "inspect", "build", "tune", "cache", "doctor"]
+    "command",
+    ["", "demo", "audition", "inspect", "predict", "build", "tune", "cache", "doctor"],
 )
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -17,13 +17,15 @@ from kernels.harness import chip
 from accel.cache import DiskCache
 from accel.errors import InvalidFile
 from accel.hardware import Hardware
-from accel.kernels import Call, TensorSpec, load_triton, registry
+from accel.kernels import Call, Kernel, TensorSpec, load_triton, registry
 from accel.runtime.alternatives import _time
 from accel.tuning import profile as profiles
 from accel.tuning import profile_file
 from accel.tuning.compiling import Compiler
+from accel.tuning.cost import Fit, Ranked
+from accel.tuning.keys import call_of
 from accel.tuning.profile import SHIPPED, Entry, Profile
-from accel.tuning.select import Choice, Selector
+from accel.tuning.select import Choice, Selector, _cautious
 
 GPU = chip()
 GOOD = {"kernel": "library", "config": {"tile": 64, "wide": True, "kind": "a"}, "us": 3.5}
@@ -62,7 +64,7 @@ def test_what_comes_with_the_pack_is_right() -> None:
     assert paths
     for path in paths:
         content = profile_file.read(path)
-        assert not content.faults and len(content.entries) > 100
+        assert not content.faults and (content.model_made or len(content.entries) > 100)
 
 
 def test_what_is_written_is_read_alike_and_is_sorted() -> None:
@@ -422,3 +424,122 @@ def test_kernels_that_are_not_here_are_ignored_in_one_line(
     assert choice.kernel.name == "tiled" and "near this" in choice.reason
     said = [r.getMessage() for r in caplog.records]
     assert said == ["2 entries of the profile are of kernels that are not here: gone, lost"]
+
+
+# Made by the model.
+
+
+def test_every_chip_that_nobody_measured_has_a_profile_that_says_so() -> None:
+    from benchmarks.model_profiles import made
+
+    contents = {path.stem: profile_file.read(path) for path in SHIPPED.glob("*.json")}
+    found = {name: content for name, content in contents.items() if content.model_made}
+    texts = made(SHIPPED)
+    assert {f"{name}.json" for name in found} == texts.keys()
+    for name, content in found.items():
+        assert (SHIPPED / f"{name}.json").read_text() == texts[f"{name}.json"], "by the command"
+        assert not content.entries and content.meta["constants_of"]
+        Fit.from_json(content.fit)
+    for part in ("t4", "a10", "a100", "l4", "l40s", "l20", "3060", "3090", "4070", "4090", "5090"):
+        assert any(name.endswith(part) for name in found), part
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "origin"),
+    [
+        ("NVIDIA GeForce RTX 4070", (8, 9), "NVIDIA GeForce RTX 4070"),
+        ("NVIDIA GeForce RTX 3080", (8, 6), "NVIDIA GeForce RTX 3090"),
+        ("NVIDIA Something", (8, 7), "NVIDIA GeForce RTX 3090"),
+        ("NVIDIA Something", (13, 0), "NVIDIA GeForce RTX 5090"),
+        ("NVIDIA H100 PCIe", (9, 0), "NVIDIA H100 80GB HBM3"),
+    ],
+)
+def test_a_chip_without_a_profile_takes_that_of_the_nearest_capability(
+    name: str, capability: tuple[int, int], origin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiles, "SHIPPED", SHIPPED)
+    gpu = replace(chip(), name=name, capability=capability, multiprocessors=82)
+    found = Profile(gpu, None)
+    assert found.origin == origin and found.fit is not None
+    assert found.model_made is (capability != (9, 0))
+
+
+def test_what_a_model_made_holds_no_entries(folder: Path) -> None:
+    content = profile_file.read(SHIPPED / "tesla_t4.json")
+    content.entries["add() -> 1:f16"] = {"kernel": "x", "config": {}, "us": 1.0}
+    text = profile_file.written(content)
+    with pytest.raises(InvalidFile, match=r"line \d+: what a model made has 'fit' and no entries"):
+        profile_file.parsed(text)
+
+
+def calls_of_a_unet() -> list[Call]:
+    image = "2x64x64x640:f16"
+    keys = (
+        "linear(8192x640:f16 640x640:f16c 640:f16c -) -> 8192x640:f16 activation=none",
+        "linear(8192x640:f16 5120x640:f16c 5120:f16c -) -> 8192x2560:f16 activation=geglu",
+        f"conv2d({image} 640x3x3x640:f16c 640:f16c - -) -> {image} "
+        "dilation=(1,1) groups=1 padding=(1,1) stride=(1,1)",
+        "attention(2x4096x640:f16 2x4096x640:f16 2x4096x640:f16) -> 2x4096x640:f16 "
+        "heads=10 scale=0.125",
+        f"group_norm({image} 640:f16c 640:f16c) -> {image} activation=silu eps=1e-05 groups=32",
+    )
+    return [call_of(key) for key in keys]
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (10, 0), (12, 0)], ids=str)
+def test_where_nobody_measured_libraries_do_what_they_do_best(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what only moves bytes, which ours do on every chip; and nothing is left out."""
+    monkeypatch.setattr(profiles, "SHIPPED", SHIPPED)
+    gpu = replace(chip(capability), name="NVIDIA Something")
+    device = torch.device("cuda")
+    selector = Selector(Compiler(gpu, device), device, Profile(gpu, None), measuring=False)
+    choices = selector.select(calls_of_a_unet())
+    for choice in choices[:4]:
+        if choice.kernel.launches is not None:  # by far, says the model
+            assert choice.reason.startswith("predicted") and capability != (7, 5)
+    assert choices[4].kernel.name == "triton.group_norm"
+    assert all(choice.us is None for choice in choices)
+    selector.prepare("a plan", calls_of_a_unet)
+    assert selector.settled, "nothing is compiled ahead on such a model's word"
+
+
+def test_a_library_that_is_nearly_as_fast_is_preferred_where_nobody_measured() -> None:
+    ours = Kernel("triton.x", "linear", lambda *_: None, ("cuda",), launches=lambda *_: [])
+    library = Kernel("cublas.linear", "linear", lambda *_: None, ("cuda",))
+    call = calls_of_a_unet()[0]
+
+    def first(us: float, op: str = "linear") -> str:
+        ranked = sorted([Ranked(ours, {}, us), Ranked(library, {}, 13.0)], key=lambda r: r.us or 0)
+        return _cautious(replace(call, op=op), ranked)[0].kernel.name
+
+    assert first(9.9) == "triton.x" and first(10.1) == "cublas.linear"
+    assert first(12.9, "group_norm") == "triton.x"
+
+
+# Measured on another GPU.
+
+
+def test_the_times_of_another_gpu_are_carried_over_and_ranked_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A chip with half the multiprocessors: what was fastest there need not be here."""
+    monkeypatch.setattr(profiles, "SHIPPED", SHIPPED)
+    versions = profile_file.read(SHIPPED / "nvidia_h200.json").meta
+    same = {name: versions[name] for name in profiles.VERSIONS}
+    gpu = replace(chip((9, 0)), name="NVIDIA H200 half", multiprocessors=66, **same)
+    device = torch.device("cuda")
+    profile = Profile(gpu, None)
+    assert profile.elsewhere() and not list(profile.items())
+    selector = Selector(Compiler(gpu, device), device, profile, measuring=False)
+    calls = [
+        call_of(key)
+        for key, entry in profile.elsewhere().items()
+        if key.startswith("linear(8192x") and entry.kernel.startswith("triton.")
+    ][:4]
+    for call, choice in zip(calls, selector.select(calls), strict=True):
+        there = profile.elsewhere()[call.key].us
+        assert choice.reason.startswith("predicted") and choice.us is None
+        assert choice.about is not None and 1.3 * there < choice.about < 2.6 * there
+        assert choice.elsewhere is None, "one chip's times can be set against each other"

@@ -202,6 +202,9 @@ class Provisional:
         found = self._selector.select(calls)
         return [dataclasses.replace(choice, provisional=not self.settled) for choice in found]
 
+    def prepare(self, *arguments: Any) -> None:
+        """Nothing is compiled ahead."""
+
 
 def test_kernels_change_when_a_host_says_so(engine: Engine) -> None:
     """What was compiled meanwhile is bound between samplings, once, for every size; bits stay."""
@@ -248,6 +251,19 @@ def test_who_waits_does_not_stay_with_what_is_provisional(
     network.refresh()
     assert torch.equal(engine.call((), arguments(), "c"), expected)
     assert engine.report()["binds"] == 2, "what has its kernels keeps them"
+
+
+def test_an_engine_says_what_a_size_will_take(engine: Engine) -> None:
+    found = engine.predict(width=96, height=136)
+    assert found.step_ms is None and found.unknown > 50, "nobody times a CPU"
+    engine(**arguments())
+    report = engine.report()
+    assert found.activation_bytes == report["activation_bytes"]
+    assert found.weights_bytes == pytest.approx(report["weights_bytes"], rel=0.1)  # aligned
+    engine.predict(256, 256, batch=1, tokens=154)
+    assert engine.report()["binds"] == 1, "predicting binds nothing"
+    with pytest.raises(InvalidInput, match="multiples of 8"):
+        engine.predict(100, 64)
 
 
 def test_weights_void_the_prompt_key(engine: Engine) -> None:

@@ -45,6 +45,7 @@ def test_values_are_read_at_every_call(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("SWITCHYARD_TUNE", "maybe"),
         ("SWITCHYARD_POOL_GIB", "all"),
         ("SWITCHYARD_POOL_RAM_GIB", "-3"),
+        ("SWITCHYARD_IDLE", "now"),
     ],
 )
 def test_bad_value_warns_once_and_gives_the_default(
@@ -66,6 +67,14 @@ def test_tuning_is_on_off_or_up_to_the_caller(
 ) -> None:
     monkeypatch.setenv("SWITCHYARD_TUNE", text)
     assert settings().tune is meant
+
+
+@pytest.mark.parametrize(("text", "meant"), [("", False), ("on", True), ("OFF", False)])
+def test_nothing_is_timed_in_idle_time_unless_it_is_asked_for(
+    text: str, meant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWITCHYARD_IDLE", text)
+    assert settings().idle is meant
 
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="XDG is for the other systems")

@@ -28,12 +28,18 @@ from accel.tuning import measure as measuring
 from accel.tuning import profile as profiles
 from accel.tuning import profile_file
 from accel.tuning import tune as tuning
+from accel.tuning.calibration import Calibration
+from accel.tuning.chips import KNOWN
 from accel.tuning.compiling import Compiler
+from accel.tuning.cost import Fit, Model
 from accel.tuning.profile import Entry, Profile, family_of, profile_cache
+from accel.tuning.select import Selector
 from accel.tuning.tune import Details, OwnProfile, ProfileFile, sizes_between, tune
 
 CPU = torch.device("cpu")
 GPU = chip()
+H200 = next(chip for chip in KNOWN if chip.name == "NVIDIA H200")
+ROOT = Path(__file__).resolve().parents[1]
 
 # Which sizes.
 
@@ -95,8 +101,8 @@ def test_optional_inputs_are_measured_with_and_without() -> None:
 # What is kept.
 
 
-def add_call(rows: int) -> Call:
-    spec = TensorSpec.of(torch.empty((rows, 8), device="meta"))
+def add_call(rows: int, width: int = 8) -> Call:
+    spec = TensorSpec.of(torch.empty((rows, width), device="meta"))
     return Call("add", spec, (spec, spec), {})
 
 
@@ -341,13 +347,89 @@ def test_details_are_the_times_of_all_candidates(clock: Clock, tmp_path: Path) -
     assert Details(path, GPU, "tune", replace=True).known() == set()
 
 
-def test_a_performance_model_may_leave_candidates_out(clock: Clock, tmp_path: Path) -> None:
-    def prune(call: Call, candidates: Any) -> Any:
+def add_calls_of(kinds: int, sizes: int) -> list[Call]:
+    """Calls that differ by their width, which makes another kind, and by their rows."""
+    return [add_call(rows, 8 * (kind + 1)) for rows in range(1, sizes + 1) for kind in range(kinds)]
+
+
+def test_of_each_kind_of_call_one_is_timed_in_full() -> None:
+    calls = add_calls_of(kinds=3, sizes=5)
+    full = Calibration(H200).in_full(calls)
+    assert [call.out.shape for call in full] == [(3, 8), (3, 16), (3, 24)]
+    known = {calls[0].key: [("library", {}, 1.0)]}
+    assert [call.out.shape[1] for call in Calibration(H200, known).in_full(calls)] == [16, 24]
+    assert Calibration(H200, known, keep=None).in_full(calls) == calls
+
+
+def test_what_cannot_win_is_left_out_of_the_other_sizes(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def prune(self: Any, call: Call, candidates: Any, keep: int) -> Any:
         return [pair for pair in candidates if pair[0].name == "tiled"]
 
-    to_file(tmp_path / "gpu.json", CALLS[:1], prune=prune)
-    (entry,) = json.loads((tmp_path / "gpu.json").read_text())["entries"].values()
-    assert entry == {"kernel": "tiled", "config": {"tile": 64}, "us": 8.5}
+    def measure(calls: Any, compiler: Any, device: Any, prune: Any) -> Iterator[Any]:
+        for call, results in clock.measure(calls, compiler, device, prune):
+            asked.append((call.out.shape[0], prune is not None))
+            yield call, results
+
+    monkeypatch.setattr(Model, "prune", prune)
+    monkeypatch.setattr(tuning, "measure", measure)
+    done = to_file(tmp_path / "gpu.json", CALLS[:3], calibration=Calibration(H200))
+    assert asked == [(2, False), (1, True), (3, True)] and done.candidates == 4
+    entries = json.loads((tmp_path / "gpu.json").read_text())["entries"]
+    assert entries[CALLS[0].key] == {"kernel": "tiled", "config": {"tile": 64}, "us": 8.5}
+    assert "others" in entries[CALLS[1].key]
+
+
+@pytest.mark.parametrize("place", ["a file", "the user's profile"])
+def test_the_constants_that_a_run_finds_are_those_that_engines_use(
+    place: str, clock: Clock, cache: DiskCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.kernel("add", name="torch.silu")(lambda out, a, b: torch.add(a, b, out=out))
+    store: tuning.Store = OwnProfile(GPU, cache)
+    if place == "a file":
+        store = ProfileFile(tmp_path / "gpu.json", GPU, "tune")
+        monkeypatch.setattr(profiles, "SHIPPED", tmp_path)
+    few = Calibration(H200)
+    tune(CALLS[:5], COMPILER, CPU, store, calibration=few)
+    assert Profile(GPU, cache).fit is None, "five calls say too little"
+    known = {key: entry.times() for key, entry in store.known().items()}
+    tune(add_calls_of(5, 12), COMPILER, CPU, store, calibration=Calibration(H200, known))
+    found = Profile(GPU, cache).fit
+    assert found is not None
+    fitted = Fit.from_json(found)
+    assert fitted.constants.keys() == {"torch.silu"}
+    assert Selector(Compiler(GPU, CPU), CPU, Profile(GPU, cache), False)._model is not None
+
+
+def test_on_recorded_times_half_the_candidates_are_timed_and_one_percent_is_lost() -> None:
+    """Of an H100's products; nothing is known when the run begins."""
+    from benchmarks.pruning import replayed
+    from benchmarks.tuning_regret import chip_named, read
+
+    meta, measured = read(ROOT / "benchmarks/results/h100/candidates.json")
+    linears = {key: times for key, times in measured.items() if key.startswith("linear(")}
+    found = {
+        (row["operation"], row["calls"]): row["value"]
+        for row in replayed(chip_named(meta["gpu"]), linears)
+    }
+    assert found["pruning_share", "pruned"] <= 0.5
+    assert found["pruning_regret", "all"] <= 0.01
+    assert found["pruning_worst", "all"] <= 0.35
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_what_pruning_costs_and_saves_by_the_evidence(gpu: str) -> None:
+    """Of all calls; and eight minutes, estimated, for both families at all sizes from nothing."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / gpu / "pruning.json").read_text())["rows"]
+    value = {(r["operation"], r.get("calls", "")): r["value"] for r in rows}
+    assert value["pruning_share", "pruned"] <= 0.45 and value["pruning_regret", "all"] <= 0.01
+    assert value["pruning_worst", "all"] <= 0.35
+    took = {row["which"]: row for row in rows if row["operation"] == "tune_seconds"}
+    assert took["pruned"]["value"] <= 480 and took["pruned"]["calls"] > 3000
+    assert took["pruned"]["value"] < 0.75 * took["exhaustive"]["value"]
 
 
 def test_what_says_nothing_of_later_is_not_kept(clock: Clock, tmp_path: Path) -> None:
@@ -385,7 +467,7 @@ def test_the_command_says_what_it_did(
         "families": ["sdxl", "sd15"],
         "sizes": ["512x512", "576x576", "512x768", "768x512", "704x704", "768x768", "64x128"],
         "batch": 2,
-        **{"calls": 40, "known": 0, "measured": 40, "failed": 0},
+        **{"calls": 40, "known": 0, "measured": 40, "failed": 0, "candidates": 80},
         **{"out": out, "details": details},
     }
     meta = json.loads((tmp_path / "gpu.json").read_text())["meta"]

@@ -553,7 +553,7 @@ def test_a_size_near_by_lends_its_kernel_until_the_predicted_one_is_compiled(
     selector(cache, measuring=True).select([add_call(100)])
     known = next(kernel for kernel in registry.kernels() if kernel.name == "tiled")
 
-    def predicted(self: Selector, call: Call, candidates: Any, near: Any) -> Choice:
+    def predicted(self: Selector, call: Call, *rest: Any) -> Choice:
         return Choice(known, {"tile": 32}, "predicted, 0.5 us", about=0.5)
 
     monkeypatch.setattr(Selector, "_predicted", predicted)

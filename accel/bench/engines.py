@@ -63,10 +63,15 @@ class EngineVariant:
     """
 
     def __init__(
-        self, case: Case, networks: Networks, device: torch.device, cache_dir: Path | None = None
+        self,
+        case: Case,
+        networks: Networks,
+        device: torch.device,
+        cache_dir: Path | None = None,
+        session: Session | None = None,
     ) -> None:
         self.case = case
-        self.session = Session(device, case.precision, cache_dir)
+        self.session = session or Session(device, case.precision, cache_dir)
         started = time.perf_counter()
         self.unet = self.session.engine(networks.unet)
         self.controlnets = [self.session.engine(network) for network in networks.controlnets]

@@ -180,10 +180,12 @@ def _engine(job: Job, networks: Networks, device: torch.device) -> dict[str, Any
     calls = entries(bound)
     row["tflop"] = sum(call.flops for _, _, call, _ in calls) / 1e12
 
+    variant.session.settle()  # other sizes' kernels are being compiled, beside what is timed
     row |= _times(job, variant, device)
     row["ms_hoisted"] = mean_step(lambda own: variant(inputs, own), device, job.steps)
     if job.case.controlnets:
         variant.without_control(inputs)
+        variant.session.settle()
     row |= _new_size(job.case, variant, device)
     if job.ops:
         assert job.ceilings is not None
@@ -201,7 +203,12 @@ def _engine(job: Job, networks: Networks, device: torch.device) -> dict[str, Any
 
 
 def _new_size(case: Case, variant: EngineVariant, device: torch.device) -> dict[str, Any]:
-    """Seconds to the first result at a size that this process has not seen."""
+    """Seconds to the first result at a size that this process has not seen.
+
+    `new_size_compiled`: the pieces of code that were compiled for it.
+    """
+    compiler = variant.session._selector.compiler
+    before = compiler.waited_for
     other = case.resized(case.width + NEW_SIZE_STEP, case.height)
     row: dict[str, Any] = {"new_size": f"{other.width}x{other.height}"}
     try:
@@ -210,7 +217,8 @@ def _new_size(case: Case, variant: EngineVariant, device: torch.device) -> dict[
             row["new_size_s"] = seconds(lambda: variant(inputs), device)
     except (OutOfMemory, torch.OutOfMemoryError) as error:
         return {**row, "new_size_s": None, "new_size_failed": str(error)}
-    return {**row, "new_size_tuning_s": clock.seconds, "new_size_tuned_calls": clock.calls}
+    row |= {"new_size_tuning_s": clock.seconds, "new_size_tuned_calls": clock.calls}
+    return {**row, "new_size_compiled": compiler.waited_for - before}
 
 
 def _toggle(variant: EngineVariant, with_control: Any, device: torch.device) -> dict[str, Any]:

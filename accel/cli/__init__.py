@@ -17,9 +17,9 @@ from typing import NoReturn
 from .. import __version__
 from ..errors import SwitchyardError
 from ..settings import settings
-from . import audition, bench, build, cache, demo, doctor, inspect, tune
+from . import audition, bench, build, cache, demo, doctor, inspect, predict, tune
 
-COMMANDS = (demo, audition, inspect, build, bench, tune, cache, doctor)
+COMMANDS = (demo, audition, inspect, predict, build, bench, tune, cache, doctor)
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
 
@@ -37,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
         description="Switchyard: one compiled engine for every checkpoint.",
         epilog="Every command has its own --help. Settings: SWITCHYARD_CACHE_DIR (folder), "
         "SWITCHYARD_CACHE_GIB (size limit), SWITCHYARD_LOG (debug, info, warning or error), "
-        "SWITCHYARD_TUNE (on or off), SWITCHYARD_POOL_GIB and SWITCHYARD_POOL_RAM_GIB (memory for "
-        "weights that wait, on each device and in RAM).",
+        "SWITCHYARD_TUNE and SWITCHYARD_IDLE (on or off), SWITCHYARD_POOL_GIB and "
+        "SWITCHYARD_POOL_RAM_GIB (memory for weights that wait, on each device and in RAM).",
     )
     top.add_argument("--version", action="version", version=f"Switchyard {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)

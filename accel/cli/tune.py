@@ -32,9 +32,11 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "tune",
         help="time the kernels of every image size on this GPU",
-        description="Time every kernel that could run a call of the networks, at image sizes that "
+        description="Time the kernels that could run a call of the networks, at image sizes that "
         "stand for all between them, and keep the fastest: in your own profile, which engines use "
-        "from the next process on, or in a file. It may be stopped at any time: the same command "
+        "from the next process on, or in a file. Of each kind of call one size is timed in full; "
+        "that calibrates a performance model, which rules out what cannot win at the others. It "
+        "may be stopped at any time: the same command "
         "goes on where it was. Needs the GPU for itself, and an NVIDIA one.",
     )
     command.add_argument(
@@ -74,6 +76,12 @@ def add(commands: Any) -> None:
         metavar="FILE.json",
         help="keep the times of all candidates here; calls that it lacks are timed again",
     )
+    command.add_argument(
+        "--exhaustive",
+        action="store_true",
+        help="time every candidate, also those that the performance model rules out; --details "
+        "does so, too",
+    )
     command.add_argument("--json", action="store_true", help="print a JSON object instead")
     command.set_defaults(run=run)
 
@@ -84,6 +92,8 @@ def run(options: argparse.Namespace) -> int:
     _check_files(options)
     device, hardware = _gpu()
 
+    from ..tuning.calibration import KEEP, Calibration
+    from ..tuning.chips import chip_of
     from ..tuning.compiling import Compiler
     from ..tuning.profile import profile_cache
     from ..tuning.tune import Details, OwnProfile, ProfileFile, tune
@@ -100,12 +110,17 @@ def run(options: argparse.Namespace) -> int:
     details = None
     if options.details is not None:
         details = Details(options.details, hardware, command, replace=fresh)
+    chip, calibration = chip_of(hardware), None
+    if chip is not None:
+        known = {} if fresh else {key: entry.times() for key, entry in store.known().items()}
+        every = options.exhaustive or details is not None
+        calibration = Calibration(chip, known, None if every else KEEP)
     compiler = Compiler(hardware, device, cache)
     try:
         with output.progress("timing kernels", time_left=True) as report:
             report(0.0, "listing the networks' calls")
             calls = _calls(families, sizes, options.batch)
-            done = tune(calls, compiler, device, store, details, fresh, report=report)
+            done = tune(calls, compiler, device, store, details, fresh, calibration, report)
     except KeyboardInterrupt:
         output.stderr().print(
             f"what is measured is in {store.place}: the same command goes on from there"

@@ -444,6 +444,8 @@ class _Network:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
             raise UnsupportedModel("gradients are asked for: call it under torch.no_grad()")
         new, self._seen = run is None or run is not self._seen, run
+        if new and run is not None and self.engine is not None:
+            self.engine.refresh()
         known = self._layers is not None and (
             self._weights is not None if self.reason is None else self._layers.same()
         )

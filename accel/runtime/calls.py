@@ -10,7 +10,7 @@ import torch
 from ..hardware import Hardware
 from ..kernels import Call, reference
 from ..plan.schema import Plan
-from ..tuning import Choice
+from ..tuning import Choice, ahead
 from ..tuning.profile import Profile, profile_cache
 from .arena import Arena
 from .executable import Executable
@@ -43,17 +43,35 @@ def calls_of(plan: Plan, dims: Mapping[str, int], dtype: torch.dtype) -> list[Ca
     return list({call.key: call for call in collector.calls}.values())
 
 
+def dims_at(plan: Plan, width: int, height: int, batch: int, tokens: int = 77) -> dict[str, int]:
+    """A size for each of the plan's dimensions, by that of the images in pixels."""
+    sizes = {"batch": batch, "height": height // 8, "width": width // 8, "tokens": tokens}
+    return {name: sizes[name] for name in plan.dims}
+
+
 def calls_at(plan: Plan, width: int, height: int, batch: int, tokens: int = 77) -> list[Call]:
     """Every distinct call in fp16 of a plan at an image size in pixels.
 
     Without the plan's optional inputs (ControlNets, T2I-Adapters), and with all of them.
     """
-    sizes = {"batch": batch, "height": height // 8, "width": width // 8, "tokens": tokens}
-    dims = {name: sizes[name] for name in plan.dims}
+    dims = dims_at(plan, width, height, batch, tokens)
     bare = plan.without(entry.name for entry in plan.inputs if entry.optional)
     found = calls_of(bare, dims, torch.float16)
     if bare is not plan:
         found += calls_of(plan, dims, torch.float16)
+    return list({call.key: call for call in found}.values())
+
+
+def calls_ahead(plan: Plan, dims: Mapping[str, int], dtype: torch.dtype) -> list[Call]:
+    """Every distinct call of a plan at the sizes of `ahead.SIZES`, the other dimensions as given.
+
+    plan: as `calls_of` takes it.
+    """
+    found = [
+        call
+        for width, height in ahead.SIZES
+        for call in calls_of(plan, {**dims, "height": height // 8, "width": width // 8}, dtype)
+    ]
     return list({call.key: call for call in found}.values())
 
 

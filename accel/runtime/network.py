@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ from ..errors import OutOfMemory, SwitchyardError
 from ..plan.schema import Plan
 from ..tuning import Selector, selector_for
 from .arena import Arena
+from .calls import calls_ahead
 from .executable import Executable, PromptState, bind_dims
 from .pool import PINNED, Pool, process_pool
 from .transfer import Combined, HostCopy, Readable, Stageable, Sum, transfer_for
@@ -92,6 +93,7 @@ class Network:
         self._prompts: dict[Any, PromptState] = {}
         self._optional = [entry.name for entry in plan.inputs if entry.optional]
         self._plans: dict[frozenset[str], Plan] = {}
+        self._prepared: set[Any] = set()
         cuda = device.type == "cuda"
         self._graph_pool = torch.cuda.graph_pool_handle() if cuda else None
         self._last_run = torch.cuda.Event() if cuda else None
@@ -421,6 +423,11 @@ class Network:
             self._graph_pool,
             selector,
         )
+        if plan.inputs not in self._prepared and {"height", "width"} <= dims.keys():
+            self._prepared.add(plan.inputs)
+            names = sorted(entry.name for entry in plan.inputs)
+            about = f"{plan.structure.get('graph_key')} {plan.version} {names} {self.dtype}"
+            selector.prepare(about, partial(calls_ahead, plan, dims, self.dtype))
         return executable
 
     def _evict(self) -> None:

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 
 from ..hardware import Hardware
 
+RESERVED_BYTES = 1024
+"""Of shared memory for each block, by CUDA itself."""
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -87,6 +90,13 @@ KNOWN = (
 )
 
 
+def named(name: str) -> Chip | None:
+    """The one in the table that a driver's name for a GPU begins with, the longest of several."""
+    # Whole words: an L40 is no L4.
+    found = [chip for chip in KNOWN if f"{name} ".startswith(f"{chip.name} ")]
+    return max(found, key=lambda chip: len(chip.name), default=None)
+
+
 def chip_of(hardware: Hardware) -> Chip | None:
     """The figures of a GPU; None for a CPU.
 
@@ -95,10 +105,9 @@ def chip_of(hardware: Hardware) -> Chip | None:
     """
     if hardware.kind != "cuda" or hardware.capability is None:
         return None
-    # Whole words: an L40 is no L4.
-    named = [chip for chip in KNOWN if f"{hardware.name} ".startswith(f"{chip.name} ")]
-    if named:
-        found = max(named, key=lambda chip: len(chip.name))
+    listed = named(hardware.name)
+    if listed is not None:
+        found = listed
     else:
         older = [chip for chip in KNOWN if chip.capability <= hardware.capability]
         nearest = max((chip.capability for chip in older), default=KNOWN[0].capability)
@@ -110,7 +119,7 @@ def chip_of(hardware: Hardware) -> Chip | None:
         capability=hardware.capability,
         multiprocessors=hardware.multiprocessors,
         tensor_tflops=found.tensor_tflops * share,
-        dram_gbps=found.dram_gbps if named else found.dram_gbps * share,
+        dram_gbps=found.dram_gbps if listed else found.dram_gbps * share,
         l2_bytes=hardware.l2_bytes or found.l2_bytes,
         shared_bytes=max(found.shared_bytes, hardware.shared_bytes or 0),
     )

@@ -31,6 +31,7 @@ from ..cache import DiskCache
 from ..hardware import Hardware
 from ..kernels.launch import cache_token, pretend
 from ..kernels.registry import AnyLaunch, Call, Config, Kernel, TensorSpec
+from .keys import call_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ PROCESS_BYTES = 1 << 30
 
 NICENESS = 10
 KIND = "compiled"
+AHEAD = "ahead"
 
 _ROOT = Path(__file__).resolve().parents[2]
 # Of this pack's folder and of the current one only `accel` is wanted.
@@ -78,6 +80,8 @@ class Compiler:
         self._stored = self._read()
         self._tried: set[str] = set()
         self._under_way: set[str] = set()
+        self.waited_for = 0
+        """Pieces of code that `compile` had to compile, in all."""
 
     @property
     def busy(self) -> bool:
@@ -88,10 +92,34 @@ class Compiler:
         """Whether the variant can run without compiling; what compiling refused counts, too."""
         return all(map(self._knows, _launches((variant,))))
 
+    def remembered(self, plan: str) -> list[Variant] | None:
+        """The variants that `remember` kept of a plan; None if it kept none that can be had."""
+        found = None if self._cache is None else self._cache.get(self._plan_key(plan), AHEAD)
+        if found is None:
+            return None
+        registered = {kernel.name: kernel for kernel in kernels.kernels()}
+        try:
+            return [
+                (registered[name], dict(config), call_of(key))
+                for name, config, key in found["variants"]
+            ]
+        except (LookupError, TypeError, ValueError):  # of another version, or damaged
+            return None
+
+    def remember(self, plan: str, variants: Iterable[Variant]) -> None:
+        """Keep which variants a plan has ahead, for later processes."""
+        if self._cache is not None:
+            kept = [[kernel.name, dict(config), call.key] for kernel, config, call in variants]
+            self._cache.put(self._plan_key(plan), AHEAD, {"variants": kept})
+
+    def _plan_key(self, plan: str) -> str:
+        return xxhash.xxh3_64_hexdigest(f"{self._key} {self.hardware.name} {plan}".encode())
+
     def compile(self, variants: Iterable[Variant]) -> None:
         """Compile and load what is not loaded; what fails shows when it runs."""
         found = {k: made for k, made in _launches(variants).items() if k not in self._loaded}
         unknown = {k: variant for k, (variant, _) in found.items() if not self._knows(k)}
+        self.waited_for += len(unknown)
         if len(unknown) > FEW:
             compile_apart(unknown, self.hardware, processors())
 
@@ -169,6 +197,11 @@ def _launches(variants: Iterable[Variant]) -> Mapping[str, tuple[Variant, AnyLau
                 key = xxhash.xxh3_64_hexdigest(launch.key().encode())
                 found.setdefault(key, (variant, launch))
     return found
+
+
+def launch_keys(variant: Variant) -> set[str]:
+    """What tells the code of its launches apart; nothing for what is not compiled here."""
+    return set(_launches((variant,)))
 
 
 def launches_of(kernel: Kernel, config: Config, call: Call) -> Sequence[AnyLaunch]:

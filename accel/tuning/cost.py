@@ -160,7 +160,9 @@ class Model:
     """Predicts times on one chip.
 
     fitted: without it the chip's own rates count. measured: times by the keys of calls, which
-    correct the predictions for calls that are like them.
+    correct the predictions for calls that are like them. carried: times of another chip, `origin`,
+    for calls that were not measured here: by as much as this chip should be slower or faster, they
+    are taken for its own.
     """
 
     def __init__(
@@ -168,8 +170,14 @@ class Model:
         chip: Chip,
         fitted: Fit | None = None,
         measured: Mapping[str, Times] | None = None,
+        carried: Mapping[str, Times] | None = None,
+        origin: Chip | None = None,
     ) -> None:
         self.chip, self.fitted = chip, fitted or Fit()
+        self._origin = origin or chip
+        self._carried: dict[str, dict[str, Times]] = defaultdict(dict)
+        for key, times in (carried or {}).items():
+            self._carried[_group_of(key)][key] = times
         self._measured: dict[str, dict[str, Times]] = defaultdict(dict)
         self._groups: dict[str, _Group] = {}
         self.add(measured or {})
@@ -243,9 +251,9 @@ class Model:
         chosen = {(r.kernel.name, _text(r.config)) for r in kept}
         return [c for c in candidates if (c[0].name, _text(c[1])) in chosen]
 
-    def _options(self, call: Call, name: str, config: Config) -> Array:
+    def _options(self, call: Call, name: str, config: Config, chip: Chip | None = None) -> Array:
         """Logarithms of the times of all tiles that a kernel may have."""
-        found = works(self.chip, call, name, config)
+        found = works(chip or self.chip, call, name, config)
         factor = self.fitted.tiles.get(_tile_of(name, config), 1.0)
         return _logs(self.fitted.constants.get(name, {}), found) + math.log(factor)
 
@@ -254,11 +262,16 @@ class Model:
         name = _group_of(key)
         if name not in self._groups:
             points: list[_Point] = []
-            for other, times in self._measured.get(name, {}).items():
+            own = self._measured.get(name, {})
+            for other, times in {**self._carried.get(name, {}), **own}.items():
                 for kernel, config, us in times:
                     try:
-                        options = [self._options(call_of(other), kernel, config)]
-                        made = _points(other, [(kernel, config)], options, [us])
+                        call = call_of(other)
+                        options = self._options(call, kernel, config)
+                        if other not in own and options.size:
+                            there = self._options(call, kernel, config, self._origin)
+                            us = us * math.exp(float(options.min() - there.min()))
+                        made = _points(other, [(kernel, config)], [options], [us])
                     except ValueError:  # of another version, or damaged
                         continue
                     points += [point for point in made if point.options.size]

@@ -27,7 +27,7 @@ from ..errors import InvalidFile
 from ..hardware import Hardware
 from ..kernels.registry import Config
 from ..settings import settings
-from . import profile_file
+from . import chips, profile_file
 from .profile_file import Content
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,10 @@ class Entry:
         if self.others:
             made["others"] = [[name, dict(c), round(us, 3)] for name, c, us in self.others]
         return made
+
+    def times(self) -> list[tuple[str, Config, float]]:
+        """Of all candidates that it keeps: kernel, configuration, microseconds."""
+        return [(self.kernel, self.config, self.us), *self.others]
 
 
 class _Known:
@@ -108,6 +112,10 @@ class Profile:
         found = Shipped({}) if own_only else shipped(hardware)
         self.fit = self._own_fit or found.fit
         """Constants of the performance model, as `cost.Fit.to_json` wrote them."""
+        self.model_made = self._own_fit is None and found.model_made
+        """Whether these constants are from another kind of GPU, and nothing was ever timed here."""
+        self.origin = found.gpu
+        """The GPU of the profile that came with the pack."""
         self._same_gpu = found.gpu == hardware.name
         self._here = _Known({**({} if found.elsewhere else found.entries), **self._measured})
         self._elsewhere = _Known(found.entries if found.elsewhere else {})
@@ -135,9 +143,14 @@ class Profile:
         """What was measured on such a machine, by the keys of the calls."""
         return self._here.entries.items()
 
+    def elsewhere(self) -> Mapping[str, Entry]:
+        """What was measured on another GPU, or with other libraries, by the keys of the calls."""
+        return self._elsewhere.entries
+
     def keep_fit(self, fit: Mapping[str, Any]) -> None:
         """Remember constants of the performance model, here and on disk, with what is measured."""
         self.fit = self._own_fit = fit
+        self.model_made = False
         self.add({})
 
     def own(self) -> Mapping[str, Entry]:
@@ -256,34 +269,49 @@ def identity(hardware: Hardware) -> dict[str, Any]:
 class Shipped:
     """What comes with the pack. gpu: on which it was measured. elsewhere: as the entries'.
 
-    fit: constants of the performance model, of this very GPU.
+    fit: constants of the performance model. model_made: nothing was measured: these are another
+    kind's.
     """
 
     entries: Mapping[str, Entry]
     gpu: str | None = None
     elsewhere: str | None = None
     fit: Mapping[str, Any] | None = None
+    model_made: bool = False
 
 
 def shipped(hardware: Hardware) -> Shipped:
     """The profile that comes with the pack for this GPU, or else for the one most like it.
 
-    That one has the same compute capability and about as many multiprocessors. Its entries, and
-    those of this GPU with other versions of libraries, say where they were measured.
+    One that was measured goes before one that the model made. Measured ones are of the same compute
+    capability, and about as many multiprocessors; model-made ones of the nearest that is not newer.
+    Entries of another GPU, and of this one with other versions of libraries, say where they were
+    measured.
     """
     if hardware.kind != "cuda":
         return Shipped({})
     mine = identity(hardware)
+    files = _shipped_files()
     fitting = [
         (path, content)
-        for path, content in _shipped_files()
+        for path, content in files
         if content.meta["gpu"] == hardware.name or content.meta["capability"] == mine["capability"]
+    ] or [
+        (path, content)
+        for path, content in files
+        if content.model_made and content.meta["capability"] <= mine["capability"]
     ]
     if not fitting:
         return Shipped({})
-    path, content = min(fitting, key=lambda pair: _distance(pair[1].meta, mine))
-    entries = _entries(content, f"the profile {path.name}", path)
+    path, content = min(fitting, key=lambda pair: _distance(pair[1], mine))
     gpu = str(content.meta["gpu"])
+    if content.model_made:
+        _once(
+            f"no GPU like {hardware.name} was measured: the model-made profile of {gpu} is used; "
+            "`python -m accel tune` measures on this machine"
+        )
+        return Shipped({}, gpu, fit=content.fit, model_made=True)
+    entries = _entries(content, f"the profile {path.name}", path)
     differing = [name for name in VERSIONS if content.meta[name] != mine[name]]
     if gpu == hardware.name and not differing:
         return Shipped(entries, gpu, fit=content.fit)
@@ -291,7 +319,32 @@ def shipped(hardware: Hardware) -> Shipped:
     elsewhere = f"{gpu} with {', '.join(versions)}" if versions else gpu
     _tell(hardware.name, gpu, versions, [_version(name, mine) for name in differing])
     marked = {call: replace(entry, elsewhere=elsewhere) for call, entry in entries.items()}
-    return Shipped(marked, gpu, elsewhere)
+    return Shipped(marked, gpu, elsewhere, content.fit)
+
+
+def profiled() -> dict[str, Hardware]:
+    """The GPUs that have a profile in the pack, by name, as they were when it was made."""
+    found = {}
+    for _, content in _shipped_files():
+        meta = content.meta
+        chip = chips.named(meta["gpu"])
+        if chip is None:
+            continue
+        found[meta["gpu"]] = Hardware(
+            name=meta["gpu"],
+            kind="cuda",
+            capability=(meta["capability"][0], meta["capability"][1]),
+            multiprocessors=meta["multiprocessors"],
+            memory_bytes=int(meta.get("memory_mib", 0)) << 20,
+            l2_bytes=chip.l2_bytes,
+            driver=None,
+            torch=meta["torch"],
+            cuda=meta["cuda"],
+            cudnn=meta["cudnn"],
+            triton=meta["triton"],
+            shared_bytes=chip.shared_bytes - chips.RESERVED_BYTES,
+        )
+    return found
 
 
 def _version(library: str, meta: Mapping[str, Any]) -> str:
@@ -309,10 +362,13 @@ def _tell(here: str, gpu: str, theirs: Sequence[str], ours: Sequence[str]) -> No
     _once(f"{text}; `python -m accel tune` measures on this machine")
 
 
-def _distance(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> tuple[Any, ...]:
+def _distance(content: Content, mine: Mapping[str, Any]) -> tuple[Any, ...]:
     """How unlike the two are on which profiles were made: the GPU first, then the libraries."""
+    theirs = content.meta
     return (
+        content.model_made,
         theirs["gpu"] != mine["gpu"],
+        [-number for number in theirs["capability"]],  # the newest
         abs(theirs["multiprocessors"] - mine["multiprocessors"]),
         sum(theirs[name] != mine[name] for name in VERSIONS),
     )
@@ -333,6 +389,11 @@ def _entries(content: Content, what: str, path: Path | None = None) -> dict[str,
         count = len(content.faults)
         left_out = "an entry is left out" if count == 1 else f"{count} entries are left out"
         _once(f"{what}: {left_out}: {content.summary()}", path=path)
+    return entries_of(content)
+
+
+def entries_of(content: Content) -> dict[str, Entry]:
+    """The entries of a profile's file, by the keys of calls."""
     return {
         call: Entry(fields["kernel"], fields["config"], float(fields["us"]), _others(fields))
         for call, fields in content.entries.items()

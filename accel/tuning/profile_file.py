@@ -6,8 +6,9 @@
                         "others": [[name, {...}, microseconds], ...]}},
      "fit": {...}}
 
-`others` and `fit` may be missing. A fault of the whole refuses the file, one of an entry leaves it
-out. Both are told with the line at which they stand.
+`others` and `fit` may be missing. Where `meta` has `"made_by": "model"` nothing was measured: there
+are no entries, and the constants of `fit` are another kind of GPU's. A fault of the whole refuses
+the file, one of an entry leaves it out. Both are told with the line at which they stand.
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ class Content:
     fit: dict[str, Any] | None = None
     faults: list[str] = field(default_factory=list)
 
+    @property
+    def model_made(self) -> bool:
+        """Whether nothing of it was measured."""
+        return self.meta.get("made_by") == "model"
+
     def summary(self) -> str:
         """The faults in one line: the first few in full."""
         more = len(self.faults) - SHOWN
@@ -113,6 +119,8 @@ def checked(data: Any, line: Line = _nowhere) -> Content:
         if name in data and not isinstance(data[name], dict):
             raise InvalidFile(f"{line(name)}{name!r} is no JSON object")
     content = Content(data["meta"], {}, data.get("fit"))
+    if content.model_made and (data["entries"] or not content.fit):
+        raise InvalidFile(f"{line('meta', 'made_by')}what a model made has 'fit' and no entries")
     for call, entry in data["entries"].items():
         found = _fault(entry)
         if found is None:

@@ -11,8 +11,8 @@ import json
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from ..errors import OutOfMemory
 from ..hardware import Hardware, describe
 from ..kernels.registry import Call, Config, Kernel
 from ..settings import settings
-from .chips import chip_of
+from . import ahead
+from .chips import chip_of, named
 from .compiling import Compiler, launches_of
-from .cost import Fit, Model
+from .cost import Fit, Model, Ranked
 from .measure import WRONG, Measurement, measure
 from .profile import OTHERS, Entry, Profile, family_of, profile_cache
 
@@ -43,6 +44,15 @@ KEPT = 1.1
 Its code is compiled, and predictions are not more exact than that: on sizes that were held out this
 costs nothing.
 """
+
+MARGIN = 1.3
+"""By how much ours has to be faster than a library's where nothing was ever timed on such a GPU."""
+
+TENSOR_CORES = ("linear", "conv2d", "attention")
+"""Operators of which that is asked; others move bytes, which takes alike on all."""
+
+LIKELY = 4
+"""Candidates of a call that are timed in idle time, beside the best of each kernel that may win."""
 
 SAVED_AT_ONCE = 16
 """Measurements that are written to disk together; a process that is killed loses no more."""
@@ -73,7 +83,9 @@ class Selector:
 
     measuring: time the candidates of a call that the profile does not know; needs the device.
     waiting: compile at once what is chosen; else in the background, if it is not measured anyway.
-    Meanwhile what a size near by runs is taken, if that is compiled, or else a library's.
+    Meanwhile what a size near by runs is taken, if that is compiled, or else a library's. Once
+    `prepare` was called nothing is compiled for further sizes of the calls that were known by then:
+    they choose among what there is.
     """
 
     def __init__(
@@ -89,10 +101,14 @@ class Selector:
         self._measuring = measuring and device.type == "cuda"
         self._waiting = waiting or self._measuring
         self._choices: dict[str, Choice] = {}
-        self._model = _model(self.hardware, profile)
+        self._model = model_of(self.hardware, profile)
         self._guesses: dict[str, Choice] = {}
+        self._by_guess: dict[str, Call] = {}
         self._neighbours: dict[str, Choice] = {}
         self._refused: set[tuple[str, str]] = set()
+        self._prepared: set[str] = set()
+        self._ahead: dict[str, list[tuple[Kernel, Config]]] = defaultdict(list)
+        self._preparing = 0
         self._lock = threading.Lock()
         if device.type == "cuda":
             kernels.load_triton()
@@ -120,7 +136,13 @@ class Selector:
             for key in provisional:
                 del found[key]
             found |= proven
-            self._choices |= {key: choice for key, choice in found.items() if choice is not None}
+            for key, choice in found.items():
+                if choice is not None and choice.provisional:
+                    provisional[key] = choice
+                elif choice is not None:
+                    self._choices[key] = choice
+                    if key in self._guesses:
+                        self._by_guess[key] = unknown[key]
             unmeasured = [unknown[key] for key, choice in found.items() if choice is None]
             if unmeasured:
                 self._measure(unmeasured)
@@ -129,8 +151,85 @@ class Selector:
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is being compiled that a provisional choice waits for."""
-        return not self.compiler.busy
+        """Whether nothing is being compiled, for a provisional choice or ahead."""
+        return not self.compiler.busy and not self._preparing
+
+    def prepare(self, plan: str, calls: Callable[[], Iterable[Call]]) -> None:
+        """From now on sizes that are new to the calls known so far wait for no compiler.
+
+        They choose among kernels that are compiled. Of these `ahead.covering` names a few that
+        serve every size well, which are compiled in the background.
+
+        plan: what tells the plan from others, also in later processes, which find the few in the
+        cache. calls: those of the plan at the sizes of `ahead.SIZES`; called in another thread.
+        """
+        if self._model is None or not self._waiting or self.device.type != "cuda":
+            return
+        if self.profile.model_made:  # what it says is not worth so many kernels
+            return
+        with self._lock:
+            self._prepared |= {family_of(key)[0] for key in self._choices}
+            self._preparing += 1
+        threading.Thread(
+            target=self._prepare, args=(plan, calls), name="switchyard-ahead", daemon=True
+        ).start()
+
+    def _prepare(self, plan: str, calls: Callable[[], Iterable[Call]]) -> None:
+        try:
+            about = f"{plan} {json.dumps(self.profile.fit, sort_keys=True)}"
+            variants = self.compiler.remembered(about)
+            if variants is None:
+                variants = ahead.covering(calls(), self.hardware, self._times)
+                self.compiler.remember(about, variants)
+            with self._lock:
+                for kernel, config, call in variants:
+                    self._ahead[family_of(call.key)[0]].append((kernel, config))
+            self.compiler.compile_later([v for v in variants if not self.compiler.has(v)])
+        except Exception as error:  # new sizes then choose among fewer
+            logger.warning("kernels for other image sizes are not compiled ahead: %s", error)
+        finally:
+            with self._lock:
+                self._preparing -= 1
+
+    def guessed(self) -> list[Call]:
+        """The calls that run by what is predicted, those that take longest first."""
+        with self._lock:
+            known = [
+                (self._choices[key].about or 0.0, call) for key, call in self._by_guess.items()
+            ]
+        return [call for _, call in sorted(known, key=lambda item: -item[0])]
+
+    def compile_likely(self, call: Call) -> None:
+        """Compile what `time_likely` will time."""
+        self.compiler.compile((kernel, config, call) for kernel, config in self._likely(call))
+
+    def time_likely(self, call: Call) -> None:
+        """Time the few likeliest candidates of a guessed call; remembered, but not used here."""
+        with self._lock:
+            if self._by_guess.pop(call.key, None) is None:  # another session was quicker
+                return
+        likely = [_named(*pair) for pair in self._likely(call)]
+
+        def prune(call: Call, found: Candidates) -> Candidates:
+            return [pair for pair in found if _named(*pair) in likely]
+
+        for _, results in measure([call], self.compiler, self.device, prune):
+            entry = fastest(results)
+            if entry is not None and lasting(results):
+                with self._lock:
+                    self.profile.add({call.key: entry})
+                logger.info("timed while idle: %s", call.key)
+
+    def _likely(self, call: Call) -> Candidates:
+        candidates = kernels.candidates(call, self.hardware)[:-1]
+        with self._lock:
+            return [] if self._model is None else self._model.prune(call, candidates, LIKELY)
+
+    def _times(self, call: Call, candidates: Sequence[tuple[str, Config]]) -> list[float | None]:
+        """Microseconds that the performance model predicts."""
+        with self._lock:  # for one call only: the pictures of the meantime choose kernels, too
+            found = None if self._model is None else self._model.predictions(call, candidates)
+        return [None if p is None else p.us for p in found or [None] * len(candidates)]
 
     def _postponed(
         self, calls: Mapping[str, Call], found: Mapping[str, Choice | None]
@@ -150,17 +249,16 @@ class Selector:
         instead: dict[str, Choice] = {}
         for key in missing:
             choice = self._neighbours.get(key)
-            if choice is not None and self._there(choice, calls[key]):
+            if choice is not None and self._there(choice.kernel, choice.config, calls[key]):
                 reason = f"{choice.reason}, until what is predicted is compiled"
             else:
                 choice, reason = self._library(calls[key]), "the library's, until ours is compiled"
             instead[key] = replace(choice, reason=reason, provisional=True)
         return instead
 
-    def _there(self, choice: Choice, call: Call) -> bool:
-        """Whether a choice runs without compiling anything."""
-        kernel = choice.kernel
-        return kernel.launches is None or self.compiler.has((kernel, choice.config, call))
+    def _there(self, kernel: Kernel, config: Config, call: Call) -> bool:
+        """Whether a kernel runs without compiling anything."""
+        return kernel.launches is None or self.compiler.has((kernel, config, call))
 
     def _known(self, key: str, call: Call) -> Choice | None:
         """The choice that needs no measurement.
@@ -171,6 +269,16 @@ class Selector:
         candidates = kernels.candidates(call, self.hardware)
         entry = self.profile.get(key)
         found = None if entry is None else _offered(entry, call, candidates)
+        prepared = self._waiting and family_of(key)[0] in self._prepared
+        if prepared and found is not None and not self._there(*found, call):
+            entry = found = None
+        another = (
+            entry is not None and entry.elsewhere and self.profile.origin != self.hardware.name
+        )
+        if another and len(candidates) > 2:  # which is faster there need not be here
+            predicted = self._predicted(call, candidates, None, prepared)
+            if predicted is not None:
+                return predicted
         if entry is not None and found is not None and entry.elsewhere is not None:
             reason = f"measured on {entry.elsewhere}"
             return Choice(*found, reason, about=entry.us, elsewhere=entry.elsewhere)
@@ -178,6 +286,8 @@ class Selector:
             return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
         near = None if entry is not None else self.profile.near(key)
         found = None if near is None else _adopted(near[1], call, candidates, self.hardware)
+        if prepared and found is not None and not self._there(*found, call):
+            found = None
         neighbour = None
         if near is not None and found is not None:
             about = near[1].us * family_of(key)[1] / family_of(near[0])[1]
@@ -186,12 +296,21 @@ class Selector:
             reason = f"measured{where} at a size near this, {near[0]}"
             neighbour = Choice(*found, reason, about=about, elsewhere=elsewhere)
             self._neighbours[key] = neighbour
-        if len(candidates) > 2 and (near is not None or not self._measuring):
-            predicted = self._predicted(call, candidates, found)
+        if len(candidates) > 2 and (near is not None or not self._measuring or prepared):
+            predicted = self._predicted(call, candidates, found, prepared)
             if predicted is not None:
                 return predicted
         if neighbour is not None:
             return neighbour
+        if prepared:
+            kernel, config = next(
+                (kernel, config)
+                for kernel, config in candidates
+                if (kernel.unmeasured or kernel.launches is None)
+                and self._there(kernel, config, call)
+                and _to_be_had(kernel, config, call)
+            )
+            return Choice(kernel, config, "not measured, the first that is compiled")
         kernel, config = candidates[0]
         if len(candidates) == 1:
             return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")
@@ -200,11 +319,16 @@ class Selector:
         return None if self._measuring else _default(call, candidates)
 
     def _predicted(
-        self, call: Call, candidates: Candidates, near: tuple[Kernel, Config] | None
+        self,
+        call: Call,
+        candidates: Candidates,
+        near: tuple[Kernel, Config] | None,
+        prepared: bool = False,
     ) -> Choice | None:
         """What the performance model takes for the fastest, with the time that it expects.
 
         near: what a size near by runs, whose code is there: it is taken if it is as good.
+        prepared: nothing is to be compiled.
         """
         if call.key in self._guesses:  # asked again while its code is being compiled
             return self._guesses[call.key]
@@ -215,22 +339,34 @@ class Selector:
             for kernel, config in candidates[:-1]  # without the reference
             if _named(kernel, config) not in self._refused
         ]
-        if near is not None and not any(_same(near, other) for other in offered):
-            offered.append(near)
+        lent = [] if near is None else [near]
+        if prepared:
+            others = self._ahead.get(family_of(call.key)[0], ())
+            lent += [pair for pair in others if ahead.fits(*pair, call, self.hardware)]
+        for pair in lent:
+            if not any(_same(pair, other) for other in offered):
+                offered.append(pair)
         try:
             ranked = [r for r in self._model.rank(call, offered) if r.us is not None]
         except Exception as error:  # a guess must not cost a picture
             logger.warning("times are predicted no more: %s failed: %s", call.key, error)
             self._model = None
             return None
+        if self.profile.model_made:
+            ranked = _cautious(call, ranked)
         if near is not None and ranked:
             limit = KEPT * (ranked[0].us or 0.0)
             ranked.sort(
                 key=lambda r: not (_same(near, (r.kernel, r.config)) and (r.us or 0.0) <= limit)
             )
-        for r in ranked:
+        for place, r in enumerate(ranked):
+            if prepared and not self._there(r.kernel, r.config, call):
+                continue
             if _to_be_had(r.kernel, r.config, call):
-                found = Choice(r.kernel, r.config, f"predicted, {r.us:.1f} us", about=r.us)
+                which = ", the best that is compiled" if prepared and place else ""
+                found = Choice(r.kernel, r.config, f"predicted, {r.us:.1f} us{which}", about=r.us)
+                if prepared and place and not self.settled:  # a better one may be there soon
+                    return replace(found, provisional=True)
                 return self._guesses.setdefault(call.key, found)
         return None
 
@@ -273,7 +409,7 @@ class Selector:
                 self._choices[call.key], entry = self._best(call, results)
                 if entry is not None:
                     if self._model is not None:
-                        self._model.add({call.key: _times(entry)})
+                        self._model.add({call.key: entry.times()})
                     found[call.key] = entry
                     measured += 1
                 problems.update((r.kernel.name, r.problem) for r in results if r.problem)
@@ -326,8 +462,11 @@ def fastest(results: Sequence[Measurement]) -> Entry | None:
     return Entry(best.kernel.name, best.config, us, others)
 
 
-def _model(hardware: Hardware, profile: Profile) -> Model | None:
-    """The performance model, if a profile has its constants for this GPU."""
+def model_of(hardware: Hardware, profile: Profile) -> Model | None:
+    """The performance model, if a profile has constants for it.
+
+    What was measured on another GPU is carried over.
+    """
     chip = chip_of(hardware)
     if chip is None or profile.fit is None:
         return None
@@ -336,15 +475,39 @@ def _model(hardware: Hardware, profile: Profile) -> Model | None:
     except ValueError as error:
         logger.warning("times are not predicted: %s", error)
         return None
-    return Model(chip, fitted, {call: _times(entry) for call, entry in profile.items()})
+    measured = {call: entry.times() for call, entry in profile.items()}
+    carried = {call: _carried(entry) for call, entry in profile.elsewhere().items()}
+    return Model(chip, fitted, measured, carried, named(profile.origin or ""))
+
+
+def _cautious(call: Call, ranked: Sequence[Ranked]) -> list[Ranked]:
+    """The ranking of a model whose constants are another kind of GPU's.
+
+    Libraries know their chips: of what they do best ours has to be faster by far.
+    """
+    libraries = [r.us for r in ranked if r.kernel.launches is None and r.us is not None]
+    if call.op not in TENSOR_CORES or not libraries:
+        return list(ranked)
+    limit = min(libraries) / MARGIN
+    return [r for r in ranked if r.kernel.launches is None or (r.us or 0.0) <= limit]
+
+
+def _carried(entry: Entry) -> list[tuple[str, Config, float]]:
+    """The times of an entry that mean something here: of a library's own algorithms the best.
+
+    That stands for the one which the library names first here.
+    """
+    found: dict[tuple[str, str], tuple[str, Config, float]] = {}
+    for kernel, config, us in entry.times():
+        prefix = next((name for name in _NUMBERED if kernel.startswith(name)), None)
+        if prefix is not None and _NUMBERED[prefix] in config:
+            config = {**config, _NUMBERED[prefix]: 0}
+        found.setdefault((kernel, json.dumps(dict(config), sort_keys=True)), (kernel, config, us))
+    return list(found.values())
 
 
 def _named(kernel: Kernel, config: Config) -> tuple[str, str]:
     return kernel.name, json.dumps(dict(config), sort_keys=True)
-
-
-def _times(entry: Entry) -> list[tuple[str, Config, float]]:
-    return [(entry.kernel, entry.config, entry.us), *entry.others]
 
 
 def _same(one: tuple[Kernel, Config], other: tuple[Kernel, Config]) -> bool:
@@ -387,7 +550,7 @@ def _adopted(
     for kernel, _ in candidates:
         if kernel.name == entry.kernel:
             found = _to_be_had(kernel, entry.config, call)
-            return found if found and _fits(kernel, entry.config, call, hardware) else None
+            return found if found and ahead.fits(kernel, entry.config, call, hardware) else None
     return None
 
 
@@ -413,13 +576,6 @@ def _first_of(entry: Entry, call: Call, candidates: Candidates) -> tuple[Kernel,
         if kernel.name == entry.kernel:
             return _to_be_had(kernel, config, call)
     return None
-
-
-def _fits(kernel: Kernel, config: Config, call: Call, hardware: Hardware) -> bool:
-    try:
-        return kernel.fits(call, config, hardware)
-    except (KeyError, ValueError):  # an entry of another version of the kernel
-        return False
 
 
 def _to_be_had(kernel: Kernel, config: Config, call: Call) -> tuple[Kernel, Config] | None:

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +22,11 @@ from ..errors import CacheUnavailable, InvalidFile, InvalidInput, SwitchyardErro
 from ..hardware import Hardware
 from ..kernels.registry import Call
 from . import profile_file
+from .calibration import Calibration
 from .compiling import Compiler
+from .cost import Fit, Times
 from .measure import Measurement, Prune, measure
-from .profile import Entry, Profile, identity
+from .profile import Entry, Profile, entries_of, identity
 from .select import fastest, lasting
 
 logger = logging.getLogger(__name__)
@@ -44,8 +46,9 @@ LEVELS = (8, 16, 32, 64)
 NARROWEST = 1.5
 """How much longer than the other a side may be of a size that only fills a gap."""
 
-AT_ONCE = 48
-"""Calls whose kernels are compiled together, before the first of them is timed."""
+AT_ONCE = 512
+"""Calls whose kernels are compiled together, before the first of them is timed: processes that
+compile take seconds to start, and many calls have a kernel in common."""
 
 SAVED_EVERY = 8
 """Calls that are written together; a process that is killed loses no more."""
@@ -123,11 +126,14 @@ class Store(Protocol):
     def place(self) -> str:
         """What to call it."""
 
-    def known(self) -> set[str]:
-        """The calls that are measured."""
+    def known(self) -> Mapping[str, Entry]:
+        """What is measured, by the calls' keys."""
 
     def add(self, entries: Mapping[str, Entry]) -> None:
         """Keep these. Raises `SwitchyardError` if that cannot be done."""
+
+    def keep_fit(self, fit: Fit) -> None:
+        """Keep constants of the performance model, in place of others. Raises as `add` does."""
 
 
 class OwnProfile:
@@ -141,13 +147,21 @@ class OwnProfile:
         """What to call it."""
         return f"the profile in {self._cache.root}"
 
-    def known(self) -> set[str]:
-        """The calls that were measured on this machine; not those that came with the pack."""
-        return set(self._profile.own())
+    def known(self) -> Mapping[str, Entry]:
+        """What was measured on this machine; not what came with the pack."""
+        return self._profile.own()
 
     def add(self, entries: Mapping[str, Entry]) -> None:
         """Keep these. Raises `CacheUnavailable` if the cache cannot be written."""
         self._profile.add(entries)
+        self._check()
+
+    def keep_fit(self, fit: Fit) -> None:
+        """Keep constants of the performance model. Raises as `add` does."""
+        self._profile.keep_fit(fit.to_json())
+        self._check()
+
+    def _check(self) -> None:
         if self._cache.problem is not None:
             raise CacheUnavailable(self._cache.problem)
 
@@ -181,13 +195,21 @@ class ProfileFile:
         """What to call it."""
         return str(self._path)
 
-    def known(self) -> set[str]:
-        """The calls that it has."""
-        return set(self._content.entries)
+    def known(self) -> Mapping[str, Entry]:
+        """What it has."""
+        return entries_of(self._content)
 
     def add(self, entries: Mapping[str, Entry]) -> None:
         """Write these and what there was, in one step."""
         self._content.entries |= {call: entry.to_json() for call, entry in entries.items()}
+        self._write()
+
+    def keep_fit(self, fit: Fit) -> None:
+        """Write these constants of the performance model and what there was, in one step."""
+        self._content.fit = fit.to_json()
+        self._write()
+
+    def _write(self) -> None:
         self._content.meta = {**self._content.meta, **spec(self._hardware, self._command)}
         write_whole(self._path, profile_file.written(self._content).encode())
 
@@ -264,12 +286,16 @@ def _rounded(us: float | None) -> float | None:
 
 @dataclass
 class Tuned:
-    """What a run did. calls: in all. failed: without a result that later processes may go by."""
+    """What a run did. calls: in all. failed: without a result that later processes may go by.
+
+    candidates: how many were timed or tried.
+    """
 
     calls: int
     known: int
     measured: int = 0
     failed: int = 0
+    candidates: int = 0
     seconds: float = 0.0
 
 
@@ -280,17 +306,18 @@ def tune(
     store: Store,
     details: Details | None = None,
     fresh: bool = False,
-    prune: Prune | None = None,
+    calibration: Calibration | None = None,
     report: Report = lambda fraction, text: None,
 ) -> Tuned:
-    """Time the candidates of every call that is not known yet, and keep the fastest of each.
+    """Time candidates of every call that is not known yet, and keep the fastest of each.
 
-    fresh: measure what is known, too. prune: leaves candidates out, such as a performance model
-    that knows which cannot win. Raises `SwitchyardError` where measuring cannot go on; what is
-    measured until then is kept, and so it is when anything else ends the run.
+    fresh: measure what is known, too. calibration: what the performance model learns, which leaves
+    candidates out that cannot win, and whose constants are kept; without it all are timed. Raises
+    `SwitchyardError` where measuring cannot go on; what is measured until then is kept, and so it
+    is when anything else ends the run.
     """
     distinct = {call.key: call for call in calls}
-    known = set() if fresh else store.known()
+    known = set() if fresh else set(store.known())
     if details is not None:
         known &= details.known()
     todo = [call for key, call in distinct.items() if key not in known]
@@ -309,8 +336,7 @@ def tune(
         measured.clear()
 
     try:
-        for start in range(0, len(todo), AT_ONCE):
-            group = todo[start : start + AT_ONCE]
+        for group, prune in _groups(todo, calibration):
             report((done.measured + done.failed) / len(todo), "compiling")
             for call, results in measure(group, compiler, device, prune):
                 best = fastest(results)
@@ -319,7 +345,10 @@ def tune(
                 else:
                     entries[call.key] = best
                     done.measured += 1
+                done.candidates += len(results)
                 measured[call.key] = results
+                if calibration is not None:
+                    calibration.learn(call.key, _times(results))
                 report((done.measured + done.failed) / len(todo), call.op)
                 if len(measured) >= SAVED_EVERY:
                     save()
@@ -331,5 +360,28 @@ def tune(
         ) from error
     finally:
         save()
+        if calibration is not None and done.measured:
+            fitted = calibration.fitted()
+            if fitted is not None:
+                store.keep_fit(fitted)
         done.seconds = time.perf_counter() - started
     return done
+
+
+def _groups(
+    calls: Sequence[Call], calibration: Calibration | None
+) -> Iterator[tuple[Sequence[Call], Prune | None]]:
+    """Calls that are compiled together, and what leaves candidates of theirs out."""
+    full = list(calls) if calibration is None else calibration.in_full(calls)
+    for start in range(0, len(full), AT_ONCE):
+        yield full[start : start + AT_ONCE], None
+    if calibration is None:
+        return
+    done = {call.key for call in full}
+    rest = [call for call in calls if call.key not in done]
+    for start in range(0, len(rest), AT_ONCE):
+        yield rest[start : start + AT_ONCE], calibration.worth_timing
+
+
+def _times(results: Sequence[Measurement]) -> Times:
+    return [(r.kernel.name, r.config, r.us) for r in results if r.us is not None]

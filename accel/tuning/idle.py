@@ -1,0 +1,67 @@
+"""Timing, while nothing runs, what was chosen without having been timed.
+
+A call that the performance model chose a kernel for is one that this user really runs. When the
+engines have been idle for a while, its few likeliest candidates are timed, one call at a time, and
+the times remembered. They count in the next process: in this one equal runs give equal bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import AbstractContextManager
+
+from .select import Selector
+
+logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 30.0
+"""How long nothing must have run."""
+
+
+class IdleTuner:
+    """Times the guesses of a selector while nobody uses the device. Thread-safe.
+
+    lock: held while something is timed, and by whoever runs an engine.
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        lock: AbstractContextManager[object],
+        after: float = IDLE_SECONDS,
+    ) -> None:
+        self._selector, self._lock, self._after = selector, lock, after
+        self._used = time.monotonic()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def used(self) -> None:
+        """An engine was run just now."""
+        self._used = time.monotonic()
+        with self._starting:
+            if self._thread is None and self._selector.guessed():
+                self._thread = threading.Thread(
+                    target=self._work, name="switchyard-idle", daemon=True
+                )
+                self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            while calls := self._selector.guessed():
+                used = self._used
+                left = used + self._after - time.monotonic()
+                if left > 0:
+                    time.sleep(left)
+                    continue
+                call = calls[0]
+                self._selector.compile_likely(call)  # which takes long, and no GPU
+                with self._lock:
+                    if self._used == used:
+                        self._selector.time_likely(call)
+        except Exception as error:  # out of memory, or a GPU that is of no more use
+            logger.info("nothing is timed in idle time any more: %s", error)
+        finally:
+            with self._starting:
+                self._thread = None

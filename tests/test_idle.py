@@ -1,0 +1,123 @@
+"""Timing while nothing runs: when, what, and what is remembered."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cost import GPU, resized, shipped
+
+from accel.cache import DiskCache
+from accel.kernels import Call
+from accel.tuning import select as selection
+from accel.tuning.compiling import Compiler
+from accel.tuning.idle import IdleTuner
+from accel.tuning.measure import Measurement
+from accel.tuning.profile import Profile
+from accel.tuning.select import Selector
+
+
+class Guesses:
+    """Stands where a selector does: so many calls to time."""
+
+    def __init__(self, count: int, fails: bool = False) -> None:
+        self.left, self.fails = list(range(count)), fails
+        self.timed: list[tuple[int, bool]] = []
+        self.lock = threading.Lock()
+
+    def guessed(self) -> list[Any]:
+        return list(self.left)
+
+    def compile_likely(self, call: Any) -> None:
+        assert not self.lock.locked(), "an engine may run meanwhile"
+
+    def time_likely(self, call: Any) -> None:
+        if self.fails:
+            raise torch.OutOfMemoryError("no memory")
+        self.timed.append((call, self.lock.locked()))
+        self.left.remove(call)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def idle(guesses: Guesses, after: float) -> IdleTuner:
+    selector: Any = guesses
+    return IdleTuner(selector, guesses.lock, after)
+
+
+def test_what_was_guessed_is_timed_once_nothing_runs_with_the_lock_held() -> None:
+    guesses = Guesses(3)
+    tuner = idle(guesses, 0.02)
+    tuner.used()
+    wait_for(lambda: not guesses.left and tuner._thread is None)
+    assert guesses.timed == [(0, True), (1, True), (2, True)]
+    tuner.used()
+    assert tuner._thread is None, "there is nothing left to do"
+
+
+def test_nothing_is_timed_while_engines_run() -> None:
+    guesses = Guesses(1)
+    tuner = idle(guesses, 0.25)
+    until = time.monotonic() + 0.6
+    while time.monotonic() < until:
+        tuner.used()
+        time.sleep(0.02)
+    assert not guesses.timed
+    wait_for(lambda: bool(guesses.timed))
+
+
+def test_a_failure_ends_it_and_nothing_else() -> None:
+    guesses = Guesses(2, fails=True)
+    tuner = idle(guesses, 0.01)
+    tuner.used()
+    wait_for(lambda: tuner._thread is None)
+    assert not guesses.lock.locked() and len(guesses.left) == 2
+
+
+def test_what_is_timed_counts_in_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, key = shipped()
+    cache, device = DiskCache(tmp_path, 1 << 20, "profile-test"), torch.device("cuda")
+    timed: list[int] = []
+
+    def measure(calls: list[Call], compiler: Any, device: Any, prune: Any) -> Iterator[Any]:
+        (call,) = calls
+        candidates = selection.kernels.candidates(call, GPU)[:-1]
+        found = prune(call, candidates)
+        timed.append(len(found))
+        assert 1 < len(found) < len(candidates)
+        yield call, [Measurement(k, config, 9.0 - i) for i, (k, config) in enumerate(found)]
+
+    monkeypatch.setattr(selection, "measure", measure)
+
+    def selector() -> Selector:
+        compiler = Compiler(GPU, device, None)
+        return Selector(compiler, device, Profile(GPU, cache), measuring=False)
+
+    small, large = resized(key, 7168), resized(key, 14000)
+    chooser = selector()
+    before = chooser.select([small, large, selection_of(key)])
+    assert [choice.reason.split(",")[0] for choice in before] == ["predicted"] * 2 + ["measured"]
+    assert chooser.guessed() == [large, small], "what is measured is not timed again"
+    for call in chooser.guessed():
+        chooser.time_likely(call)
+        chooser.time_likely(call)  # as another session might, at the same time
+    assert len(timed) == 2 and not chooser.guessed()
+    assert chooser.select([small, large]) == before[:2], "equal runs give equal bits"
+    later = selector().select([small])[0]
+    assert later.reason.startswith("measured, ") and later.us == 10.0 - timed[1]
+
+
+def selection_of(key: str) -> Call:
+    return resized(key, 8192)
