@@ -290,10 +290,14 @@ WIDE = {**SPLIT, "channels": 16}
 WAYS = [WIDE, SCHEMES[1]]
 
 
+PARTS = [
+    *((F16, r, w) for r in ((), (True,), (False, True), (True, True)) for w in ((80,), (80, 80))),
+    *((dtype, r, (80, 80)) for dtype in (BF16, F32) for r in ((), (True, True))),
+]
+
+
 @pytest.mark.parametrize("config", WAYS, ids=lambda config: config["scheme"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("residuals", [(), (True,), (False, True), (True, True)], ids=str)
-@pytest.mark.parametrize("widths", [(80,), (80, 80)], ids=str)
+@pytest.mark.parametrize(("dtype", "residuals", "widths"), PARTS, ids=str)
 def test_an_image_is_made_on_the_way(
     config: Any, dtype: torch.dtype, residuals: Any, widths: tuple[int, ...]
 ) -> None:
@@ -527,9 +531,18 @@ def sums_of(*shape: int, dtype: torch.dtype = F16, **rest: Any) -> list[torch.Te
     return [x, random(*shape, dtype=dtype, seed=3), *parameters]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weight", [False, True])
-@pytest.mark.parametrize("width", [16, 80, 320, 1280])
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [
+        *((F16, width) for width in (16, 80, 320, 1280)),
+        (BF16, 16),
+        (BF16, 80),
+        (F32, 16),
+        (F32, 320),
+    ],
+    ids=str,
+)
 def test_a_residual_is_added_first(dtype: torch.dtype, weight: bool, width: int) -> None:
     """Sum and norm have the bits that they have one after the other; of fp32 the norm all but."""
     tensors = sums_of(2, 7, width, dtype=dtype, weight=weight, bias=weight)
