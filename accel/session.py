@@ -178,8 +178,9 @@ class Session:
         if isinstance(source, (str, Path)):
             with contextlib.suppress(OSError):  # reading it says what is wrong with the path
                 key = (fingerprint_of(source), config)
-            if key in self._loras:
-                return self._loras[key]
+            known = self._loras.get(key)
+            if known is not None:
+                return known
         shapes = {name: parameter.shape for name, parameter in parameters(config).items()}
         try:
             lora = read_lora(source, adapter_names(config), shapes)
@@ -281,8 +282,10 @@ class Engine:
         """Bring a checkpoint that comes next nearer, in the background; this returns at once.
 
         It waits on the device if the pool has room there, else in pinned RAM if it has room there;
-        `load_weights` then finds it. The result is done when it waits, and has no value. Raises as
-        `load_weights` does where the header of the file already tells.
+        `load_weights` then finds it. A state dict is in RAM already: nothing is done for one. The
+        result is done when it waits, and has no value; it is cancelled by a load of the same file
+        that comes before it is begun. Raises as `load_weights` does where the header of the file
+        already tells.
         """
         return self._network.prefetch(self.session._source(source, self.config))
 

@@ -53,7 +53,7 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-Fingerprint = tuple[str, int, int]
+Fingerprint = tuple[str, int, int, int]
 
 
 class TensorFile:
@@ -65,7 +65,9 @@ class TensorFile:
     path:        as given.
     tensors:     name -> shape and dtype, in the file's order.
     metadata:    the file's own text entries.
-    fingerprint: (resolved path, size in bytes, time of change in ns): equal for the same content.
+    fingerprint: (resolved path, size in bytes, times of change in ns): equal for the same content.
+                 The second time is that of the file's entry, which no program sets: a copy may have
+                 been given the first. On Windows it is the time of creation.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -83,7 +85,9 @@ class TensorFile:
                 "convert it to .safetensors first"
             )
         try:
-            with self.path.open("rb") as file:
+            # Links may come to point elsewhere, and relative paths too.
+            self._real = self.path.resolve()
+            with self._real.open("rb") as file:
                 stat = os.fstat(file.fileno())
                 header, data_bytes = self._header(file.read(8), file.read, stat.st_size)
         except FileNotFoundError:
@@ -92,7 +96,7 @@ class TensorFile:
             raise InvalidFile(f"{self.path} cannot be read: {error.strerror or error}") from None
         self._parse(header, data_bytes)
         self._data = 8 + len(header)
-        self.fingerprint = _fingerprint(self.path, stat)
+        self.fingerprint = _fingerprint(self._real, stat)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, backed by the mapped file: a copy on write, no copy on read.
@@ -125,8 +129,8 @@ class TensorFile:
         raw: Any = out.view(-1).view(torch.uint8).numpy()
         view = memoryview(raw)
         try:
-            with self.path.open("rb", buffering=0) as file:
-                if _fingerprint(self.path, os.fstat(file.fileno())) != self.fingerprint:
+            with self._real.open("rb", buffering=0) as file:
+                if _fingerprint(self._real, os.fstat(file.fileno())) != self.fingerprint:
                     raise InvalidFile(f"{self.path} changed while it was in use: load it again")
                 file.seek(self._data + self._starts[name])
                 while view:
@@ -140,7 +144,7 @@ class TensorFile:
     def check_unchanged(self) -> None:
         """Raise InvalidFile where the file is no more what its header said when it was read."""
         try:
-            now = fingerprint_of(self.path)
+            now = _fingerprint(self._real, os.stat(self._real))
         except OSError as error:
             raise InvalidFile(f"{self.path} cannot be read: {_line(error)}") from None
         if now != self.fingerprint:
@@ -149,7 +153,7 @@ class TensorFile:
     def _map(self) -> Any:
         self.check_unchanged()
         try:
-            return safetensors.safe_open(str(self.path), framework="pt", device="cpu")
+            return safetensors.safe_open(str(self._real), framework="pt", device="cpu")
         except (OSError, safetensors.SafetensorError) as error:
             raise InvalidFile(f"{self.path} cannot be read: {_line(error)}") from None
 
@@ -210,11 +214,12 @@ class TensorFile:
 
 def fingerprint_of(path: str | os.PathLike[str]) -> Fingerprint:
     """What `TensorFile(path).fingerprint` would be, without opening the file. Raises OSError."""
-    return _fingerprint(Path(path), os.stat(path))
+    real = Path(path).resolve()
+    return _fingerprint(real, os.stat(real))
 
 
-def _fingerprint(path: Path, stat: os.stat_result) -> Fingerprint:
-    return (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+def _fingerprint(real: Path, stat: os.stat_result) -> Fingerprint:
+    return (str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def _line(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from accel.cli import main
 from accel.demo import audition, world
 from accel.demo.audition import Options, find, run_audition
 from accel.demo.sheet import Cell, contact_sheet
-from accel.errors import InvalidFile, InvalidInput
+from accel.errors import InvalidFile, InvalidInput, OutOfMemory
 from accel.sources import FileSource
 from benchmarks import swaps
 
@@ -104,6 +106,66 @@ def test_a_checkpoint_that_breaks_is_left_out_and_named(
     result = run_audition(options)
     assert [row.checkpoint for row in result.rows] == ["z-flat"]
     assert any("tiny-neon.safetensors ended early" in remark for remark in result.remarks)
+
+
+def test_what_fails_late_costs_its_own_pictures_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VAE that cannot be decoded with, an encoder that no library reads, a size too large."""
+    files = {
+        name: shutil.copy(folder / "z-flat.safetensors", folder / f"{name}.safetensors")
+        for name in ("no-encoder", "no-vae", "too-large")
+    }
+    prepare, paint = audition._Stage._prepare, audition._Stage._paint
+    ready: dict[int, str] = {}
+
+    def prepared(self: Any, candidate: audition.Candidate) -> Any:
+        if candidate.path.stem == "no-encoder":
+            raise KeyError("text_model")
+        stuff = prepare(self, candidate)
+        if candidate.path.stem == "no-vae":
+            stuff = dataclasses.replace(stuff, decode=None)
+        ready[id(stuff)] = candidate.path.stem
+        return stuff
+
+    def painted(self: Any, stuff: Any, seed: int) -> torch.Tensor:
+        if ready[id(stuff)] == "too-large":
+            raise OutOfMemory("no memory is left on cpu to run in")
+        return paint(self, stuff, seed)
+
+    monkeypatch.setattr(audition._Stage, "_prepare", prepared)
+    monkeypatch.setattr(audition._Stage, "_paint", painted)
+    options = Options(folder, tmp_path / "a.png", steps=1, size=(64, 64), device="cpu")
+    result = run_audition(options)
+    assert [row.checkpoint for row in result.rows] == ["tiny-neon", "z-flat"]
+    for path, says in zip(files.values(), ("KeyError", "TypeError", "no memory"), strict=True):
+        assert any(str(path) in remark and says in remark for remark in result.remarks), says
+
+
+def test_an_engine_goes_before_that_of_another_structure_comes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two networks at a time would not fit where each alone does. The last here is not painted."""
+    candidates, _ = find(folder)
+    several = [
+        dataclasses.replace(candidates[index], structure=f"structure {number}")
+        for number, index in enumerate((0, 1, 0))
+    ]
+    engine, held = audition.Session.engine, []
+
+    def made(self: audition.Session, module: torch.nn.Module) -> Any:
+        held.append(len(self._networks))
+        if len(held) == 3:
+            raise OutOfMemory("its weights do not fit")
+        return engine(self, module)
+
+    monkeypatch.setattr(audition, "find", lambda folder: (several, []))
+    monkeypatch.setattr(audition.Session, "engine", made)
+    options = Options(folder, tmp_path / "a.png", steps=1, size=(64, 64), device="cpu")
+    result = run_audition(options)
+    assert held == [0, 0, 0] and result.report["forwards"] > 0
+    assert [row.checkpoint for row in result.rows] == ["tiny-neon", "z-flat"]
+    assert any("do not fit" in remark for remark in result.remarks)
 
 
 def test_structures_stand_together_and_headers_alone_are_read(tmp_path: Path) -> None:

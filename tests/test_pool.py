@@ -8,7 +8,10 @@ import random
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from mmap import PAGESIZE
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +20,13 @@ from safetensors.torch import save_file
 from support import make_lora, make_unet, tiny_config
 
 from accel.errors import InvalidFile, OutOfMemory, StructureMismatch
+from accel.lora import LowRank
+from accel.runtime import weights as weights_module
+from accel.runtime.executable import Executable
+from accel.runtime.lowrank import OPEN_BATCHES, Batch
 from accel.runtime.network import Network
 from accel.runtime.pool import PINNED, Pool
-from accel.runtime.transfer import READERS, SLOTS, HostCopy, Transfer
+from accel.runtime.transfer import READERS, SLOTS, HostBytes, HostCopy, Transfer
 from accel.runtime.weights import Weights
 from accel.session import Engine, Session
 from accel.sources import FileSource, StateDictSource, mixture
@@ -169,8 +176,11 @@ def test_an_owner_that_goes_takes_its_blocks_along() -> None:
     pool, mine, other = Pool(free=roomy), object(), object()
     fill(pool, "a", 10, owner=mine)
     fill(pool, "a", 10, owner=other)
-    with pool._lock:  # a finalizer may come at any moment, on this thread too
-        pool.forget(mine)
+    fill(pool, "b", 10, owner=other)
+    with pool._turn():  # a finalizer may come at any moment, on this thread too
+        pool.drop(mine)
+        pool.drop(other, lambda what: what == "b")
+    assert [key[1:] for key in pool._blocks] == [(other, "a")], "seen to without another call"
     assert pool.bytes("cpu") == 10 and pool.bytes("cpu", other) == 10
 
 
@@ -241,14 +251,59 @@ def test_several_threads_read(states: list[State]) -> None:
     assert 1 < len(source.threads) <= READERS
 
 
-def test_a_reader_that_fails_ends_the_run_and_leaves_the_slots_usable(states: list[State]) -> None:
-    transfer, names = Transfer(CPU, slot_bytes=1000), list(states[0])
-    values = transfer.values(names, Slow(states[0], bad=names[200]))
-    with pytest.raises(OSError, match="went away"):
-        list(values)
+def test_a_run_that_breaks_off_leaves_its_slots_to_the_readers_that_are_at_them(
+    states: list[State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a disk is waited for: what comes late must not meet the next run."""
+    transfer, names = Transfer(CPU, slot_bytes=1), list(states[0])
+    begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+    class Waits(Slow):
+        def read_into(self, name: str, out: torch.Tensor) -> None:
+            begun.set()
+            assert go_on.wait(60)
+            super().read_into(name, out)
+            done.set()
+
+    def interrupted(self: Future[Any], timeout: float | None = None) -> Any:
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    list(transfer.values(names, Slow(states[2])))  # its slots are there to be used again
     assert len(transfer._idle) == 1 and len(transfer._idle[0]) == SLOTS
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Future, "result", interrupted)
+        list(transfer.values(names[:1], Waits(states[1])))
+    values = transfer.values(names, Slow(states[0]))
+    value = next(values)
+    go_on.set()
+    assert done.wait(60)
+    assert torch.equal(value, states[0][names[0]])
+    values.close()
+
+
+def test_a_reader_that_fails_ends_the_run(states: list[State]) -> None:
+    transfer, names = Transfer(CPU, slot_bytes=1000), list(states[0])
+    with pytest.raises(OSError, match="went away"):
+        list(transfer.values(names, Slow(states[0], bad=names[200])))
     again = transfer.values(names, Slow(states[0]))
     assert all(torch.equal(v, states[0][n]) for n, v in zip(names, again, strict=True))
+
+
+def test_slots_that_stay_can_be_had_back(states: list[State]) -> None:
+    transfer = Transfer(CPU, slot_bytes=1000)
+    list(transfer.values(list(states[0]), Slow(states[0])))
+    held = [weakref.ref(slot.host) for slot in transfer._idle[0]]
+    transfer.give_back()
+    assert not transfer._idle and all(ref() is None for ref in held)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 5000])
+def test_what_can_be_pinned_shares_no_page(size: int) -> None:
+    host = HostBytes(size, pin=False)
+    assert host.tensor.numel() == size and host.tensor.data_ptr() % PAGESIZE == 0
+    room = host.tensor.untyped_storage()
+    assert host.tensor.storage_offset() + -(-size // PAGESIZE) * PAGESIZE <= room.nbytes()
 
 
 def test_sums_are_made_of_parts_that_are_read_side_by_side(states: list[State]) -> None:
@@ -524,6 +579,155 @@ def test_copies_go_with_their_network(plan_cache: Path, tiny_unet: Any, files: l
     del engine
     gc.collect()
     assert pool.bytes("cpu") == 0
+
+
+def test_an_engine_may_be_collected_while_its_thread_is_in_the_pool(
+    plan_cache: Path, tiny_unet: Any, files: list[Path]
+) -> None:
+    """The collector runs finalizers wherever it likes."""
+    engine = engine_with(plan_cache, tiny_unet, 6)
+    pool, network = engine.session.pool, engine._network
+    fill(pool, "of the module", network.weights.bytes, owner=network._owner)
+    engine.set_loras([(make_lora(3), 1.0)])
+    assert pool.bytes("cpu", network._owner) > network.weights.bytes
+    held = [engine]
+    del engine
+
+    def collect() -> None:
+        with pool._turn():
+            held.clear()
+            gc.collect()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive(), "it waits for itself"
+    assert network.live is None and pool.bytes("cpu") == network.weights.bytes
+
+
+@pytest.mark.parametrize("way", ["restore", "write"])
+def test_an_interrupt_at_the_end_of_a_swap_leaves_the_engine_as_it_was(
+    plan_cache: Path,
+    tiny_unet: Any,
+    files: list[Path],
+    expected: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    """Ctrl-C once the arena has the new weights, before the engine knows."""
+    engine = engine_with(plan_cache, tiny_unet, 4 if way == "restore" else 0)
+    for index in (1, 0):
+        engine.load_weights(files[index])
+    original = getattr(Weights, way)
+
+    def interrupted(self: Weights, *arguments: Any) -> Any:
+        original(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Weights, way, interrupted)
+        engine.load_weights(files[1])
+    assert engine.report()["weights"] == str(files[0])
+    assert torch.equal(engine(**inputs()), expected[0])
+
+
+def test_swaps_do_not_depend_on_what_the_caller_has_set(
+    plan_cache: Path, tiny_unet: Any, files: list[Path]
+) -> None:
+    """Autocast would round what LoRAs add; a default device or dtype be taken for buffers."""
+    plain, other = (engine_with(plan_cache, tiny_unet, 0) for _ in range(2))
+    for engine in (plain, other):
+        engine.load_weights(files[0])
+    lora = make_lora(3)
+    plain.set_loras([(lora, 0.7)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        other.set_loras([(lora, 0.7)])
+    assert torch.equal(other(**inputs()), plain(**inputs()))
+    source = Slow(make_unet(1).state_dict())
+    with torch.device("meta"):
+        other.load_weights(files[1])
+        copy = Transfer(CPU).gather(["conv_in.bias"], source)
+    assert copy.host.tensor.device == CPU
+    plain.load_weights(files[1])
+    assert torch.equal(other(**inputs()), plain(**inputs()))
+
+
+def test_a_second_try_has_the_memory_of_the_first(
+    plan_cache: Path, tiny_unet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_with(plan_cache, tiny_unet, 0)
+    network, held = engine._network, list[weakref.ref[torch.Tensor]]()
+    engine(**inputs())
+
+    def make() -> list[bool]:
+        large = torch.zeros(10)
+        held.append(weakref.ref(large))
+        if len(held) < 3:
+            raise torch.OutOfMemoryError("full")
+        return [ref() is None for ref in held[:-1]]
+
+    assert network._room_for(make) == [True, True]
+    assert not network._executables, "the sizes that were ready went for it"
+
+    def full(self: Executable, *arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Executable, "run", full)
+    with pytest.raises(OutOfMemory, match="no memory is left on cpu"):
+        engine(**inputs())
+
+
+def test_what_cannot_be_found_again_is_not_fetched_ahead(
+    plan_cache: Path, tiny_unet: Any, states: list[State]
+) -> None:
+    """Each load of a state dict vouches for itself alone."""
+    engine = engine_with(plan_cache, tiny_unet, 6, 6)
+    engine.prefetch(states[1]).result(timeout=60)
+    assert all(tier["blocks"] == 0 for tier in engine.report()["pool"]["tiers"].values())
+
+
+def test_loras_with_a_rank_of_its_own_in_each_layer_need_no_more_memory(
+    monkeypatch: pytest.MonkeyPatch, plan_cache: Path, tiny_unet: Any
+) -> None:
+    """On a GPU parameters wait to go together; here they are made to."""
+    engine = engine_with(plan_cache, tiny_unet, 0)
+    weights = engine._network.weights
+    generator, targets = torch.Generator().manual_seed(0), []
+    for name, shape in weights.shapes.items():
+        if len(shape) == 2 and "attn" in name and len(targets) < 30:
+            rank = 1 + len(targets)
+            up, down = (
+                torch.randn(*size, generator=generator)
+                for size in ((shape[0], rank), (rank, shape[1]))
+            )
+            targets.append(LowRank(name, up, down, None, 1.0))
+    lora: Any = SimpleNamespace(name="resized", patches={one.target: one for one in targets})
+    waiting, most = set[int](), []
+
+    class Counted(Batch):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            waiting.add(id(self))
+            most.append(len(waiting))
+
+        def values(self) -> Iterator[tuple[str, torch.Tensor]]:
+            yield from super().values()
+            waiting.remove(id(self))
+
+    monkeypatch.setattr(weights_module, "batch_size", lambda shape, device: 4)
+    monkeypatch.setattr(weights_module, "Batch", Counted)
+    read = {name: tiny_unet.get_parameter(name) for name in weights.shapes}
+    source = StateDictSource(tiny_unet.state_dict(), tiny_config())
+    torch.set_default_dtype(torch.float16)  # as loaders of models do for a while
+    try:
+        weights.write(list(weights.shapes), source, ((lora, 0.5),))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(most) == 30 and max(most) == OPEN_BATCHES
+    for one in targets:
+        wanted = read[one.target] + one.delta(read[one.target], 0.5)
+        found = weights.read_place(one.target, weights.storage)
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6), one.target
 
 
 def test_state_dicts_that_nobody_can_ask_for_again_are_not_kept(

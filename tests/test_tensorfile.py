@@ -162,6 +162,41 @@ def test_files_of_another_kind(tmp_path):
             TensorFile(path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows tells the time of creation alone")
+def test_a_file_that_takes_another_s_place_with_its_size_and_time(path, tmp_path, tensors):
+    file, before = TensorFile(path), path.stat()
+    other = tmp_path / "other.safetensors"
+    save_file({name: -value.float() for name, value in tensors.items()}, other)
+    other.write_bytes(path.read_bytes()[:-4] + b"new!")
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(other, path)
+    now = path.stat()
+    assert (now.st_size, now.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    for use in (file.check_unchanged, lambda: file.read_into("b", torch.empty(5).bfloat16())):
+        with pytest.raises(InvalidFile, match="changed"):
+            use()
+    assert TensorFile(path).fingerprint != file.fingerprint
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links take a privilege there")
+def test_what_a_link_pointed_to_stays_what_is_read(path, tmp_path, tensors, monkeypatch):
+    link = tmp_path / "folder" / "current.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    file = TensorFile(link)
+    monkeypatch.chdir(tmp_path)
+    relative = TensorFile("some.safetensors")
+    monkeypatch.chdir(link.parent)
+    link.unlink()
+    save_file(tensors, link)
+    for one in (file, relative):
+        one.check_unchanged()
+        out = torch.empty(2, 3)
+        one.read_into("a.weight", out)
+        assert torch.equal(out, tensors["a.weight"])
+        assert torch.equal(one.read("b"), tensors["b"])
+
+
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() == 0, reason="permissions do not bind this user"
 )

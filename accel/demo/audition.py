@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -200,12 +200,13 @@ class _Stage:
         self.remarks: list[str] = []
         self._engine: Engine | None = None
         self._structure = ""
+        self._last_report: dict[str, Any] = {}
         self._done, self._total = 0, 1
 
     def audition(self, candidates: Sequence[Candidate]) -> list[tuple[Row, Tensor]]:
         """Every candidate's pictures, in order."""
         self._total = len(candidates) * self._options.images * self._options.steps
-        found: list[tuple[Row, Future[Tensor]]] = []
+        found: list[tuple[Candidate, Row, Future[Tensor]]] = []
         last = time.perf_counter()
         with (
             ThreadPoolExecutor(1, "switchyard-encode") as before,
@@ -214,53 +215,71 @@ class _Stage:
             coming = before.submit(self._prepare, candidates[0])
             for number, candidate in enumerate(candidates):
                 ready = coming
-                after = candidates[number + 1 : number + 2]
+                swap_ms: float | None = None
                 try:
                     stuff = ready.result()
-                    engine, swap_ms = self._seat(candidate)
-                except SwitchyardError as error:
-                    self.remarks.append(f"left out: {error}")
-                    self._done += self._options.images * self._options.steps
-                    stuff = None
-                for following in after:
+                    swap_ms = self._seat(candidate)
+                except Exception as error:  # of a file, whatever is in it: the others paint
+                    self._leave_out(candidate, error)
+                for following in candidates[number + 1 : number + 2]:
                     coming = before.submit(self._prepare, following)
                     self._read_ahead(following)
-                if stuff is None:
-                    continue
-                self.remarks += stuff.remarks
-                for index in range(self._options.images):
-                    self._say(candidate.path.name)
-                    seed = self._options.seed + index
-                    started = time.perf_counter()
-                    latent = self._paint(engine, stuff, seed)
-                    ended = time.perf_counter()
-                    row = Row(
-                        candidate.path.stem,
-                        seed,
-                        candidate.structure,
-                        0.0 if index else swap_ms,
-                        (ended - started) * 1e3,
-                        (started - last) * 1e3,
-                    )
-                    last = ended
-                    found.append((row, behind.submit(stuff.decode, latent)))
-            return [(row, picture.result()) for row, picture in found]
+                if swap_ms is not None:
+                    self.remarks += stuff.remarks
+                    for index in range(self._options.images):
+                        self._say(candidate.path.name)
+                        seed = self._options.seed + index
+                        started = time.perf_counter()
+                        try:
+                            latent = self._paint(stuff, seed)
+                        except SwitchyardError as error:
+                            self._leave_out(candidate, error)
+                            break
+                        ended = time.perf_counter()
+                        row = Row(
+                            candidate.path.stem,
+                            seed,
+                            candidate.structure,
+                            0.0 if index else swap_ms,
+                            (ended - started) * 1e3,
+                            (started - last) * 1e3,
+                        )
+                        last = ended
+                        found.append((candidate, row, behind.submit(stuff.decode, latent)))
+                self._done = (number + 1) * self._options.images * self._options.steps
+            return list(self._decoded(found))
+
+    def _decoded(
+        self, found: Sequence[tuple[Candidate, Row, Future[Tensor]]]
+    ) -> Iterator[tuple[Row, Tensor]]:
+        for candidate, row, picture in found:
+            try:
+                yield row, picture.result()
+            except Exception as error:
+                self._leave_out(candidate, error)
+
+    def _leave_out(self, candidate: Candidate, error: Exception) -> None:
+        said = " ".join(str(error).split())
+        if not isinstance(error, SwitchyardError):
+            said = f"{type(error).__name__}: {said}"
+        where = "" if str(candidate.path) in said else f"{candidate.path}: "
+        self.remarks.append(f"left out: {where}{said}")
 
     def report_of_engine(self) -> dict[str, Any]:
-        """Of the engine that painted last."""
-        assert self._engine is not None
-        return self._engine.report()
+        """Of the engine that stands ready, or of the last that did."""
+        return self._last_report if self._engine is None else self._engine.report()
 
-    def _seat(self, candidate: Candidate) -> tuple[Engine, float]:
-        """The candidate's engine with its weights, and the ms that they took."""
+    def _seat(self, candidate: Candidate) -> float:
+        """Bring the candidate's weights into its engine; the ms that they took."""
         if self._engine is None or self._structure != candidate.structure:
             from diffusers import UNet2DConditionModel
 
+            self._last_report = self.report_of_engine()
             self._engine = None  # its memory goes first
             module = empty_module(UNet2DConditionModel, candidate.config, self.session.dtype)
             self._engine = self.session.engine(module)
             self._structure = candidate.structure
-        return self._engine, self._engine.load_weights(candidate.path).seconds * 1e3
+        return self._engine.load_weights(candidate.path).seconds * 1e3
 
     def _read_ahead(self, following: Candidate) -> None:
         if self._engine is None or following.structure != self._structure:
@@ -295,12 +314,13 @@ class _Stage:
         decoder = Decoder(file, candidate.config.pooled_dim is not None, self._device)
         return _Ready(conditioning, material.GUIDANCE, chosen, decoder, (about, decoder.about))
 
-    def _paint(self, engine: Engine, stuff: _Ready, seed: int) -> Tensor:
+    def _paint(self, stuff: _Ready, seed: int) -> Tensor:
         """The final latent; the seed alone decides its noise, whatever paints."""
+        assert self._engine is not None
         random = torch.Generator().manual_seed(seed)
         noise = torch.randn(1, 4, *stuff.size, generator=random)
         return sample(
-            engine,
+            self._engine,
             None,
             noise,
             stuff.conditioning.to(self._device, self.session.dtype),

@@ -20,6 +20,9 @@ from torch import Tensor
 BATCH_BYTES = 32 << 20
 """Of float32 weights in one batch: some memory beside the arena, for every shape."""
 
+OPEN_BATCHES = 12
+"""That are filled at a time, by shape and ranks."""
+
 MOST = 32
 """Parameters in one batch."""
 
@@ -69,7 +72,9 @@ class Batch:
         self._shape, self._size, self._device = tuple(shape), size, device
         self._names: list[str] = []
         self._changes: list[Sequence[Change]] = []
-        self._values = torch.zeros(size, shape[0], prod(shape[1:]), device=device)
+        self._values = torch.zeros(
+            size, shape[0], prod(shape[1:]), dtype=torch.float32, device=device
+        )
 
     def add(self, name: str, base: Tensor, changes: Sequence[Change]) -> bool:
         """Take a copy of a parameter, as it is without any adapter; True once the batch is full."""
@@ -87,7 +92,8 @@ class Batch:
             down = self._stacked([factors[1] for factors in found if factors])
             scales = [patch.scale * strength for patch, strength in changes]
             scales += [0.0] * (self._size - len(scales))
-            ups.append(up * torch.tensor(scales, device=self._device)[:, None, None])
+            factor = torch.tensor(scales, dtype=torch.float32, device=self._device)
+            ups.append(up * factor[:, None, None])
             downs.append(down)
         self._values.baddbmm_(torch.cat(ups, 2), torch.cat(downs, 1))
         for name, value in zip(self._names, self._values, strict=False):

@@ -80,10 +80,9 @@ class Network:
         self.plan, self.device, self.dtype = plan, device, dtype
         self.pool = process_pool() if pool is None else pool
         self._tier, self._owner = str(device), object()
-        weakref.finalize(self, self.pool.forget, self._owner)
+        weakref.finalize(self, self.pool.drop, self._owner)
         self._selector = selector
         self.waiting = False
-        self.weights = self._room_for(lambda: Weights(plan, device, dtype))
         self.arena = Arena(device)
         self.counters = Counters()
         self.live: Seat | None = None
@@ -97,22 +96,30 @@ class Network:
         cuda = device.type == "cuda"
         self._graph_pool = torch.cuda.graph_pool_handle() if cuda else None
         self._last_run = torch.cuda.Event() if cuda else None
-
-    # Weights.
+        self.weights = self._room_for(lambda: Weights(plan, device, dtype))
 
     def _room_for(self, make: Callable[[], T]) -> T:
-        """What `make` makes; where memory runs out, once more with all that waits given up."""
-        try:
-            return make()
-        except (OutOfMemory, torch.OutOfMemoryError):
-            if not self.pool.shrink(self._tier):
-                raise
-            return make()
+        """What `make` makes; where memory runs out, again once what waits has been given up, and
+        at last without the sizes that are ready.
+        """
+        for give_up in (self._give_up_waiting, self.clear_executables):
+            # Swallowed before anything is given up: with the error goes what it holds in memory.
+            with contextlib.suppress(OutOfMemory, torch.OutOfMemoryError):
+                return make()
+            give_up()
+        return make()
+
+    def _give_up_waiting(self) -> None:
+        self.pool.shrink(self._tier)
+        for background in (False, True):
+            transfer_for(self.device, background).give_back()
+
+    # Weights.
 
     def load(self, seat: Seat, source: Source) -> SwapReport:
         """Seat the parameters of `source` with the seat's LoRAs on them, and make the seat live.
 
-        On failure the seat keeps what it had.
+        On failure the seat keeps what it had, which is brought back when it is next used.
         """
         started = time.perf_counter()
         stamp = source.stamp()
@@ -136,40 +143,48 @@ class Network:
             raise
 
     def set_adapters(self, seat: Seat, adapters: Adapters) -> SwapReport:
-        """Replace the seat's whole LoRA set, rewriting only parameters whose adapters change."""
+        """Replace the seat's whole LoRA set, rewriting only parameters whose adapters change.
+
+        On failure the seat keeps what it had, which is brought back when it is next used.
+        """
         started = time.perf_counter()
-        self.activate(seat)
-        assert seat.source is not None
-        stamp = seat.source.stamp()
-        if stamp != seat.stamp:  # all of it is read anew, never a mixture
-            return self._bring(seat, seat.source, stamp, adapters).since(started)
+        source = _source_of(seat)
+        stamp = source.stamp()
+        if self.live is not seat or stamp != seat.stamp:  # all of it anew, never a mixture
+            if self.live is not seat:
+                self._park()
+                self._wait_for(stamp)
+            return self._bring(seat, source, stamp, adapters).since(started)
         if not _standing(seat.adapters):
             self._park()  # what LoRAs are put on, and taken off from
         names = _differing(self.weights.shapes, seat.adapters, adapters)
-        origin = self._nearest(seat.source, stamp)
-        return self._write(seat, names, seat.source, stamp, adapters, origin).since(started)
+        origin = self._nearest(source, stamp)
+        return self._write(seat, names, source, stamp, adapters, origin).since(started)
 
     def activate(self, seat: Seat) -> None:
         """Make `seat` the live one."""
         if self.live is seat:
             return
-        if seat.source is None:
-            raise SwitchyardError("this engine has no weights: load_weights first")
+        source = _source_of(seat)
         started = time.perf_counter()
         self._park()
         stamp = seat.stamp
         if not self.parked(seat):
-            stamp = seat.source.stamp()
+            stamp = source.stamp()
             self._wait_for(stamp)
-        self._bring(seat, seat.source, stamp, seat.adapters)
+        self._bring(seat, source, stamp, seat.adapters)
         self.counters.activations.append(time.perf_counter() - started)
 
     def prefetch(self, source: Source) -> Future[None]:
         """Bring a checkpoint nearer in the background: onto the device, else into pinned RAM.
 
-        A hint: where there is no room, or the source cannot be read by threads, nothing happens.
-        What fails is said in the log, and again when the checkpoint is loaded.
+        A hint: where there is no room, or the source cannot be read by threads or found again,
+        nothing happens. What fails is said in the log, and again when the checkpoint is loaded.
         """
+        if not source.lasting:
+            nothing: Future[None] = Future()
+            nothing.set_result(None)
+            return nothing
         stamp = source.stamp()
         with _coming_lock:
             for done in [key for key, job in self._coming.items() if job.done()]:
@@ -185,11 +200,8 @@ class Network:
         """Make all of `source` with `adapters` live, from the nearest place that has it."""
         copy = self.pool.get(self._tier, self._owner, (stamp, _standing(adapters)))
         if copy is not None:
-            self._epoch += 1
-            self.weights.synchronize()  # replays under way still read the arena
-            report = self.weights.restore(copy.storage)
-            self._now_holds(seat, source, stamp, adapters)
-            return report
+            with self._rewriting(seat, source, stamp, adapters):
+                return self.weights.restore(copy.storage)
         bare = self._bare(source, stamp) if _standing(adapters) else None
         if bare is not None:
             touched = _differing(self.weights.shapes, (), adapters)
@@ -241,22 +253,23 @@ class Network:
 
         start: a copy of the arena that is brought in first.
         """
-        self._epoch += 1
-        self.weights.synchronize()  # replays under way still read the arena
-        try:
+        with self._rewriting(seat, source, stamp, adapters):
             whole = None if start is None else self.weights.restore(start)
             report = self._room_for(lambda: self.weights.write(names, origin, adapters))
-        except BaseException as error:
-            self._restore(seat, names if start is None else self.weights.shapes)
-            if isinstance(error, torch.OutOfMemoryError):
-                raise OutOfMemory(f"no memory is left on {self.device} to swap weights") from error
-            raise
-        self._now_holds(seat, source, stamp, adapters)
-        if whole is None:
-            return report
-        return replace(whole, bytes=whole.bytes + report.bytes)
+        return report if whole is None else replace(whole, bytes=whole.bytes + report.bytes)
 
-    def _now_holds(self, seat: Seat, source: Source, stamp: Hashable, adapters: Adapters) -> None:
+    @contextlib.contextmanager
+    def _rewriting(
+        self, seat: Seat, source: Source, stamp: Hashable, adapters: Adapters
+    ) -> Iterator[None]:
+        """The arena changes, and no seat is live until it has all that `seat` is to hold."""
+        self._epoch += 1
+        self.weights.synchronize()  # replays under way still read the arena
+        self.live = None
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"no memory is left on {self.device} to swap weights") from error
         if seat.stamp != stamp:
             self._abandon(seat)
         seat.source, seat.stamp, seat.adapters = source, stamp, adapters
@@ -266,19 +279,7 @@ class Network:
         """Give up copies that nobody can ask for again once the seat holds something else."""
         stamp = seat.stamp
         if seat.source is not None and not seat.source.lasting:
-            self.pool.drop(self._tier, self._owner, lambda what: what[0] == stamp)
-
-    def _restore(self, seat: Seat, names: Collection[str]) -> None:
-        """After a write that failed half-way: what the seat held before, or nothing live."""
-        was_live, self.live = self.live is seat, None
-        if not was_live or seat.source is None:
-            return
-        try:
-            self.weights.write(names, self._nearest(seat.source, seat.stamp), seat.adapters)
-        except Exception as error:  # the first error is the one to tell
-            logger.warning("the weights from before could not be restored: %s", error)
-        else:
-            self.live = seat
+            self.pool.drop(self._owner, lambda what: what[0] == stamp)
 
     def _park(self) -> None:
         """Keep a copy of the live weights on the device, where the pool has room for it."""
@@ -301,14 +302,18 @@ class Network:
 
     def free_parked(self) -> None:
         """Give up the copies of weights that wait: they are read from their sources again."""
-        self.pool.forget(self._owner)
+        self.pool.drop(self._owner)
 
     def leave(self, seat: Seat) -> None:
-        """Forget a seat whose engine is gone. A copy of what it held is the pool's to keep."""
+        """Forget a seat whose engine is gone. A copy of a file that it held is the pool's to keep.
+
+        A finalizer may call this at any moment, in any thread, without the session's lock: at worst
+        another seat, which has just become live, is brought in once more.
+        """
         if self.live is seat:
             self.live = None
         self._abandon(seat)
-        seat.source, seat.stamp, seat.adapters = None, None, ()
+        seat.source = None
 
     def _wait_for(self, stamp: Hashable) -> None:
         """Let a prefetch that is under way come to its end: it is ahead of one begun now."""
@@ -355,18 +360,16 @@ class Network:
         with self._turn():
             self.activate(seat)
             vouched = None if key is None else (key, self._epoch)
-            try:
-                return self._run(self._executable(plan, dims), inputs, vouched)
-            except OutOfMemory:  # what seats that wait and other shapes hold is given up for it
-                self.pool.shrink(self._tier)
-                self.clear_executables()
-                return self._run(self._executable(plan, dims), inputs, vouched)
+            return self._room_for(lambda: self._run(self._executable(plan, dims), inputs, vouched))
 
     def _run(
         self, executable: Executable, inputs: Mapping[str, torch.Tensor], key: object | None
     ) -> list[torch.Tensor]:
         hits, captures = executable.prompt_hits, executable.captures
-        results = executable.run(inputs, key)
+        try:
+            results = executable.run(inputs, key)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"no memory is left on {self.device} to run in") from error
         self.counters.forwards += 1
         self.counters.prompt_hits += executable.prompt_hits - hits
         self.counters.graphs += executable.captures - captures
@@ -439,7 +442,8 @@ class Network:
 
     def clear_executables(self) -> None:
         """Free every shape's graph and activation memory; the next call binds it anew."""
-        self.weights.synchronize()
+        if self._executables:
+            self.weights.synchronize()  # replays under way still use their buffers
         while self._executables:
             self._evict()
         if self.device.type == "cuda":
@@ -487,6 +491,12 @@ class Parked:
 
     storage: torch.Tensor
     adapters: Adapters
+
+
+def _source_of(seat: Seat) -> Source:
+    if seat.source is None:
+        raise SwitchyardError("this engine has no weights: load_weights first")
+    return seat.source
 
 
 def _standing(adapters: Adapters) -> tuple[tuple[int, float], ...]:

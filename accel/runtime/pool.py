@@ -64,7 +64,7 @@ class Pool:
         self._free = free or _free
         self._lock = threading.Lock()
         self._blocks: OrderedDict[Key, Block] = OrderedDict()  # the least recently used first
-        self._gone: deque[Hashable] = deque()
+        self._gone: deque[tuple[Hashable, Callable[[Any], bool]]] = deque()
         self._counters: Counter[str] = Counter()
 
     def budget(self, tier: str) -> int | None:
@@ -163,21 +163,13 @@ class Pool:
                 pass
             return before - self._bytes(tier)
 
-    def drop(self, tier: str, owner: Hashable, which: Callable[[Any], bool]) -> None:
-        """Give up an owner's blocks of which `which`, asked with what they are, is true."""
-        with self._turn():
-            for key in list(self._blocks):
-                if key[:2] == (tier, owner) and which(key[2]):
-                    del self._blocks[key]
+    def drop(self, owner: Hashable, which: Callable[[Any], bool] = lambda what: True) -> None:
+        """Give up an owner's blocks of which `which`, asked with what they are, is true.
 
-    def forget(self, owner: Hashable) -> None:
-        """Give up all of an owner's blocks. A finalizer may call this at any moment."""
-        self._gone.append(owner)
-        if self._lock.acquire(blocking=False):  # else whoever holds it, or comes next, sees to it
-            try:
-                self._sweep()
-            finally:
-                self._lock.release()
+        A finalizer may call this at any moment, even while its own thread is in the pool.
+        """
+        self._gone.append((owner, which))
+        self._settle()
 
     def bytes(self, tier: str, owner: Hashable = None) -> int:
         """Bytes of a tier's blocks; of an owner's alone where one is given."""
@@ -210,11 +202,20 @@ class Pool:
         with self._lock:
             self._sweep()
             yield
+        self._settle()
+
+    def _settle(self) -> None:
+        """Give up what is gone, unless somebody has the lock, who does so once it is free."""
+        while self._gone and self._lock.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self._lock.release()
 
     def _sweep(self) -> None:
         while self._gone:
-            owner = self._gone.popleft()
-            for key in [key for key in self._blocks if key[1] is owner]:
+            owner, which = self._gone.popleft()
+            for key in [key for key in self._blocks if key[1] is owner and which(key[2])]:
                 del self._blocks[key]
 
     def _touched(self, key: Key) -> Any:

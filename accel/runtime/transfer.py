@@ -15,9 +15,10 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from mmap import PAGESIZE
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -106,22 +107,25 @@ class Item:
 
 
 class HostBytes:
-    """Bytes of RAM of exactly the size asked for, pinned if `pin`.
+    """Bytes of RAM, pinned if `pin`, in pages of their own: two pinned regions must share none.
 
     PyTorch's own pinned memory comes in powers of two. Raises `torch.OutOfMemoryError`.
     """
 
     def __init__(self, size: int, pin: bool) -> None:
+        pages = -(-size // PAGESIZE) * PAGESIZE
         with torch.inference_mode(False):
             try:
-                self.tensor = torch.empty(size, dtype=torch.uint8)
+                room = torch.empty(pages + PAGESIZE, dtype=torch.uint8, device="cpu")
             except RuntimeError as error:  # PyTorch's CPU allocator raises nothing finer
                 raise torch.OutOfMemoryError(str(error)) from error
+            start = -room.data_ptr() % PAGESIZE
+            self.tensor = room[start : start + size]
         if not pin or not size:
             return
         runtime: Any = torch.cuda.cudart()
         address = self.tensor.data_ptr()
-        if int(runtime.cudaHostRegister(address, size, 0)) != 0:
+        if int(runtime.cudaHostRegister(address, pages, 0)) != 0:
             with contextlib.suppress(
                 RuntimeError
             ):  # takes the error, which the next launch reports
@@ -170,18 +174,25 @@ class Slot:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device = size, device
-        cuda = device.type == "cuda"
-        try:
-            self.host = HostBytes(size, pin=cuda)
-        except torch.OutOfMemoryError:
-            if not cuda:
-                raise
-            self.host = HostBytes(size, pin=False)  # slower, and right
-        if cuda:
+        self._host: HostBytes | None = None
+        if device.type == "cuda":
             with torch.inference_mode(False):
                 self.there = torch.empty(size, dtype=torch.uint8, device=device)
             self.crossed, self.used = torch.cuda.Event(), torch.cuda.Event()
             self.used.record(torch.cuda.current_stream(device))
+
+    @property
+    def host(self) -> Tensor:
+        """The host's half, which is made when it is first wanted: what is pinned needs none."""
+        if self._host is None:
+            cuda = self.device.type == "cuda"
+            try:
+                self._host = HostBytes(self.size, pin=cuda)
+            except torch.OutOfMemoryError:
+                if not cuda:
+                    raise
+                self._host = HostBytes(self.size, pin=False)  # slower, and right
+        return self._host.tensor
 
     def fill(self, items: Sequence[Item], source: Stageable) -> None:
         """Read values into the host's half, in a reader thread."""
@@ -189,7 +200,7 @@ class Slot:
             self.crossed.synchronize()  # what stood here before is still being sent
         with torch.inference_mode(False), torch.no_grad():
             for item in items:
-                source.read_into(item.name, item.view(self.host.tensor))
+                source.read_into(item.name, item.view(self.host))
 
     def send(self, raw: Tensor, stream: Any) -> Tensor:
         """`raw`, bytes in pinned RAM, on the device, for the work that is asked for after this."""
@@ -297,23 +308,24 @@ class Transfer:
                         running.append((batch, slot, future))
                     if not running:
                         return
-                    first, filled, read = running.popleft()
+                    first, filled, read = running[0]
+                    if read is not None:
+                        read.result()
+                    running.popleft()
                     if isinstance(first, str):
                         yield self._direct(first, source)
                         continue
-                    assert filled is not None and read is not None
-                    read.result()
+                    assert filled is not None
                     last = first[-1]
-                    sent = filled.send(filled.host.tensor[: last.start + last.bytes], self._stream)
+                    sent = filled.send(filled.host[: last.start + last.bytes], self._stream)
                     for item in first:
                         yield item.view(sent)
                     filled.done()
                     free.append(filled)
-            finally:  # no reader may be at a slot that is given back
-                left = [future for _, _, future in running if future is not None]
-                for future in left:
-                    future.cancel()
-                wait(left)
+            finally:
+                for _, _, left in running:
+                    if left is not None:
+                        left.cancel()
 
     def _size(self, sizes: Sequence[int]) -> int:
         """The size of a slot for values of these sizes: as is usual, unless one is larger."""
@@ -322,20 +334,32 @@ class Transfer:
 
     @contextlib.contextmanager
     def _slots(self, size: int, count: int) -> Iterator[list[Slot]]:
-        """Slots for one run through a source's values. Runs at the same time have slots each."""
+        """Slots for one run through a source's values. Runs at the same time have slots each.
+
+        Those of a run that was broken off are not used again: readers may still be at them.
+        """
         with self._lock:
             slots = self._idle.pop() if self._idle else []
         slots = [slot for slot in slots if slot.size >= size]
         slots += [Slot(size, self.device) for _ in range(count - len(slots))]
+        whole = False
         try:
             yield slots
+            whole = True
         finally:
             with self._lock:
-                keep = len(self._idle) < KEPT
+                keep = whole and len(self._idle) < KEPT
                 if keep:
                     self._idle.append(slots)
             if not keep and self._stream is not None:
-                self._stream.synchronize()  # the others go, once they are not read any more
+                # They go once nothing is sent from them or read on the device any more.
+                self._stream.synchronize()
+                torch.cuda.current_stream(self.device).synchronize()
+
+    def give_back(self) -> None:
+        """Free the slots that stay for the next time."""
+        with self._lock:
+            self._idle.clear()
 
 
 def _batches(infos: dict[str, TensorInfo | None], size: int) -> Iterator[str | list[Item]]:

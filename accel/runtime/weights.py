@@ -21,7 +21,7 @@ from ..errors import OutOfMemory
 from ..plan.memory import align
 from ..plan.recipe import Literal, places
 from ..plan.schema import Constant, Plan, resolve
-from .lowrank import Batch, batch_size, low_rank, ranks
+from .lowrank import OPEN_BATCHES, Batch, batch_size, low_rank, ranks
 from .transfer import Readable, Transfer, transfer_for
 
 
@@ -111,7 +111,8 @@ class Weights:
         view = self.constants[constant.name] = raw.view(kind).view(shape)
         for source, place in places(constant.recipe, view):
             if isinstance(source, Literal):
-                place.copy_(torch.tensor(source.values, dtype=kind).view(source.shape))
+                values = torch.tensor(source.values, dtype=kind, device="cpu")
+                place.copy_(values.view(source.shape))
             else:
                 self.shapes[source.name] = source.shape
                 self._places.setdefault(source.name, []).append((constant.name, place))
@@ -169,6 +170,7 @@ class Weights:
         with (
             torch.inference_mode(False),
             torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
             contextlib.closing(transfer.values(list(names), source)) as values,
         ):
             for name, value in self._values(zip(names, values, strict=True), adapters):
@@ -207,6 +209,8 @@ class Weights:
                 continue
             key = (shape, ranks(together))
             if key not in batches:
+                if len(batches) == OPEN_BATCHES:  # a LoRA may have a rank of its own in each layer
+                    yield from batches.pop(next(iter(batches))).values()
                 batches[key] = Batch(shape, size, self.device)
             if batches[key].add(name, value.to(self.dtype), together):
                 yield from batches.pop(key).values()
