@@ -272,9 +272,7 @@ class Selector:
         prepared = self._waiting and family_of(key)[0] in self._prepared
         if prepared and found is not None and not self._there(*found, call):
             entry = found = None
-        another = (
-            entry is not None and entry.elsewhere and self.profile.origin != self.hardware.name
-        )
+        another = entry is not None and entry.elsewhere and not self.profile.same_gpu
         if another and len(candidates) > 2:  # which is faster there need not be here
             predicted = self._predicted(call, candidates, None, prepared)
             if predicted is not None:
