@@ -25,7 +25,7 @@ from ..kernels.registry import Call, Config, Kernel
 from ..settings import settings
 from . import ahead
 from .chips import chip_of, named
-from .compiling import Compiler, launches_of
+from .compiling import Compiler, deadly, launches_of
 from .cost import Fit, Model, Ranked
 from .measure import WRONG, Measurement, measure
 from .profile import OTHERS, Entry, Profile, family_of, profile_cache
@@ -589,6 +589,8 @@ def _launchable(call: Call, choice: Choice) -> bool:
     """Whether the choice's own kernels, if it has any, fit on the GPU at this size."""
     if choice.kernel.launches is None:
         return True
+    if deadly((choice.kernel, choice.config, call)):
+        return False
     try:
         for launch in launches_of(choice.kernel, choice.config, call):
             launch.warm()
