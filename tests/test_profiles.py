@@ -28,13 +28,13 @@ from accel.runtime.calls import calls_at
 from accel.tuning import profile as profiles
 from accel.tuning import profile_file
 from accel.tuning.calibration import Calibration
-from accel.tuning.chips import KNOWN
+from accel.tuning.chips import KNOWN, chip_of
 from accel.tuning.compiling import Compiler
 from accel.tuning.cost import Fit, Ranked
 from accel.tuning.forecast import MEASURED, PREDICTED, UNKNOWN, Forecast
 from accel.tuning.keys import call_of
 from accel.tuning.profile import SHIPPED, Entry, Profile
-from accel.tuning.select import Choice, Selector, _cautious
+from accel.tuning.select import Choice, Selector, _cautious, model_of
 
 GPU = chip()
 H200 = next(chip for chip in KNOWN if chip.name == "NVIDIA H200")
@@ -591,6 +591,26 @@ def test_where_nobody_measured_libraries_do_what_they_do_best(
     assert all(choice.us is None for choice in choices)
     selector.prepare("a plan", calls_of_a_unet)
     assert selector.settled, "nothing is compiled ahead on such a model's word"
+
+
+def test_no_chip_is_promised_more_than_its_tensor_cores_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where they are what is slow, as on a GeForce, no guess makes ours win by far."""
+    monkeypatch.setattr(profiles, "SHIPPED", SHIPPED)
+    made = {name: gpu for name, gpu in profiles.profiled().items() if Profile(gpu, None).model_made}
+    assert len(made) >= 13
+    for name, gpu in made.items():
+        chip, model = chip_of(gpu), model_of(gpu, Profile(gpu, None))
+        assert chip is not None and model is not None
+        for call in calls_of_a_unet()[:4]:
+            offered = [(k.name, config) for k, config in registry.candidates(call, gpu)[:-1]]
+            times = [p.us for p in model.predictions(call, offered) if p is not None]
+            assert min(times) > call.flops / (chip.tensor_tflops * 1e6), (name, call.key)
+        if "GeForce" in name:
+            big = [calls_of_a_unet()[place] for place in (0, 2)]
+            for choice in choices(big, gpu).values():
+                assert choice.kernel.launches is None, (name, choice)
 
 
 def test_a_library_that_is_nearly_as_fast_is_preferred_where_nobody_measured() -> None:
