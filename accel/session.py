@@ -432,6 +432,7 @@ class Engine:
                 "graphs": counters.graphs,
                 "binds": counters.binds,
                 "evictions": counters.evictions,
+                "renewed": counters.renewed,
                 "forwards": counters.forwards,
                 "prompt_hits": counters.prompt_hits,
                 "shapes": network.shapes(),

@@ -5,7 +5,7 @@
 Needs no GPU. For every chip of `accel.tuning.chips` unlike those that were measured one file in
 `tuning_profiles/`, marked `"made_by": "model"`: what is known of the chip, and constants of the
 performance model for the kernels that run there, the geometric mean of those in the measured
-profiles. There are no choices in it: engines make them from these constants at each size. They are
+profiles (but see `_math`). There are no choices in it: engines make them from these constants at each size. They are
 as good as that is, which no time says.
 """
 
@@ -29,6 +29,10 @@ HOPPER_ALONE = ("triton.matmul_tma", "triton.conv2d_tma", "cuda.attention")
 
 TENSOR_CORES = ("triton.matmul", "triton.conv2d", "triton.attention")
 """Kernels that want at least sm_80; the compiler makes something else of their tiles on sm_90."""
+
+
+LIBRARIES = {"matmul": "cublas.linear", "conv2d": "cudnn.conv2d", "attention": "torch.sdpa"}
+"""Whose share of the tensor cores' rate ours cannot exceed, by a part of our kernels' names."""
 
 
 def main() -> None:
@@ -88,7 +92,11 @@ def text_of(chip: Chip, fitted: Fit, origins: Sequence[str]) -> str:
     )
     remade = () if chip.capability[0] == 9 else (*TENSOR_CORES, *HOPPER_ALONE)
     own = Fit(
-        {form: terms for form, terms in fitted.constants.items() if form not in absent},
+        {
+            form: {**terms, "math": _math(form, fitted)} if "math" in terms else terms
+            for form, terms in fitted.constants.items()
+            if form not in absent
+        },
         {
             tile: factor
             for tile, factor in fitted.tiles.items()
@@ -107,6 +115,18 @@ def text_of(chip: Chip, fitted: Fit, origins: Sequence[str]) -> str:
         "chip": facts,
     }
     return profile_file.written(profile_file.Content(meta, {}, own.to_json()))
+
+
+def _math(form: str, fitted: Fit) -> float:
+    """How many times the tensor cores' own rate products take.
+
+    On the chips that were measured something else decides the times of most of our kernels, and so
+    they tell little of this, down to twice as fast as can be. Where the tensor cores are what is
+    slow, that would promise what no chip can do.
+    """
+    own = fitted.constants[form]["math"]
+    library = next((name for part, name in LIBRARIES.items() if part in form), form)
+    return max(own, fitted.constants[library]["math"])
 
 
 if __name__ == "__main__":

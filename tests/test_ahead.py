@@ -186,9 +186,16 @@ def test_a_new_size_compiles_nothing_once_the_plan_is_prepared(
     }
 
 
-def test_what_was_measured_but_is_not_compiled_is_not_compiled_for_a_new_size(
-    compiled: list[set[str]],
+def test_what_was_measured_but_is_not_compiled_is_not_waited_for_and_comes_later(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    go = threading.Event()
+
+    def compile_apart(variants: Any, *rest: Any) -> set[str]:
+        assert go.wait(20)
+        return set(variants)
+
+    monkeypatch.setattr(compiling, "compile_apart", compile_apart)
     profile, key = shipped()
     selector = chooser(profile)
     (free,) = chooser(profile).select([call_of(key)])
@@ -199,6 +206,12 @@ def test_what_was_measured_but_is_not_compiled_is_not_compiled_for_a_new_size(
     (choice,) = selector.select([call_of(key)])
     assert free.kernel.launches is not None
     assert choice.kernel.launches is None, "nothing but libraries is there"
+    assert choice.provisional and not selector.settled
+    go.set()
+    wait_for(lambda: selector.settled)
+    assert selector.select([call_of(key)]) == [choice], "equal bits, till a host asks for better"
+    selector.renew()
+    assert selector.select([call_of(key)]) == [free], "no size that was measured runs worse for it"
     # Calls of other weights were not there when it was prepared.
     other = call_of(KEYS[1].format(m=8192))
     assert family_of(other.key)[0] not in selector._prepared
@@ -222,6 +235,8 @@ def test_what_is_under_way_gives_a_provisional_choice(
     assert any(choice.provisional for choice in early) and not selector.settled
     go.set()
     wait_for(lambda: selector.settled)
+    assert selector.select(new) == early, "equal bits, till a host asks for better"
+    selector.renew()
     late = selector.select(new)
     assert not any(choice.provisional for choice in late)
     assert any(a.kernel.name != b.kernel.name for a, b in zip(early, late, strict=True))

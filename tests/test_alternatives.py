@@ -172,6 +172,11 @@ def test_what_is_still_being_compiled_may_change_the_choice(runner: Runner, whic
     assert not bound(runner, Select(ALL)).provisional
 
 
+def test_equal_kernels_have_one_name_and_others_another(runner: Runner) -> None:
+    names = [bound(runner, Select(us)).selection() for us in (ALL, ALL, times((9, 5), (12, 4)))]
+    assert names[0] == names[1] != names[2]
+
+
 def test_sizes_choose_for_themselves(runner: Runner) -> None:
     class BySize(Select):
         def _choice(self, call: Call) -> Choice:

@@ -21,6 +21,7 @@ from accel.tuning.compiling import Compiler
 from accel.tuning.cost import Fit, Model, fit
 from accel.tuning.keys import call_of
 from accel.tuning.profile import OTHERS, Entry, Profile, family_of
+from accel.tuning.profile_file import FIT_VERSION
 from accel.tuning.select import Selector, _named, fastest
 
 sys.path.append(str(Path(__file__).parent / "kernels"))
@@ -32,6 +33,7 @@ GPU = dataclasses.replace(
     hardware_of(),
     name="NVIDIA H200",
     multiprocessors=132,
+    memory_bytes=143155 << 20,
     torch="2.11.0+cu130",  # these as the profile that comes with the pack was measured
     cuda="13.0",
     cudnn="9.19.0",
@@ -282,7 +284,7 @@ def test_a_fit_survives_json() -> None:
 )
 def test_nonsense_is_refused(change: Mapping[str, Any]) -> None:
     with pytest.raises(ValueError, match="fit"):
-        Fit.from_json({"version": cost.FIT_VERSION, "constants": {}, "tiles": {}} | dict(change))
+        Fit.from_json({"version": FIT_VERSION, "constants": {}, "tiles": {}} | dict(change))
     with pytest.raises(ValueError, match="fit"):
         Fit.from_json(change.get("constants"))
 
@@ -455,7 +457,7 @@ def test_an_unseen_size_takes_what_is_predicted_and_says_so() -> None:
 
 def test_without_a_fit_a_size_near_by_is_asked() -> None:
     profile, key = shipped()
-    for nothing in (None, {"version": 0}, {"version": cost.FIT_VERSION, "constants": {}}):
+    for nothing in (None, {"version": 0}, {"version": FIT_VERSION, "constants": {}}):
         profile.fit = nothing
         (choice,) = selector(profile).select([resized(key, 7168)])
         assert choice.reason.startswith("measured at a size near"), nothing

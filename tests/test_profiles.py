@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 from kernels.harness import chip
 
 from accel.cache import DiskCache
+from accel.compiler import SHIPPED as PLANS
 from accel.errors import InvalidFile
 from accel.hardware import Hardware
 from accel.kernels import Call, Kernel, TensorSpec, load_triton, registry
+from accel.plan.schema import Plan
 from accel.runtime.alternatives import _time
+from accel.runtime.calls import calls_at
 from accel.tuning import profile as profiles
 from accel.tuning import profile_file
+from accel.tuning.calibration import Calibration
+from accel.tuning.chips import KNOWN, chip_of
 from accel.tuning.compiling import Compiler
 from accel.tuning.cost import Fit, Ranked
+from accel.tuning.forecast import MEASURED, PREDICTED, UNKNOWN, Forecast
 from accel.tuning.keys import call_of
 from accel.tuning.profile import SHIPPED, Entry, Profile
-from accel.tuning.select import Choice, Selector, _cautious
+from accel.tuning.select import Choice, Selector, _cautious, model_of
 
 GPU = chip()
+H200 = next(chip for chip in KNOWN if chip.name == "NVIDIA H200")
 GOOD = {"kernel": "library", "config": {"tile": 64, "wide": True, "kind": "a"}, "us": 3.5}
 
 
@@ -69,7 +79,7 @@ def test_what_comes_with_the_pack_is_right() -> None:
 
 def test_what_is_written_is_read_alike_and_is_sorted() -> None:
     others = [["library", {}, 4], ["tiled", {"tile": 32}, 5.5]]
-    data = document({"b": GOOD, "a": {**GOOD, "others": others}}, fit={"a": [1.5, None]})
+    data = document({"b": GOOD, "a": {**GOOD, "others": others}}, fit=FIT)
     content = profile_file.parsed(json.dumps(data))
     text = profile_file.written(content)
     assert profile_file.parsed(text) == content and json.loads(text) == data
@@ -78,6 +88,16 @@ def test_what_is_written_is_read_alike_and_is_sorted() -> None:
 
 
 META = profiles.identity(GPU)
+FIT: dict[str, Any] = {
+    "version": profile_file.FIT_VERSION,
+    "constants": {"a": {"math": 1.5}},
+    "tiles": {"b": 0.5},
+}
+
+
+def changed(**parts: Any) -> str:
+    """A file whose fit has other parts; its entry is good."""
+    return lines(document(fit=FIT | parts))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +128,22 @@ META = profiles.identity(GPU)
             "line 9: 'multiprocessors' is 0, and not a number of at least 1",
         ),
         (lines(document(meta={**META, "cudnn": 9.19})), "line 12: 'cudnn' is 9.19, and not a ver"),
+        (
+            lines(document(meta={**META, "memory_mib": "24 GiB"})),
+            "line 14: 'memory_mib' is \"24 GiB\", and not a number of MiB",
+        ),
+        (
+            lines(document()).replace('"tile"', '"wide"'),
+            'line 20: "wide" stands there a second time',
+        ),
+        (
+            '{"version": 2,\n"entries": {"a": 1,\n"b": [{"c": 1}, {"c": 1}],\n"a": 2}}',
+            'line 4: "a" stands there a second time',
+        ),
+        (
+            lines(document({}, meta={**META, "made_by": "model"}, fit=FIT | {"tiles": {"b": 99}})),
+            "line 25: a fit's 'b' is 99, and not a factor between 0.02 and 50",
+        ),
     ],
 )
 def test_a_fault_of_the_whole_refuses_the_file_and_names_the_line(
@@ -152,12 +188,13 @@ def without(name: str) -> dict[str, Any]:
         (
             {**GOOD, "us": math.nan},
             '"us"',
-            "'us' is nan, and not microseconds between 0 and 10000000",
+            "'us' is nan, and not microseconds between 0.01 and 10000000",
         ),
         ({**GOOD, "us": math.inf}, '"us"', "'us' is inf, and not microseconds"),
         ({**GOOD, "us": -1}, '"us"', "'us' is -1, and not microseconds"),
         ({**GOOD, "us": 0}, '"us"', "'us' is 0, and not microseconds"),
         ({**GOOD, "us": 1.1e7}, '"us"', "'us' is 11000000.0, and not microseconds"),
+        ({**GOOD, "us": 1e-6}, '"us"', "'us' is 1e-06, and not microseconds between 0.01 and"),
         ({**GOOD, "us": "3.5"}, '"us"', "'us' is \"3.5\", and not a number"),
         ({**GOOD, "us": True}, '"us"', "'us' is true, and not a number"),
         ({**GOOD, "others": {}}, '"others"', "'others' is {}, and not a list"),
@@ -190,6 +227,28 @@ def test_a_fault_of_an_entry_leaves_it_out_and_names_the_line(
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage() == f"the profile gpu.json: an entry is left out: {fault}"
+
+
+@pytest.mark.parametrize(
+    ("parts", "place", "complaint"),
+    [
+        ({"version": 9}, '"version": 9', "it is no fit of version 1"),
+        ({"constants": None}, '"constants"', "a fit's 'constants' is no JSON object"),
+        ({"constants": {"a": 3}}, '"a"', "'a' of a fit is 3, and no JSON object"),
+        ({"constants": {"a": {"math": -1}}}, '"math"', "a fit's 'math' is -1, and not a factor"),
+        ({"tiles": {"b": math.nan}}, '"b"', "a fit's 'b' is nan, and not a factor between"),
+    ],
+)
+def test_a_wrong_fit_is_left_out_and_what_was_measured_counts(
+    parts: Any, place: str, complaint: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = changed(**parts)
+    number = 1 + next(n for n, row in enumerate(text.splitlines()) if row.strip().startswith(place))
+    (folder / "gpu.json").write_text(text)
+    profile = Profile(GPU, None)
+    assert profile.fit is None and profile.get("call") is not None
+    (record,) = caplog.records
+    assert f"an entry is left out: line {number}: {complaint}" in record.getMessage()
 
 
 def test_many_faults_are_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -287,6 +346,35 @@ def test_other_versions_are_said_once_with_what_differs(
         "the profile of sm_90 is used, though it was measured with "
         f"torch 2.0.0, no cudnn (here torch {torch.__version__}, cudnn 9.19.0); "
     )
+
+
+@pytest.mark.parametrize(
+    ("meta", "theirs", "ours"),
+    [
+        ({"multiprocessors": 68}, "68 multiprocessors", "132 multiprocessors"),
+        ({"memory_mib": 10 << 10}, "10240 MiB of memory", "24576 MiB"),
+        ({"memory_mib": 24 << 10}, None, None),
+        ({"memory_mib": 23 << 10}, None, None),
+    ],
+)
+def test_a_variant_of_the_same_name_is_another_gpu(
+    meta: dict[str, Any],
+    theirs: str | None,
+    ours: str | None,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Makers sell one name with other multiprocessors, and other memory behind another bus."""
+    (folder / "gpu.json").write_text(lines(document(meta=META | meta)))
+    profile = Profile(GPU, None)
+    entry = profile.get("call")
+    assert entry is not None and profile.same_gpu is (theirs is None)
+    assert entry.elsewhere == (None if theirs is None else f"sm_90 with {theirs}")
+    assert len(profile) == (theirs is None)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (theirs is not None)
+    if theirs:
+        assert f"sm_90 is used, though it was measured with {theirs} (here {ours}); " in said[0]
 
 
 def test_another_gpu_with_other_versions_is_said_together(
@@ -505,6 +593,26 @@ def test_where_nobody_measured_libraries_do_what_they_do_best(
     assert selector.settled, "nothing is compiled ahead on such a model's word"
 
 
+def test_no_chip_is_promised_more_than_its_tensor_cores_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where they are what is slow, as on a GeForce, no guess makes ours win by far."""
+    monkeypatch.setattr(profiles, "SHIPPED", SHIPPED)
+    made = {name: gpu for name, gpu in profiles.profiled().items() if Profile(gpu, None).model_made}
+    assert len(made) >= 13
+    for name, gpu in made.items():
+        chip, model = chip_of(gpu), model_of(gpu, Profile(gpu, None))
+        assert chip is not None and model is not None
+        for call in calls_of_a_unet()[:4]:
+            offered = [(k.name, config) for k, config in registry.candidates(call, gpu)[:-1]]
+            times = [p.us for p in model.predictions(call, offered) if p is not None]
+            assert min(times) > call.flops / (chip.tensor_tflops * 1e6), (name, call.key)
+        if "GeForce" in name:
+            big = [calls_of_a_unet()[place] for place in (0, 2)]
+            for choice in choices(big, gpu).values():
+                assert choice.kernel.launches is None, (name, choice)
+
+
 def test_a_library_that_is_nearly_as_fast_is_preferred_where_nobody_measured() -> None:
     ours = Kernel("triton.x", "linear", lambda *_: None, ("cuda",), launches=lambda *_: [])
     library = Kernel("cublas.linear", "linear", lambda *_: None, ("cuda",))
@@ -543,3 +651,87 @@ def test_the_times_of_another_gpu_are_carried_over_and_ranked_anew(
         assert choice.reason.startswith("predicted") and choice.us is None
         assert choice.about is not None and 1.3 * there < choice.about < 2.6 * there
         assert choice.elsewhere is None, "one chip's times can be set against each other"
+
+
+# What that comes to.
+
+
+def h200() -> Hardware:
+    return profiles.profiled()["NVIDIA H200"]
+
+
+def choices(calls: Sequence[Call], gpu: Hardware) -> dict[str, Choice]:
+    device = torch.device("cuda")
+    selector = Selector(Compiler(gpu, device), device, Profile(gpu, None), measuring=False)
+    found = selector.select(calls)
+    assert selector._model is not None
+    return {call.key: choice for call, choice in zip(calls, found, strict=True)}
+
+
+def test_sdxl_runs_what_was_measured_and_another_process_chooses_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The digest is of the choices that a process made at commit 85c991f.
+
+    Whoever measures the profile anew, or has other kernels, puts another one here.
+    """
+    monkeypatch.setattr(profiles, "SHIPPED", SHIPPED)
+    plan = Plan.from_json(json.loads((PLANS / "sdxl.json").read_text(encoding="utf-8")))
+    calls = calls_at(plan, 1024, 1024, 2)
+    found = choices(calls, h200())
+    entries = Profile(h200(), None)
+    rows = []
+    for call in calls:
+        choice, entry = found[call.key], entries.get(call.key)
+        if entry is not None and entry.kernel.startswith("triton."):  # libraries may be missing
+            assert (choice.kernel.name, choice.config) == (entry.kernel, entry.config)
+            assert choice.us == entry.us and not choice.provisional
+            rows.append([call.key, choice.kernel.name, dict(choice.config)])
+    text = json.dumps(rows, sort_keys=True)
+    assert (len(rows), xxhash.xxh3_64_hexdigest(text.encode())) == (92, "5061de4e013ad385")
+    # What is predicted depends on nothing but the tables either.
+    some = [call for call in calls if found[call.key].us is None][::3]
+    again = choices(some[::-1], h200())
+    assert len(some) > 5 and again == {call.key: found[call.key] for call in some}
+
+
+def damaged(entries: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+    """What is JSON, and right for the file's format, but nonsense."""
+    values = [0, -1, 3, 10**30, "", "x", "0x0", "12x-4", "128", True]
+    found = {}
+    for call, entry in copy.deepcopy(entries).items():
+        for config in (entry["config"], *(config for _, config, _ in entry.get("others", ()))):
+            for name in config:
+                if chance.random() < 0.2:
+                    config[name] = chance.choice(values)
+        if chance.random() < 0.1:
+            entry["us"] = chance.choice([0.01, 1e7])
+        odd = ["", "x", call[:40], call.replace("f16", "q8"), call.replace("8192", "0")]
+        found[chance.choice(odd) if chance.random() < 0.2 else call] = entry
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_damaged_profile_costs_no_picture_and_not_the_model(
+    seed: int, folder: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    whole = json.loads((SHIPPED / "nvidia_h200.json").read_text(encoding="utf-8"))
+    chance = random.Random(seed)
+    keys = chance.sample(sorted(key for key in whole["entries"] if "(8192x" in key), 25)
+    entries = damaged({key: whole["entries"][key] for key in keys}, chance)
+    (folder / "gpu.json").write_text(json.dumps(whole | {"entries": entries}))
+    calls = [call_of(key.replace("8192x", f"{n}x")) for key in keys[:12] for n in (8192, 9000)]
+    gpu = h200()
+    for here in (gpu, replace(gpu, multiprocessors=100)):
+        for call in calls:
+            (choice,) = choices([call], here).values()
+            assert choice.about is None or 0 < choice.about < math.inf
+        forecast = Forecast(here, Profile(here, None)).select(calls)
+        assert all(choice.reason in (MEASURED, PREDICTED, UNKNOWN) for choice in forecast)
+    known = {key: entry.times() for key, entry in Profile(gpu, None).items()}
+    calibration = Calibration(H200, known)
+    calibration.in_full(calls)
+    for call in calls[:3]:
+        assert calibration.worth_timing(call, registry.candidates(call, gpu)[:-1])
+    calibration.fitted()
+    assert not recwarn.list, "of numbers that are none"

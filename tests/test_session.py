@@ -205,6 +205,9 @@ class Provisional:
     def prepare(self, *arguments: Any) -> None:
         """Nothing is compiled ahead."""
 
+    def renew(self) -> None:
+        """Its choices follow `settled` as it is."""
+
 
 def test_kernels_change_when_a_host_says_so(engine: Engine) -> None:
     """What was compiled meanwhile is bound between samplings, once, for every size; bits stay."""
@@ -225,7 +228,9 @@ def test_kernels_change_when_a_host_says_so(engine: Engine) -> None:
         network.refresh()
         for size, before in zip(sizes, expected, strict=True):
             assert torch.equal(engine.call((), size, "c"), before)
-    assert engine.report()["binds"] == 4 and not network.provisional
+    report = engine.report()
+    assert (report["binds"], report["renewed"]) == (4, 2) and not network.provisional
+    assert not any(shape["provisional"] for shape in report["shapes"])
 
 
 def test_who_waits_does_not_stay_with_what_is_provisional(

@@ -571,6 +571,8 @@ def test_a_size_near_by_lends_its_kernel_until_the_predicted_one_is_compiled(
     assert patient.config == {"tile": 32} and not patient.provisional
     processes["go"].set()
     wait_for(lambda: chooser.settled)
+    assert chooser.select([add_call(140)])[0] == second, "equal bits, till a host asks for better"
+    chooser.renew()
     after = chooser.select([add_call(140)])[0]
     assert after.config == {"tile": 32} and not after.provisional
 
@@ -591,8 +593,11 @@ def test_libraries_run_until_ours_is_compiled(
     assert first.kernel.name == "library" and first.provisional and not chooser.settled
     assert "until ours is compiled" in first.reason
     assert again == first and processes["asked"] == ["ours"], "what is under way is asked for once"
+    chooser.renew()  # too early
     processes["go"].set()
     wait_for(lambda: chooser.settled)
+    assert chooser.select([add_call()])[0] == first, "equal bits, till a host asks for better"
+    chooser.renew()
     after = chooser.select([add_call()])[0]
     assert after.kernel.name == "ours" and not after.provisional
     # A later process finds it compiled, and does not wait for it.
@@ -730,10 +735,116 @@ def test_many_kernels_are_compiled_apart_and_few_are_not(
     assert len(warmed) == 43
 
 
+FRAGILE = """
+import os, re, sys, time
+print(flush=True)
+for name in re.findall(rb"kernel_[a-z0-9]+", sys.stdin.buffer.read()):
+    if b"crash" in name:
+        os._exit(139)
+    if b"hang" in name:
+        time.sleep(60)
+    print(name.decode(), flush=True)
+"""
+"""In place of a process that compiles: says it has compiled each kernel that it is told of."""
+
+
+def test_what_crashes_or_hangs_costs_itself_alone_and_is_not_tried_here(
+    made: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiling, "_BOOT", FRAGILE)
+    monkeypatch.setattr(compiling, "PATIENCE", 0.8)
+    monkeypatch.setattr(compiling, "_deadly", set())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    touched: list[str] = []
+    for what in ("warm", "compile"):
+        monkeypatch.setattr(Code, what, lambda self: touched.append(self.name))
+    names = [f"kernel_{name}" for name in ("a", "crash1", "b", "crash2", "hang", "c")]
+    variants = {}
+    for name in names:
+        ours = made(name, launches=lambda *rest, name=name: [Code(name)])
+        (key,) = compiling._launches([(ours, NO_CONFIG, add_call())])
+        variants[key] = (ours, NO_CONFIG, add_call())
+    done = compiling.compile_apart(variants, GPU, 1)
+    assert done == {"kernel_a", "kernel_b", "kernel_c"} and not compiling._processes
+    bad = {kernel.name for kernel, *rest in variants.values() if compiling.deadly((kernel, *rest))}
+    assert bad == {"kernel_crash1", "kernel_crash2", "kernel_hang"}
+    assert sum("fails badly" in record.getMessage() for record in caplog.records) == 3
+    compiler = Compiler(GPU, CUDA)
+    compiler.compile(variants.values())
+    compiler.compile_later(list(variants.values()))
+    wait_for(lambda: not compiler.busy)
+    assert touched and bad.isdisjoint(touched)
+    assert all(map(compiler.has, variants.values())), "what was refused is not asked for again"
+    times = measured(monkeypatch, add_call())
+    assert {name for name, result in times.items() if result.us is None} == bad
+    made("library", priority=9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    chooser = selector(measuring=False)
+    chooser.profile.add({add_call().key: Entry("kernel_hang", {}, 1.0)})
+    assert chooser.select([add_call()])[0].kernel.name == "library"
+
+
+def test_who_has_had_enough_ends_what_he_began_and_nothing_else(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "_BOOT", FRAGILE)
+    monkeypatch.setattr(compiling, "_deadly", set())
+    made("kernel_hang", launches=lambda *rest: [Code("kernel_hang")])
+    variant = (kernels()[0], NO_CONFIG, add_call())  # type: ignore[index]
+    other = threading.Thread(target=compiling.compile_apart, args=({"other": variant}, GPU, 1))
+    other.start()
+    wait_for(lambda: len(compiling._processes) == 1)
+    (stays,) = compiling._processes
+    joined = threading.Thread.join
+
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
+        if threading.current_thread() is not threading.main_thread() or timeout is not None:
+            return joined(self, timeout)
+        wait_for(lambda: len(compiling._processes) == 2)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(threading.Thread, "join", interrupted)
+        compiling.compile_apart({"mine": variant}, GPU, 1)
+    assert set(compiling._processes) == {stays} and stays.poll() is None
+    # The end of this process ends all, and none is started any more.
+    monkeypatch.setattr(compiling, "_closing", threading.Event())
+    compiling._end_those(None)
+    other.join(10)
+    assert not other.is_alive() and not compiling._processes
+    assert compiling.compile_apart({"late": variant}, GPU, 1) == set()
+    assert not compiling._deadly, "it was ended, and did not end"
+
+
 @pytest.mark.skipif(not load_triton(), reason="there is no Triton here")
-@pytest.mark.parametrize("package", ["accel", "/pack's/folder.accel"])
+def test_a_process_whose_parent_was_killed_compiles_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    process = compiling._started(threading.Event(), low=False)
+    assert process is not None and process.stdin is not None and process.stdout is not None
+    process.stdout.close()
+    call, kernel, config = norm()
+    with process.stdin:
+        process.stdin.write(pickle.dumps((0, sys.path, (9, 0), [(kernel.name, config, call)])))
+    assert process.wait(60)
+    compiling._end(process)
+    assert not list(tmp_path.rglob("*.cubin"))
+
+
+def norm() -> tuple[Call, Kernel, Any]:
+    """A call, a kernel of Triton's for it, and a configuration."""
+    half = TensorSpec.of(torch.empty(64, 320, dtype=torch.float16, device="meta"))
+    scale = TensorSpec.of(torch.empty(320, dtype=torch.float16, device="meta"), constant=True)
+    call = Call("layer_norm", half, (half, scale, scale), {"eps": 1e-5})
+    kernel = next(kernel for kernel in kernels() if kernel.name == "triton.layer_norm")
+    return call, kernel, kernel.configs(call, GPU)[0]  # type: ignore[misc]
+
+
+@pytest.mark.skipif(not load_triton(), reason="there is no Triton here")
 def test_a_process_compiles_for_a_gpu_that_is_not_here(
-    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it leaves in Triton's cache is code for that GPU.
 
@@ -745,20 +856,16 @@ def test_a_process_compiles_for_a_gpu_that_is_not_here(
     elsewhere.mkdir()
     (elsewhere / "psutil.py").write_text("raise ImportError")
     monkeypatch.chdir(elsewhere)
-    half = TensorSpec.of(torch.empty(64, 320, dtype=torch.float16, device="meta"))
-    scale = TensorSpec.of(torch.empty(320, dtype=torch.float16, device="meta"), constant=True)
-    call = Call("layer_norm", half, (half, scale, scale), {"eps": 1e-5})
-    kernel = next(kernel for kernel in kernels() if kernel.name == "triton.layer_norm")
-    config = kernel.configs(call, GPU)[0]  # type: ignore[misc]
+    call, kernel, config = norm()
     wanted = {"one": (kernel, config, call), "refused": (kernel, {"rows": 1}, call)}
-    if package != "accel":
-        sent: list[bytes] = []
-        dumps = pickle.dumps
-        monkeypatch.setattr(
-            compiling.pickle,
-            "dumps",
-            lambda share: sent.append(renamed(dumps(share, protocol=0), package)) or sent[0],
-        )
+    sent: list[bytes] = []
+    dumps = pickle.dumps
+    package = "/pack's/folder.accel"
+    monkeypatch.setattr(
+        compiling.pickle,
+        "dumps",
+        lambda share: sent.append(renamed(dumps(share, protocol=0), package)) or sent[0],
+    )
     assert len(compiling.compile_apart(wanted, GPU, 1)) == 1
     (found,) = tmp_path.rglob("_layer_norm.cubin")
     assert found.stat().st_size > 1000

@@ -7,6 +7,7 @@ so.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from math import prod
 from typing import Any
 
 import torch
+import xxhash
 
 from .. import ops
 from ..errors import InvalidInput, InvalidPlan, OutOfMemory
@@ -454,6 +456,11 @@ class Executable:
     def outdated(self, waiting: bool = False) -> bool:
         """Whether binding anew would give other kernels. waiting: compilers will be waited for."""
         return self.provisional and (waiting or self._selector.settled)
+
+    def selection(self) -> str:
+        """What tells its kernels and their configurations from others: equal ones, equal bits."""
+        chosen = [(call.key, c.kernel.name, dict(c.config)) for _, call, c in self.calls()]
+        return xxhash.xxh3_64_hexdigest(json.dumps(chosen, sort_keys=True).encode())
 
     def kernels(self) -> Counter[str]:
         """How many calls go to each kernel."""

@@ -59,6 +59,7 @@ class Counters:
     forwards: int = 0
     prompt_hits: int = 0
     evictions: int = 0
+    renewed: int = 0
     activations: list[float] = field(default_factory=list)
 
 
@@ -404,6 +405,13 @@ class Network:
             self.weights.synchronize()  # replays under way still use their buffers
         for key in outdated:
             self._executables.pop(key).release()
+        self.counters.renewed += len(outdated)
+        self._chooser().renew()
+
+    def _chooser(self) -> Selector:
+        if self._selector is not None:
+            return self._selector
+        return selector_for(self.device, waiting=self.waiting)
 
     def _executable(self, plan: Plan, dims: Mapping[str, int]) -> Executable:
         key = (plan.inputs, tuple(dims.items()))
@@ -413,9 +421,7 @@ class Network:
         while len(self._executables) >= MAX_EXECUTABLES:
             self._evict()
         self.counters.binds += 1
-        selector = self._selector
-        if selector is None:
-            selector = selector_for(self.device, waiting=self.waiting)
+        selector = self._chooser()
         executable = self._executables[key] = Executable(
             plan,
             dims,
@@ -480,6 +486,8 @@ class Network:
                 "bind_seconds": executable.seconds,
                 "kernels": dict(executable.kernels()),
                 "reasons": executable.reasons(),
+                "selection": executable.selection(),
+                "provisional": executable.provisional,
             }
             for executable in self._executables.values()
         ]

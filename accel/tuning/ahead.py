@@ -73,7 +73,7 @@ def fits(kernel: Kernel, config: Config, call: Call, hardware: Hardware) -> bool
     """Whether a configuration of another size can serve this call."""
     try:
         return kernel.supports(call, hardware) and kernel.fits(call, config, hardware)
-    except (KeyError, ValueError):  # of another version of the kernel
+    except (KeyError, ValueError, TypeError, ArithmeticError):  # of another version, or damaged
         return False
 
 

@@ -55,10 +55,19 @@ _BOOT = (
     "import accel.tuning.compiling as compiling; del sys.path[0]; compiling.serve()"
 )
 
-_processes: set[subprocess.Popen[bytes]] = set()
-"""Those under way, which must not outlive this one."""
+PATIENCE = 150.0
+"""Seconds after which a process hangs that has compiled nothing in them."""
+
+_processes: dict[subprocess.Popen[bytes], threading.Event] = {}
+"""Those under way, which must not outlive this one, and what says that they are wanted no more."""
+
+_starting = threading.Lock()
+"""Held while one is started, so that none starts unseen while others are ended."""
 
 _closing = threading.Event()
+
+_deadly: set[str] = set()
+"""What tells code apart whose compilation ended a process, or did not come to an end."""
 
 
 class Compiler:
@@ -130,8 +139,9 @@ class Compiler:
                 return key
             return None
 
+        tried = {key: made for key, made in found.items() if key not in _deadly}
         with ThreadPoolExecutor(min(8, processors())) as threads:
-            warmed = {key for key in threads.map(warm, found.items()) if key is not None}
+            warmed = {key for key in threads.map(warm, tried.items()) if key is not None}
         self._loaded |= warmed
         self._tried |= found.keys() - warmed
         self._remember(warmed)
@@ -151,7 +161,7 @@ class Compiler:
         try:
             wanted = {key: variant for key, (variant, _) in found.items()}
             done = compile_apart(wanted, self.hardware, processors() // 4, NICENESS)
-            for key in found.keys() - done:  # a process that ended early, or none could be had
+            for key in found.keys() - done - _deadly:  # refused there, or no process could be had
                 if _closing.is_set():
                     return
                 with torch.cuda.device(self._device), contextlib.suppress(Exception):
@@ -225,75 +235,128 @@ def compile_apart(
 ) -> set[str]:
     """Compile in so many processes, or fewer; the keys of launches that Triton's cache has now.
 
-    variants: by the keys of their launches. Where no process can be had, nothing is compiled.
+    variants: by the keys of their launches. Where no process can be had, nothing is compiled. One
+    that crashes or hangs costs what it was at, which is not tried again, and another goes on.
     """
     free = psutil.virtual_memory().available // PROCESS_BYTES
     count = min(MOST_PROCESSES, max(1, most), math.ceil(len(variants) / 8), free)
     distinct = {id(variant): variant for variant in variants.values()}.values()
-    named = [(kernel.name, dict(config), call) for kernel, config, call in distinct]
-    shares = [
-        (niceness, sys.path, hardware.capability, named[index::count]) for index in range(count)
-    ]
+    shares = [list(distinct)[index::count] for index in range(count)]
     if not shares:
         logger.info("kernels are compiled where they are used: too little memory is free")
         return set()
     done: set[str] = set()
+    stop = threading.Event()
+
+    def work(share: list[Variant]) -> None:
+        done.update(_compile_share(share, (niceness, sys.path, hardware.capability), stop))
+
     # Not a pool's threads: Python would wait for those when it ends, and they for the processes.
-    threads = [
-        threading.Thread(target=lambda share=share: done.update(_compile_share(share)), daemon=True)
-        for share in shares
-    ]
+    threads = [threading.Thread(target=work, args=(share,), daemon=True) for share in shares]
     for thread in threads:
         thread.start()
     try:
         for thread in threads:
             thread.join()
     except BaseException:  # the user has had enough
-        for process in list(_processes):
-            _end(process)
+        _end_those(stop)
         raise
     return done
 
 
-def _compile_share(share: tuple[Any, ...]) -> set[str]:
-    """The keys that one process says it has compiled."""
-    try:
-        process = subprocess.Popen(
-            processes.command(_BOOT, str(_ROOT)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=_ROOT,
-            **processes.options(low=share[0] > 0),
-        )
-    except OSError as error:
-        logger.info("kernels are compiled where they are used: %s", error)
-        return set()
-    _processes.add(process)
-    try:
-        answer, _ = process.communicate(pickle.dumps(share))
-    except Exception as error:
-        logger.info("a process that compiles kernels failed: %s", error)
-        return set()
-    finally:
-        _end(process)
-    if process.returncode:
-        logger.info("a process that compiles kernels ended with %s", process.returncode)
-    return set(answer.decode().split())
+def deadly(variant: Variant) -> bool:
+    """Whether compiling it ended a process, or hung: this one had better not try."""
+    return bool(_deadly) and not _deadly.isdisjoint(_launches((variant,)))
+
+
+def _compile_share(
+    variants: list[Variant], about: tuple[Any, ...], stop: threading.Event
+) -> set[str]:
+    """The keys that processes, one after another, say they have compiled."""
+    done: set[str] = set()
+    while variants:
+        named = [(kernel.name, dict(config), call) for kernel, config, call in variants]
+        process = _started(stop, low=about[0] > 0)
+        if process is None:
+            break
+        try:
+            lines = _answers(process, pickle.dumps((*about, named)))
+        finally:
+            _end(process)
+        done.update(*map(str.split, lines))
+        count = len(lines) - 1  # behind the first, one for each variant
+        if count in (-1, len(variants)) or stop.is_set() or _closing.is_set():
+            if count < 0:
+                logger.info("a process that compiles kernels ended with %s", process.returncode)
+            break
+        kernel, config, call = variants[count]
+        logger.warning("compiling %s %s for %s fails badly", kernel.name, dict(config), call.key)
+        _deadly.update(_launches((variants[count],)))
+        variants = variants[count + 1 :]
+    return done
+
+
+def _started(stop: threading.Event, low: bool) -> subprocess.Popen[bytes] | None:
+    """A process that serves; None where none can be had, or is wanted."""
+    with _starting:
+        if stop.is_set() or _closing.is_set():
+            return None
+        try:
+            process = subprocess.Popen(
+                processes.command(_BOOT, str(_ROOT)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=_ROOT,
+                **processes.options(low),
+            )
+        except OSError as error:
+            logger.info("kernels are compiled where they are used: %s", error)
+            return None
+        _processes[process] = stop
+        return process
+
+
+def _answers(process: subprocess.Popen[bytes], question: bytes) -> list[str]:
+    """The lines that a process answers until it ends; one that falls silent is ended."""
+    lines: list[str] = []
+
+    def listen() -> None:
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(OSError), process.stdin:  # it has ended
+            process.stdin.write(question)
+        with process.stdout:
+            for line in process.stdout:
+                lines.append(line.decode())
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    heard = -1
+    while listener.is_alive():
+        listener.join(PATIENCE)
+        if listener.is_alive() and len(lines) == heard:
+            process.kill()
+        heard = len(lines)
+    return lines
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.kill()
     process.wait()
-    _processes.discard(process)
+    _processes.pop(process, None)
 
 
-@atexit.register
-def _end_all() -> None:
-    _closing.set()
-    for process in list(_processes):
+def _end_those(stop: threading.Event | None) -> None:
+    """End the processes that `stop` is of; None: all."""
+    with _starting:
+        (_closing if stop is None else stop).set()
+        ended = [process for process, own in _processes.items() if stop in (None, own)]
+    for process in ended:
         _end(process)
+
+
+atexit.register(_end_those, None)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -305,7 +368,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 def serve() -> None:
-    """Compile what the standard input names, without a GPU, and answer with the keys of it."""
+    """Compile what the standard input names, without a GPU.
+
+    Answers a line when it begins and one for each variant, with the keys of what it compiled. Ends
+    when nobody listens any more.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed is no answer
     niceness, paths, capability, share = _Unpickler(sys.stdin.buffer).load()
     with contextlib.suppress(AttributeError, OSError):  # Windows: the parent has set the priority
         os.nice(niceness)
@@ -313,8 +382,11 @@ def serve() -> None:
     pretend(capability)
     kernels.load_triton()
     registered = {kernel.name: kernel for kernel in kernels.kernels()}
+    print(file=answers, flush=True)
     for name, config, call in share:
+        stored: list[str] = []
         for key, (_, launch) in _launches([(registered[name], config, call)]).items():
             with contextlib.suppress(Exception):
                 launch.store()
-                print(key, flush=True)
+                stored.append(key)
+        print(*stored, file=answers, flush=True)

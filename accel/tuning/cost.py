@@ -40,14 +40,13 @@ from ..kernels.registry import Call, Config, Kernel
 from .chips import Chip
 from .keys import call_of
 from .profile import family_of
+from .profile_file import FIT_VERSION, MOST_FACTOR, fit_fault
 from .work import HIDDEN, Work, works
 
 Array = NDArray[np.float64]
 
 Times = Sequence[tuple[str, Config, float]]
 """Kernels' names, configurations and measured microseconds of one call."""
-
-FIT_VERSION = 1
 
 POWER = 4
 """Overlapping terms count as the `POWER`-norm of them: nearly the longest, but smooth."""
@@ -64,9 +63,6 @@ ROUNDS = 3
 
 FEW = 5
 """Times that a tile's factor is shrunk by, as if so many had been as predicted."""
-
-MOST_FACTOR = 50.0
-"""A constant further from what the chip's rates say is nonsense."""
 
 # These few numbers, and those of libraries' tiles below, are the same for every chip. They were set
 # on the times of an H100 and an H200 by holding out one image size after another.
@@ -120,19 +116,11 @@ class Fit:
     @staticmethod
     def from_json(data: Any) -> Fit:
         """Raises ValueError for what cannot be a fit: another version, or nonsense constants."""
-        if not isinstance(data, Mapping) or data.get("version") != FIT_VERSION:
-            raise ValueError("no fit of this version")
-        constants, tiles = data.get("constants"), data.get("tiles")
-        if not isinstance(constants, Mapping) or not isinstance(tiles, Mapping):
-            raise ValueError("a fit has constants and tiles")
-        if not all(isinstance(terms, Mapping) for terms in constants.values()):
-            raise ValueError("a fit's constants have a name and a number for each term")
-        for terms in (*constants.values(), tiles):
-            for name, value in terms.items():
-                number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                if not number or not 1 / MOST_FACTOR <= value <= MOST_FACTOR:
-                    raise ValueError(f"a fit's {name} cannot be {str(value)[:40]}")
-        return Fit({form: dict(terms) for form, terms in constants.items()}, dict(tiles))
+        wrong = fit_fault(data)
+        if wrong is not None:
+            raise ValueError(wrong[1])
+        constants = {form: dict(terms) for form, terms in data["constants"].items()}
+        return Fit(constants, dict(data["tiles"]))
 
 
 def _rounded(value: float) -> float:
@@ -425,11 +413,12 @@ def _text(config: Config) -> str:
 
 
 def _plain(name: str, value: int | str | bool) -> int | str | bool:
-    if name == "box" and isinstance(value, str):
-        return math.prod(int(side) for side in value.split("x"))
+    if name == "box" and isinstance(value, str) and _BOX.fullmatch(value):
+        return math.prod(map(int, value.split("x")))
     return value
 
 
+_BOX = re.compile(r"[0-9]+(?:x[0-9]+)*")
 _OF_A_TILE = {"pdl", "early", "stages", "weight_tma"}
 _MANY = {"parts", "split", "programs", "grid"}
 
@@ -437,7 +426,7 @@ _MANY = {"parts", "split", "programs", "grid"}
 def _tile_of(name: str, config: Config, exact: bool = False) -> str:
     """The kernel and its tile; unless `exact`, of what depends on the size only if there is any."""
     kept = {
-        key: value if exact or key not in _MANY else int(value) > 1
+        key: value if exact or key not in _MANY else isinstance(value, int) and value > 1
         for key, value in config.items()
         if key not in _OF_A_TILE
     }
@@ -491,11 +480,15 @@ def fit(chip: Chip, measured: Mapping[str, Times]) -> Fit:
     """Constants for a chip from times of some calls, by the calls' keys.
 
     Candidates far from a call's best count less. A library's tile is the one that explains its
-    time among those that it may well choose.
+    time among those that it may well choose. A key that is no call's counts for nothing.
     """
     by_form: dict[str, list[tuple[str, Config, Sequence[Work], float, float]]] = defaultdict(list)
     for key, times in measured.items():
-        call, best = call_of(key), min((us for *_, us in times), default=0.0)
+        try:
+            call = call_of(key)
+        except ValueError:  # a profile keeps the text of calls unread
+            continue
+        best = min((us for *_, us in times), default=0.0)
         for name, config, us in times:
             found = works(chip, call, name, config)
             if found and us > 0:

@@ -21,7 +21,7 @@ import torch
 from .. import kernels
 from ..hardware import Hardware
 from ..kernels.registry import Call, Config, Kernel, TensorSpec, reference
-from .compiling import Compiler
+from .compiling import Compiler, deadly
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,9 @@ def _measure(
     timers: dict[int, Timer] = {}
     best = math.inf
     for kernel, config in found:
+        if deadly((kernel, config, call)):
+            results.append(Measurement(kernel, config, None, "it cannot be compiled"))
+            continue
         try:
             run = operands.bind(kernel, config)
             distance = _distance(run(0), expected)

@@ -42,6 +42,9 @@ OTHERS = 4
 
 SHIPPED = Path(__file__).resolve().parents[2] / "tuning_profiles"
 
+MEMORY = 1.15
+"""How much more memory is another variant's: drivers keep more or less of it for themselves."""
+
 VERSIONS = ("torch", "cuda", "cudnn", "triton")
 """Libraries on whose versions measurements depend."""
 
@@ -85,7 +88,8 @@ class _Known:
         self.entries |= entries
         for call in entries:
             family, rows = family_of(call)
-            self._families.setdefault(family, {})[rows] = call
+            if rows:  # a damaged key may say that there are none
+                self._families.setdefault(family, {})[rows] = call
 
     def near(self, call: str) -> tuple[str, Entry] | None:
         family, rows = family_of(call)
@@ -116,13 +120,14 @@ class Profile:
         """Whether these constants are from another kind of GPU, and nothing was ever timed here."""
         self.origin = found.gpu
         """The GPU of the profile that came with the pack."""
-        self._same_gpu = found.gpu == hardware.name
+        self.same_gpu = found.same_gpu
+        """Whether this one is such a GPU, whatever the versions of the libraries."""
         self._here = _Known({**({} if found.elsewhere else found.entries), **self._measured})
         self._elsewhere = _Known(found.entries if found.elsewhere else {})
 
     def __len__(self) -> int:
         """How many calls were measured on such a GPU, whatever the versions of the libraries."""
-        others = self._elsewhere.entries if self._same_gpu else {}
+        others = self._elsewhere.entries if self.same_gpu else {}
         return len(others.keys() | self._here.entries.keys())
 
     def get(self, call: str) -> Entry | None:
@@ -270,7 +275,8 @@ class Shipped:
     """What comes with the pack. gpu: on which it was measured. elsewhere: as the entries'.
 
     fit: constants of the performance model. model_made: nothing was measured: these are another
-    kind's.
+    kind's. same_gpu: whether this GPU is one of that kind: by its name, its multiprocessors and its
+    memory, since makers give one name to several.
     """
 
     entries: Mapping[str, Entry]
@@ -278,6 +284,7 @@ class Shipped:
     elsewhere: str | None = None
     fit: Mapping[str, Any] | None = None
     model_made: bool = False
+    same_gpu: bool = False
 
 
 def shipped(hardware: Hardware) -> Shipped:
@@ -312,14 +319,20 @@ def shipped(hardware: Hardware) -> Shipped:
         )
         return Shipped({}, gpu, fit=content.fit, model_made=True)
     entries = _entries(content, f"the profile {path.name}", path)
-    differing = [name for name in VERSIONS if content.meta[name] != mine[name]]
-    if gpu == hardware.name and not differing:
-        return Shipped(entries, gpu, fit=content.fit)
-    versions = [_version(name, content.meta) for name in differing]
-    elsewhere = f"{gpu} with {', '.join(versions)}" if versions else gpu
-    _tell(hardware.name, gpu, versions, [_version(name, mine) for name in differing])
+    parts = _other_parts(content.meta, hardware) if gpu == hardware.name else []
+    same_gpu = gpu == hardware.name and not parts
+    versions = [
+        (_version(name, content.meta), _version(name, mine))
+        for name in VERSIONS
+        if content.meta[name] != mine[name]
+    ]
+    if same_gpu and not versions:
+        return Shipped(entries, gpu, fit=content.fit, same_gpu=True)
+    theirs = [there for there, _ in (*parts, *versions)]
+    elsewhere = f"{gpu} with {', '.join(theirs)}" if theirs else gpu
+    _tell(hardware.name, gpu, theirs, [here for _, here in (*parts, *versions)])
     marked = {call: replace(entry, elsewhere=elsewhere) for call, entry in entries.items()}
-    return Shipped(marked, gpu, elsewhere, content.fit)
+    return Shipped(marked, gpu, elsewhere, content.fit, same_gpu=same_gpu)
 
 
 def profiled() -> dict[str, Hardware]:
@@ -344,6 +357,18 @@ def profiled() -> dict[str, Hardware]:
             triton=meta["triton"],
             shared_bytes=chip.shared_bytes - chips.RESERVED_BYTES,
         )
+    return found
+
+
+def _other_parts(meta: Mapping[str, Any], hardware: Hardware) -> list[tuple[str, str]]:
+    """What a GPU of the same name had others of, and this one's: chips are sold in variants."""
+    found = []
+    if meta["multiprocessors"] != hardware.multiprocessors:
+        counts = (meta["multiprocessors"], hardware.multiprocessors)
+        found.append((f"{counts[0]} multiprocessors", f"{counts[1]} multiprocessors"))
+    theirs, ours = meta.get("memory_mib"), hardware.memory_bytes >> 20
+    if theirs and not 1 / MEMORY < ours / theirs < MEMORY:
+        found.append((f"{theirs} MiB of memory", f"{ours} MiB"))
     return found
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +26,14 @@ from ..errors import InvalidFile
 
 VERSION = 2
 
-MOST_US = 10e6
-"""No call of an image takes ten seconds: a longer time is one of another unit."""
+LEAST_US, MOST_US = 0.01, 10e6
+"""No call of an image takes ten seconds, none is done in a few clocks: a time beyond is one of
+another unit."""
+
+FIT_VERSION = 1
+
+MOST_FACTOR = 50.0
+"""A constant of the performance model further from what the chip's rates say is nonsense."""
 
 SHOWN = 5
 """Faults that are told one by one."""
@@ -45,6 +51,11 @@ META: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "triton": ("a version or null", lambda value: value is None or isinstance(value, str)),
 }
 """What a measurement depends on: what it must be, and whether it is."""
+
+REMARKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "memory_mib": ("a number of MiB", lambda value: _is_count(value) and 0 < value < 1 << 30),
+}
+"""What may be missing beside it."""
 
 _FIELDS = ("kernel", "config", "us")
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],\n]')
@@ -77,7 +88,10 @@ class Content:
 def parsed(text: str) -> Content:
     """The content of a file. Raises `InvalidFile` with the line at fault."""
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_unique)
+    except _Twice:
+        key, line = next((path[-1], line) for path, line, again in _keys(text) if again)
+        raise InvalidFile(f"line {line}: {_shown(key)} stands there a second time") from None
     except json.JSONDecodeError as error:
         raise InvalidFile(f"line {error.lineno}: {error.msg}") from None
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists in lists
@@ -121,6 +135,13 @@ def checked(data: Any, line: Line = _nowhere) -> Content:
     content = Content(data["meta"], {}, data.get("fit"))
     if content.model_made and (data["entries"] or not content.fit):
         raise InvalidFile(f"{line('meta', 'made_by')}what a model made has 'fit' and no entries")
+    wrong = None if content.fit is None else fit_fault(content.fit)
+    if wrong is not None:
+        names, what = wrong
+        if content.model_made:  # which has nothing else
+            raise InvalidFile(f"{line('fit', *names)}{what}")
+        content.fit = None
+        content.faults.append(f"{line('fit', *names)}{what}")
     for call, entry in data["entries"].items():
         found = _fault(entry)
         if found is None:
@@ -134,10 +155,11 @@ def checked(data: Any, line: Line = _nowhere) -> Content:
 def _check_meta(meta: Any, line: Line) -> None:
     if not isinstance(meta, dict):
         raise InvalidFile(f"{line('meta')}'meta' is no JSON object")
-    for name, (wanted, good) in META.items():
+    for name in META:
         if name not in meta:
             raise InvalidFile(f"{line('meta')}'meta' lacks {name!r}")
-        if not good(meta[name]):
+    for name, (wanted, good) in {**META, **REMARKS}.items():
+        if name in meta and not good(meta[name]):
             what = _shown(meta[name])
             raise InvalidFile(f"{line('meta', name)}{name!r} is {what}, and not {wanted}")
 
@@ -181,8 +203,33 @@ def _wrong(name: str, value: Any) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return f"'us' is {_shown(value)}, and not a number"
-    if not 0 < value <= MOST_US:  # not a number is neither
-        return f"'us' is {_shown(value)}, and not microseconds between 0 and {MOST_US:.0f}"
+    if not LEAST_US <= value <= MOST_US:  # not a number is neither
+        limits = f"{LEAST_US} and {MOST_US:.0f}"
+        return f"'us' is {_shown(value)}, and not microseconds between {limits}"
+    return None
+
+
+def fit_fault(data: Any) -> tuple[tuple[str, ...], str] | None:
+    """Of constants of the performance model the names that lead to a wrong one, and what is wrong.
+
+    None where they are as `cost.Fit.to_json` writes them.
+    """
+    if not isinstance(data, dict) or data.get("version") != FIT_VERSION:
+        return ("version",), f"it is no fit of version {FIT_VERSION}"
+    tables: list[tuple[tuple[str, ...], Any]] = []
+    for name in ("constants", "tiles"):
+        if not isinstance(data.get(name), dict):
+            return (name,), f"a fit's {name!r} is no JSON object"
+        tables.append(((name,), data[name]))
+    tables[:1] = [(("constants", form), terms) for form, terms in data["constants"].items()]
+    for names, terms in tables:
+        if not isinstance(terms, dict):
+            return names, f"{names[-1]!r} of a fit is {_shown(terms)}, and no JSON object"
+        for term, value in terms.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 1 / MOST_FACTOR <= value <= MOST_FACTOR:
+                what = f"a fit's {term!r} is {_shown(value)}, and not a factor"
+                return (*names, term), f"{what} between {1 / MOST_FACTOR} and {MOST_FACTOR:.0f}"
     return None
 
 
@@ -225,29 +272,46 @@ class _Lines:
 def lines_of(text: str) -> dict[tuple[str, ...], int]:
     """The line of every key in a JSON text, by the names that lead to it; in a list there is "".
 
-    Of a key that stands twice the last, which is the one that counts.
+    Of one that stands in several objects of a list the last.
     """
-    found: dict[tuple[str, ...], int] = {}
+    return {path: line for path, line, _ in _keys(text)}
+
+
+def _keys(text: str) -> Iterator[tuple[tuple[str, ...], int, bool]]:
+    """Every key of a JSON text: the names that lead to it, its line, whether its object had it."""
     path: list[str] = []  # of each open object the key that is being read, of a list ""
-    objects: list[bool] = []
+    objects: list[set[str] | None] = []  # the keys of each so far; of a list None
     line, wants_key = 1, False
     for token in _TOKEN.findall(text):
         if token == "\n":
             line += 1
         elif token in ("{", "["):
             path.append("")
-            objects.append(token == "{")
-            wants_key = objects[-1]
+            objects.append(set() if token == "{" else None)
+            wants_key = objects[-1] is not None
         elif token in ("}", "]"):
             path.pop()
             objects.pop()
             wants_key = False
         elif token == ",":
-            wants_key = objects[-1]
+            wants_key = objects[-1] is not None
         elif wants_key:
-            path[-1] = json.loads(token)
-            found[tuple(path)] = line
+            key, known = json.loads(token), objects[-1]
+            assert known is not None
+            path[-1] = key
+            yield tuple(path), line, key in known
+            known.add(key)
             wants_key = False
+
+
+class _Twice(Exception):
+    """An object has a key twice: which of the two counts nobody can know."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice
     return found
 
 

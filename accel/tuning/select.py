@@ -1,8 +1,9 @@
 """The choice of a kernel for each call: what a profile says, what measuring says, or the default.
 
 One selector serves a device. Its choices stay the same for the life of the process, so that equal
-runs give equal bits; what is measured now counts from here on, also in later processes. Only where
-nobody is to wait for compilers are they provisional at first: libraries run until ours is compiled.
+runs give equal bits; what is measured now counts from here on, also in later processes. Only while
+something is being compiled in the background are they provisional at first: what is there runs
+until that is done, and whoever runs it asks for better between two samplings (`renew`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..kernels.registry import Call, Config, Kernel
 from ..settings import settings
 from . import ahead
 from .chips import chip_of, named
-from .compiling import Compiler, launches_of
+from .compiling import Compiler, Variant, deadly, launches_of
 from .cost import Fit, Model, Ranked
 from .measure import WRONG, Measurement, measure
 from .profile import OTHERS, Entry, Profile, family_of, profile_cache
@@ -85,7 +86,7 @@ class Selector:
     waiting: compile at once what is chosen; else in the background, if it is not measured anyway.
     Meanwhile what a size near by runs is taken, if that is compiled, or else a library's. Once
     `prepare` was called nothing is compiled for further sizes of the calls that were known by then:
-    they choose among what there is.
+    they choose among what there is. If they were measured, their fastest is compiled meanwhile.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Selector:
         self._measuring = measuring and device.type == "cuda"
         self._waiting = waiting or self._measuring
         self._choices: dict[str, Choice] = {}
+        self._provisional: dict[str, Choice] = {}
         self._model = model_of(self.hardware, profile)
         self._guesses: dict[str, Choice] = {}
         self._by_guess: dict[str, Call] = {}
@@ -117,7 +119,9 @@ class Selector:
     def select(self, calls: Sequence[Call]) -> list[Choice]:
         """A choice for each call; calls with equal keys get the same."""
         with self._lock:
-            unknown = {call.key: call for call in calls if call.key not in self._choices}
+            known = self._choices | self._provisional
+            unknown = {call.key: call for call in calls if call.key not in known}
+            absent = self._absent(unknown)
             found = {key: self._known(key, call) for key, call in unknown.items()}
             meanwhile = {} if self._waiting else self._postponed(unknown, found)
             proven = self._proven(
@@ -127,18 +131,16 @@ class Selector:
                     if choice is not None and choice.kernel.launches is not None
                 }
             )
-            provisional = {
-                key: replace(
-                    proven.pop(key, choice) or self._library(unknown[key]), provisional=True
-                )
-                for key, choice in meanwhile.items()
-            }
-            for key in provisional:
+            for key, instead in meanwhile.items():
+                able = proven.pop(key, instead) or self._library(unknown[key])
+                self._provisional[key] = replace(able, provisional=True)
                 del found[key]
             found |= proven
             for key, choice in found.items():
                 if choice is not None and choice.provisional:
-                    provisional[key] = choice
+                    self._provisional[key] = choice
+                elif choice is not None and key in absent:
+                    self._provisional[key] = replace(choice, provisional=True)
                 elif choice is not None:
                     self._choices[key] = choice
                     if key in self._guesses:
@@ -146,8 +148,17 @@ class Selector:
             unmeasured = [unknown[key] for key, choice in found.items() if choice is None]
             if unmeasured:
                 self._measure(unmeasured)
-            known = self._choices | provisional
+            known = self._choices | self._provisional
             return [known[call.key] for call in calls]
+
+    def renew(self) -> None:
+        """Once nothing is being compiled, choose anew what was chosen provisionally.
+
+        To be called between two samplings: till then a size that is bound again runs the same.
+        """
+        with self._lock:
+            if self.settled:
+                self._provisional.clear()
 
     @property
     def settled(self) -> bool:
@@ -256,6 +267,25 @@ class Selector:
             instead[key] = replace(choice, reason=reason, provisional=True)
         return instead
 
+    def _absent(self, calls: Mapping[str, Call]) -> set[str]:
+        """Calls of new sizes that were measured, whose fastest is not compiled; it will be.
+
+        In the background, and so they begin with what there is.
+        """
+        absent: dict[str, Variant] = {}
+        for key, call in calls.items():
+            entry = self.profile.get(key) if self._is_prepared(key) else None
+            if entry is not None and entry.elsewhere is None:
+                found = _offered(entry, call, kernels.candidates(call, self.hardware))
+                if found is not None and not self._there(*found, call):
+                    absent[key] = (*found, call)
+        if absent:
+            self.compiler.compile_later(list(absent.values()))
+        return set(absent)
+
+    def _is_prepared(self, key: str) -> bool:
+        return self._waiting and family_of(key)[0] in self._prepared
+
     def _there(self, kernel: Kernel, config: Config, call: Call) -> bool:
         """Whether a kernel runs without compiling anything."""
         return kernel.launches is None or self.compiler.has((kernel, config, call))
@@ -269,12 +299,10 @@ class Selector:
         candidates = kernels.candidates(call, self.hardware)
         entry = self.profile.get(key)
         found = None if entry is None else _offered(entry, call, candidates)
-        prepared = self._waiting and family_of(key)[0] in self._prepared
+        prepared = self._is_prepared(key)
         if prepared and found is not None and not self._there(*found, call):
             entry = found = None
-        another = (
-            entry is not None and entry.elsewhere and self.profile.origin != self.hardware.name
-        )
+        another = entry is not None and entry.elsewhere and not self.profile.same_gpu
         if another and len(candidates) > 2:  # which is faster there need not be here
             predicted = self._predicted(call, candidates, None, prepared)
             if predicted is not None:
@@ -591,6 +619,8 @@ def _launchable(call: Call, choice: Choice) -> bool:
     """Whether the choice's own kernels, if it has any, fit on the GPU at this size."""
     if choice.kernel.launches is None:
         return True
+    if deadly((choice.kernel, choice.config, call)):
+        return False
     try:
         for launch in launches_of(choice.kernel, choice.config, call):
             launch.warm()

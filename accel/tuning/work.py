@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import ceil, prod
+from math import ceil, inf, prod
 
 from ..kernels.registry import Call, Config, TensorSpec
 from .chips import Chip
@@ -566,13 +566,15 @@ HIDDEN = frozenset(
 def works(chip: Chip, call: Call, name: str, config: Config) -> Sequence[Work]:
     """What a kernel does for a call, once for each tile that it may have; empty: not described.
 
-    A configuration of another version of the kernel is not described either.
+    A configuration of another version of the kernel, or a damaged one, is not described either.
     """
     describe = FORMS.get(name)
     if describe is None:
         return ()
     try:
         found = describe(chip, call, config)
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
         return ()
-    return found if isinstance(found, list) else (found,)
+    made = found if isinstance(found, list) else [found]
+    terms = (us for work in made for us in (*work.fixed.values(), *work.overlapped.values()))
+    return made if all(0 <= us < inf for us in terms) else ()
