@@ -50,41 +50,35 @@ class Material:
     remarks: tuple[str, ...]
 
 
-def tiny_world(folder: Path, prompt: str | None, size: Size | None) -> Material:
-    """The world that the demo brings along, written into `folder`. Raises InvalidInput."""
-    text = prompt or "red disc on blue"
-    scene = world.parse(text)
-    shape, colour, ground = (
-        torch.tensor([index]) for index in (scene.shape, scene.colour, scene.ground)
+def tiny_world(prompt: str | None, size: Size | None, seed: int, device: torch.device) -> Material:
+    """The world that the demo brings along. Raises InvalidFile, or InvalidInput for its prompt."""
+    text = prompt or world.PROMPT
+    world.check_prompt(text)
+    file = TensorFile(world.CHECKPOINTS[0])
+    conditioning, about_prompt = prompts.conditioning(
+        file, world.UNET, text, size, world.TOKENIZER, seed, world.TEXT_HEADS
     )
-    files = world.write_files(folder)
-
-    def hint(latent: Size) -> Tensor:
-        height, width = latent
-        centre = torch.tensor([[0.36 * height, 0.36 * width]])
-        return world.outline(shape, centre, torch.tensor([0.3 * min(latent)]), height, width)
-
-    def decode(latent: Tensor) -> Tensor:
-        picture = world.to_picture(latent.float().cpu())
-        return torch.nn.functional.interpolate(picture, scale_factor=world.PIXELS)[0]
-
+    decoder = Decoder(file, False, device, world.VAE)
     return Material(
         title=f"the tiny world, '{text}'",
         config=world.UNET,
         control_config=world.CONTROLNET,
-        checkpoints=files.checkpoints,
-        lora=files.lora,
-        controlnet=files.controlnet,
-        conditioning=Conditioning(
-            torch.cat([world.empty_context(1), world.encode(shape, colour, ground)])
-        ),
-        guidance=3.0,
-        size=size or (32, 32),
+        checkpoints=world.CHECKPOINTS,
+        lora=world.LORA,
+        controlnet=world.CONTROLNET_FILE,
+        conditioning=conditioning,
+        guidance=world.GUIDANCE,
+        size=size or (16, 16),
         # Odd sides, which halve to fractions at every level of the network.
-        other_size=(33, 65) if size != (33, 65) else (32, 48),
-        hint=hint,
-        decode=decode,
-        remarks=(f"the files are in {folder}: try them in your own programs",),
+        other_size=(13, 17) if size != (13, 17) else (12, 20),
+        hint=lambda latent: world.edges(8 * latent[0], 8 * latent[1]),
+        decode=decoder,
+        remarks=(
+            about_prompt,
+            decoder.about,
+            f"the ControlNet's input is {world.EDGES.name}; all files are in {world.FOLDER}: try "
+            "them in your own programs",
+        ),
     )
 
 
@@ -130,13 +124,6 @@ def own_files(
     decoder = Decoder(file, config.pooled_dim is not None, device)
     side = _SIDE.get(family, 128)
     chosen = size or (side, side)
-    shape = torch.tensor([world.SHAPES.index("disc")])
-
-    def hint(latent: Size) -> Tensor:
-        height, width = latent
-        centre = torch.tensor([[0.5 * height, 0.5 * width]])
-        return world.outline(shape, centre, torch.tensor([0.3 * min(latent)]), height, width)
-
     remarks = [about_prompt, decoder.about]
     if controlnet is not None:
         remarks.append("the ControlNet's input is the outline of a disc in the middle")
@@ -151,10 +138,19 @@ def own_files(
         guidance=6.0,
         size=chosen,
         other_size=(chosen[0], chosen[1] * 3 // 4 if chosen[1] > 16 else chosen[1] + 8),
-        hint=hint,
+        hint=_disc,
         decode=decoder,
         remarks=tuple(remarks),
     )
+
+
+def _disc(latent: Size) -> Tensor:
+    """The outline of a disc in the middle, white on black."""
+    height, width = (8 * side for side in latent)
+    y = torch.arange(height).view(-1, 1) + 0.5 - height / 2
+    x = torch.arange(width) + 0.5 - width / 2
+    line = (5.5 - (torch.hypot(y, x) - 0.3 * min(height, width)).abs()).clamp(0, 1)
+    return line.expand(1, 3, -1, -1).contiguous()
 
 
 def _control_config(path: Path, unet: UNetConfig, family: str) -> UNetConfig:
