@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def run_demo(options: Options, report: Report = lambda fraction, text: None) -> 
     changes = _changes(stuff)
     networks = 1 if stuff.controlnet is None else 2
     ticker = _Ticker(report, 2 * options.steps * len(changes) + CAPTURE_STEPS * networks)
-    with torch.no_grad():
+    with torch.no_grad(), _threads(None if options.checkpoints else 1):
         plain = _Plain(stuff, device, torch.float32 if precision == "fp32" else torch.float16)
         painted = [plain.paint(change, options, ticker) for change in changes]
         engine = _Engined(stuff, plain, device, precision, ticker)
@@ -148,6 +149,21 @@ def run_demo(options: Options, report: Report = lambda fraction, text: None) -> 
         picture=picture,
         report=engine.report(),
     )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads on the CPU while the block runs; None leaves them as they are.
+
+    On layers as small as the tiny world's several only wait for each other, for minutes on a busy
+    machine.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _require_packages() -> None:
