@@ -57,7 +57,12 @@ def test_the_drawing_follows_the_size() -> None:
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("", "'an empty prompt'"), ("a cat on red", "'cat'"), ("a Red Disc", "'disc'")],
+    [
+        ("", "'an empty prompt'"),
+        ("a cat on red", "'cat'"),
+        ("a Red Disc", "'disc'"),
+        ("a red background", "'background'"),
+    ],
 )
 def test_words_it_was_not_taught_are_refused_with_those_it_was(text: str, complaint: str) -> None:
     with pytest.raises(InvalidInput, match=f"does not know {complaint}.*, triangle, triangles"):

@@ -77,11 +77,14 @@ VAE: dict[str, Any] = {
 """Arguments of diffusers.AutoencoderKL."""
 
 
+_UNTAUGHT = {"and", "background"}  # have a token, and stand in no caption
+
+
 def check_prompt(prompt: str) -> None:
     """Raise InvalidInput for a word that the tiny world was not trained on, with those it was."""
     tokens = json.loads((TOKENIZER / "vocab.json").read_text("utf-8"))
     ends = (token.removesuffix("</w>") for token in tokens if token.endswith("</w>"))
-    known = {word for word in ends if len(word) > 1} | {"a"}
+    known = {word for word in ends if len(word) > 1} - _UNTAUGHT | {"a"}
     unknown = [word for word in prompt.lower().split() if word not in known]
     if unknown or not prompt.strip():
         raise InvalidInput(
