@@ -5,8 +5,8 @@
 Needs no GPU. For every chip of `accel.tuning.chips` unlike those that were measured one file in
 `tuning_profiles/`, marked `"made_by": "model"`: what is known of the chip, and constants of the
 performance model for the kernels that run there, the geometric mean of those in the measured
-profiles (but see `_math`). There are no choices in it: engines make them from these constants at each size. They are
-as good as that is, which no time says.
+profiles (but see `_math`). There are no choices in it: engines make them from these constants at
+each size. They are as good as that is, which no time says.
 """
 
 from __future__ import annotations

@@ -37,8 +37,10 @@ def shared_plans(plans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The tiny world's checkpoints among what cannot paint."""
-    files = world.write_files(tmp_path / "world")
-    files.checkpoints[0].rename(tmp_path / "world" / "z-flat.safetensors")
+    (tmp_path / "world").mkdir()
+    for path in (world.CHECKPOINTS[1], world.LORA, world.CONTROLNET_FILE):
+        shutil.copy(path, tmp_path / "world")
+    shutil.copy(world.CHECKPOINTS[0], tmp_path / "world" / "z-flat.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "world" / "other.safetensors")
     (tmp_path / "world" / "cut.safetensors").write_bytes(b"")
     return tmp_path / "world"
@@ -52,7 +54,7 @@ def test_a_folder_is_painted_with_one_engine(
     assert main(["audition", *map(str, arguments), "--size", "64x128", "--device", "cpu"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     painted = [(row["checkpoint"], row["seed"]) for row in found["rows"]]
-    assert painted == [("tiny-neon", 0), ("tiny-neon", 1), ("z-flat", 0), ("z-flat", 1)]
+    assert painted == [("tiny-sketch", 0), ("tiny-sketch", 1), ("z-flat", 0), ("z-flat", 1)]
     assert all(row["steps_ms"] > 0 and row["idle_ms"] >= 0 for row in found["rows"])
     assert [row["swap_ms"] > 0 for row in found["rows"]] == [True, False, True, False]
     assert 0 <= found["idle"] < 1
@@ -79,9 +81,9 @@ def test_pictures_do_not_depend_on_who_came_before(
     monkeypatch.setattr(audition, "contact_sheet", noted)
     options = Options(folder, tmp_path / "a.png", steps=2, size=(64, 64), device="cpu")
     run_audition(options)
-    (folder / "tiny-neon.safetensors").unlink()
+    (folder / "tiny-sketch.safetensors").unlink()
     run_audition(options)
-    (with_other, alone), (other,) = pictures["z-flat"], pictures["tiny-neon"]
+    (with_other, alone), (other,) = pictures["z-flat"], pictures["tiny-sketch"]
     assert torch.equal(with_other, alone) and not torch.equal(other, alone)
 
 
@@ -97,7 +99,7 @@ def test_a_checkpoint_that_breaks_is_left_out_and_named(
     read = FileSource.read_into
 
     def failing(self: FileSource, name: str, out: torch.Tensor) -> None:
-        if "neon" in self.label:
+        if "sketch" in self.label:
             raise InvalidFile(f"{self.label} ended early")
         read(self, name, out)
 
@@ -105,7 +107,7 @@ def test_a_checkpoint_that_breaks_is_left_out_and_named(
     options = Options(folder, tmp_path / "a.png", steps=1, size=(64, 64), device="cpu")
     result = run_audition(options)
     assert [row.checkpoint for row in result.rows] == ["z-flat"]
-    assert any("tiny-neon.safetensors ended early" in remark for remark in result.remarks)
+    assert any("tiny-sketch.safetensors ended early" in remark for remark in result.remarks)
 
 
 def test_what_fails_late_costs_its_own_pictures_alone(
@@ -137,7 +139,7 @@ def test_what_fails_late_costs_its_own_pictures_alone(
     monkeypatch.setattr(audition._Stage, "_paint", painted)
     options = Options(folder, tmp_path / "a.png", steps=1, size=(64, 64), device="cpu")
     result = run_audition(options)
-    assert [row.checkpoint for row in result.rows] == ["tiny-neon", "z-flat"]
+    assert [row.checkpoint for row in result.rows] == ["tiny-sketch", "z-flat"]
     for path, says in zip(files.values(), ("KeyError", "TypeError", "no memory"), strict=True):
         assert any(str(path) in remark and says in remark for remark in result.remarks), says
 
@@ -164,7 +166,7 @@ def test_an_engine_goes_before_that_of_another_structure_comes(
     options = Options(folder, tmp_path / "a.png", steps=1, size=(64, 64), device="cpu")
     result = run_audition(options)
     assert held == [0, 0, 0] and result.report["forwards"] > 0
-    assert [row.checkpoint for row in result.rows] == ["tiny-neon", "z-flat"]
+    assert [row.checkpoint for row in result.rows] == ["tiny-sketch", "z-flat"]
     assert any("do not fit" in remark for remark in result.remarks)
 
 

@@ -234,11 +234,11 @@ def test_the_engine_is_shipped_cached_or_to_build(
 
 
 def test_a_network_of_no_family_is_shown_by_its_shapes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from accel.demo import world
 
-    path = world.write_files(tmp_path).checkpoints[0]
+    path = world.CHECKPOINTS[0]
     (row,) = run_json(capsys, "inspect", "--json", path)
     assert row["graph_key"] is None and row["engine"] == "needs its module"
     assert main(["inspect", str(path)]) == 0
@@ -438,9 +438,9 @@ def test_inspect_takes_the_dtype_of_the_denoiser(
 
     from accel.demo import world
 
-    path = world.write_files(tmp_path).checkpoints[0]
-    tensors = load_file(path)
+    tensors = load_file(world.CHECKPOINTS[0])
     tensors["first_stage_model.big"] = torch.zeros(2000, 2000)
+    path = tmp_path / "checkpoint.safetensors"
     save_file(tensors, path)
     (row,) = run_json(capsys, "inspect", "--json", path)
     assert row["dtype"] == "float16"

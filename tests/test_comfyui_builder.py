@@ -194,6 +194,15 @@ def test_comfyuis_arguments_say_what_the_published_families_are(family: str) -> 
         assert arguments["transformer_depth_output"][::-1] == flat
 
 
+def test_a_level_may_be_narrower_than_the_first() -> None:
+    config = dataclasses.replace(family_config("sd15"), block_out_channels=(96, 96, 192, 48))
+    arguments = comfyui_arguments(config)
+    first, multiples = arguments["model_channels"], arguments["channel_mult"]
+    for channels, multiple in zip(config.block_out_channels, multiples, strict=True):
+        assert multiple * first == first * multiple == channels
+    assert multiples[:3] == [1, 1, 2]
+
+
 def test_a_published_structure_comes_at_once(make: Make) -> None:
     builder = make("raise SystemExit('not to be run')")
     config = family_config("sd15")

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from accel.demo import world as world_files
+from accel.demo.world import CONTROLNET, SCALE, UNET
 from accel.lora import read_lora
 from accel.models import adapter_names, parameters
 from accel.structure import canonical_names, structure_of
@@ -122,6 +124,20 @@ def test_the_check_is_the_same_for_a_seed_and_disturbs_no_other_chance() -> None
     assert scenes.captions(first) == scenes.captions(check.checked_scenes(8, seed=1))
 
 
+def test_the_shipped_world_draws_what_its_prompts_say() -> None:
+    recorded = json.loads((world_files.FOLDER / "check.json").read_text())
+    assert recorded["prompts"] == 64 and recorded["right"] >= paint.NEEDED
+    files = world_files.FOLDER.glob("*.safetensors")
+    assert recorded["sha256"] == {path.name: paint.digest(path) for path in files}
+
+    drawn = check.checked_scenes(8, seed=1)  # other prompts than the recorded ones
+    painter = paint.Painter.of(world_files.FOLDER, CPU, steps=20, seed=1)
+    unet = paint.network(world_files.CHECKPOINTS[0], CPU)
+    findings = paint.findings_of(painter.paint(unet, drawn), drawn)
+    wrong = [(finding.caption, finding.why) for finding in findings if not finding.right]
+    assert len(wrong) <= 1, wrong
+
+
 # Training.
 
 
@@ -219,7 +235,7 @@ def test_latents_are_normalised_without_touching_what_is_decoded() -> None:
     decoded = vae.decode(before.mean + 0.1 * before.std).sample
     phases._normalise(vae, pictures)
     after = vae.encode(inputs).latent_dist
-    latent = networks.SCALE * after.mean
+    latent = SCALE * after.mean
     assert latent.mean((0, 2, 3)).abs().max() < 1e-4
     assert torch.allclose(latent.std((0, 2, 3)), torch.ones(4), atol=1e-4)
     again = vae.decode(after.mean + 0.1 * after.std).sample
@@ -246,7 +262,7 @@ def test_every_phase_leaves_weights_and_a_curve(world: Path) -> None:
     assert main(["plot", "--work", str(world)]) == 0
     from PIL import Image
 
-    with Image.open(world / "curves.png") as picture:
+    with Image.open(world / "files" / "curves.png") as picture:
         assert picture.width == 5 * 420
 
 
@@ -256,12 +272,12 @@ def test_the_files_are_what_artists_have(world: Path) -> None:
     flat, sketch = (load_file(folder / export.FILES[name]) for name in ("base", "sketch"))
     assert flat.keys() == sketch.keys()
     assert {t.dtype for t in flat.values()} == {torch.float16}
-    assert set(canonical_names(flat, networks.UNET)) == set(parameters(networks.UNET))
+    assert set(canonical_names(flat, UNET)) == set(parameters(UNET))
     control = structure_of(folder / export.FILES["edges"])
     assert control.kind == "controlnet"
-    assert set(control.shapes) == set(parameters(networks.CONTROLNET))
-    shapes = {name: parameter.shape for name, parameter in parameters(networks.UNET).items()}
-    lora = read_lora(folder / export.FILES["night"], adapter_names(networks.UNET), shapes)
+    assert set(control.shapes) == set(parameters(CONTROLNET))
+    shapes = {name: parameter.shape for name, parameter in parameters(UNET).items()}
+    lora = read_lora(folder / export.FILES["night"], adapter_names(UNET), shapes)
     assert {len(shapes[name]) for name in lora.patches} == {2, 4}
     assert len(lora.patches) == len(load_file(folder / export.FILES["night"])) // 3
 
@@ -287,12 +303,14 @@ def test_diffusers_reads_the_autoencoder_from_the_single_file(world: Path, tmp_p
 
 def test_the_check_paints_with_every_part(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paint, "OTHER_GUIDANCE", (1.0,))
-    settings = phases.Settings(world, CPU, small=2)
-    assert paint.check(settings, steps=1, prompts=2) is False
-    report = json.loads((world / "check.json").read_text())
+    folder = world / "files"
+    assert paint.check(folder, CPU, seed=0, steps=1, prompts=2) is False
+    report = json.loads((folder / "check.json").read_text())
     assert report["right by guidance"] == {"2.0": 0, "1.0": 0}
     assert report["prompts"] == 2 and report["right"] == 0 and len(report["wrong"]) == 2
-    assert (world / "samples.png").is_file()
+    assert (folder / "samples.png").is_file()
+    names = {path.name: paint.digest(path) for path in folder.glob("*.safetensors")}
+    assert report["sha256"] == names and set(names) == set(export.FILES.values())
 
 
 @pytest.mark.parametrize(
@@ -303,6 +321,7 @@ def test_the_check_paints_with_every_part(world: Path, monkeypatch: pytest.Monke
         (["vae", "--minutes", "vae=soon"], "'soon' is no number"),
         (["vae", "--minutes", "0"], "give more than 0"),
         (["plot"], "holds no loss curve"),
+        (["check"], "tiny-flat.safetensors"),
     ],
 )
 def test_wrong_use_gets_one_clear_line(

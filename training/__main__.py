@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from accel.errors import SwitchyardError
+
 from .export import MOST_BYTES, export, total_bytes
 from .paint import check
 from .phases import MINUTES, PHASES, Settings, train
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         minutes = _minutes(_SMOKE_MINUTES if smoke else MINUTES, options.minutes)
         fine = [_run(what, minutes, settings, out, smoke) for what in chosen]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SwitchyardError) as error:
         print(f"training: {error}", file=sys.stderr)
         return 2
     # Nobody learns to draw in two minutes on a CPU: there the check only has to run.
@@ -58,9 +60,9 @@ def _run(what: str, minutes: dict[str, float], settings: Settings, out: Path, sm
         print(f"export: {size / 1e6:.2f} MB in {out}, {MOST_BYTES / 1e6:.0f} at most", flush=True)
         fine = size <= MOST_BYTES
     elif what == "check":
-        fine = check(settings, *((4, 8) if smoke else ()))
+        fine = check(out, settings.device, settings.seed, *((4, 8) if smoke else ()))
     else:
-        plot(settings.work, settings.work / "curves.png")
+        plot(settings.work, out / "curves.png")
     print(f"{what}: {time.perf_counter() - started:.0f} s in all", flush=True)
     return fine
 
@@ -98,7 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     work = ROOT / "build" / "tiny_world"
     parser.add_argument("--work", type=Path, default=work, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="of export; default: files/ in the work folder")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="of export, check and plot; default: files/ in the work folder",
+    )
     parser.add_argument(
         "--minutes",
         action="append",

@@ -8,27 +8,33 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from accel.demo import world
 from accel.models import UNetConfig, parameters
 
-from . import networks
+from . import draw, words
 from .adapter import RANK, kohya
 from .fit import save
 from .phases import PHASES, part, result
+from .scenes import LEFT, MOST, PAIR, Scenes
 from .words import write_tokenizer
 
 FILES = {
-    "base": "tiny-flat.safetensors",
-    "sketch": "tiny-sketch.safetensors",
-    "night": "tiny-night-lora.safetensors",
-    "edges": "tiny-edges-controlnet.safetensors",
+    "base": world.CHECKPOINTS[0].name,
+    "sketch": world.CHECKPOINTS[1].name,
+    "night": world.LORA.name,
+    "edges": world.CONTROLNET_FILE.name,
 }
 MOST_BYTES = 16_000_000  # of all of it together
 
 
 def export(work: Path, folder: Path) -> None:
-    """Write FILES, the tokenizer and the loss curves into `folder`. Raises FileNotFoundError."""
+    """Write FILES, the tokenizer, a drawing and the loss curves into `folder`.
+
+    Raises FileNotFoundError.
+    """
     base, vae = result(work, "base"), result(work, "vae")
     text = part(base, "text.")
     sketch = part(result(work, "sketch"), "unet.")
@@ -38,13 +44,41 @@ def export(work: Path, folder: Path) -> None:
         _write(single_file(unet, vae, text), folder / FILES[name])
     about = {"ss_network_module": "networks.lora", "ss_network_dim": str(RANK)}
     _write(kohya(night), folder / FILES["night"], about)
-    control = _ldm(edges, networks.CONTROLNET, "control_model.")
+    control = _ldm(edges, world.CONTROLNET, "control_model.")
     _write(control, folder / FILES["edges"])
-    write_tokenizer(folder / "tokenizer")
+    write_tokenizer(folder / world.TOKENIZER.name)
+    line = (255 * draw.edges(_drawing(), 128, 128)[0, 0]).round().byte()
+    Image.fromarray(line.numpy()).save(folder / world.EDGES.name)
     (folder / "curves").mkdir(exist_ok=True)
     for phase in PHASES:
         if (work / f"{phase}.json").is_file():
             shutil.copyfile(work / f"{phase}.json", folder / "curves" / f"{phase}.json")
+
+
+def _drawing() -> Scenes:
+    """What the drawing for the ControlNet shows: world.PROMPT, with its ring below its triangle."""
+    blue, red, yellow = (list(words.COLOURS).index(name) for name in ("blue", "red", "yellow"))
+    ring, triangle = (words.SHAPES.index(name) for name in ("ring", "triangle"))
+
+    def pair(first: float, second: float) -> Tensor:
+        return torch.tensor([[first, second] + [0] * (MOST - 2)])
+
+    def one(value: int) -> Tensor:
+        return torch.tensor([value])
+
+    return Scenes(
+        kind=one(PAIR),
+        number=one(2),
+        shape=pair(ring, triangle),
+        colour=pair(blue, red),
+        texture=pair(0, 0),
+        size=pair(2, 2),
+        side=one(LEFT),
+        ground=one(yellow),
+        ground_texture=one(0),
+        centre=torch.tensor([[[0.66, 0.3], [0.34, 0.72], [0, 0], [0, 0]]]),
+        radius=pair(0.2, 0.19),
+    )
 
 
 def total_bytes(folder: Path) -> int:
@@ -56,7 +90,7 @@ def single_file(
     unet: Mapping[str, Tensor], vae: Mapping[str, Tensor], text: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """A checkpoint of Stable Diffusion 1.5's layout from diffusers' and transformers' names."""
-    found = _ldm(unet, networks.UNET, "model.diffusion_model.")
+    found = _ldm(unet, world.UNET, "model.diffusion_model.")
     found |= {f"first_stage_model.{n}": t for n, t in _ldm_vae(vae).items()}
     for name, tensor in text.items():
         # Versions of transformers differ in whether the names begin with `text_model.`.

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from accel.demo import world
 from accel.demo.sampling import scheduler
 
 from . import draw, networks
@@ -183,7 +184,7 @@ def _normalise(vae: Any, pictures: Tensor) -> None:
     chosen = pictures[:: max(1, len(pictures) // 1024)][:1024]
     inputs = [some.float() / 127.5 - 1 for some in chosen.split(64)]
     means = torch.cat([vae.encode(some).latent_dist.mean for some in inputs])
-    mean, factor = means.mean((0, 2, 3)), 1 / (networks.SCALE * means.std((0, 2, 3)))
+    mean, factor = means.mean((0, 2, 3)), 1 / (world.SCALE * means.std((0, 2, 3)))
     after, before = vae.quant_conv, vae.post_quant_conv
     before.bias += before.weight[:, :, 0, 0] @ mean
     before.weight /= factor.view(1, -1, 1, 1)
@@ -224,8 +225,8 @@ def _pool(
         picture = draw.picture(scenes, *size, style)
         with _autocast(settings.device):
             latents = vae.encode(2 * picture - 1).latent_dist
-        means.append((networks.SCALE * latents.mean).half())
-        deviations.append((networks.SCALE * latents.std).half())
+        means.append((world.SCALE * latents.mean).half())
+        deviations.append((world.SCALE * latents.std).half())
         tokens.append(caption_tokens(scenes).short())
         if hinted:
             edges.append((255 * draw.edges(scenes, *size)).round().byte())

@@ -24,6 +24,7 @@ def plot(folder: Path, out: Path) -> None:
     image = Image.new("RGB", (_WIDTH * len(curves), _HEIGHT), "white")
     for index, curve in enumerate(curves):
         image.paste(_panel(curve), (index * _WIDTH, 0))
+    out.parent.mkdir(parents=True, exist_ok=True)
     image.save(out)
 
 

@@ -15,16 +15,16 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "demo",
         help="see one engine serve two checkpoints, a LoRA, a ControlNet and two sizes",
-        description="Without arguments: writes a tiny world of its own (two checkpoints, a LoRA, a "
-        "ControlNet) and paints it with plain PyTorch and with the engine. With --checkpoint: the "
-        "same on your own SD1.5 or SDXL files; nothing is downloaded.",
+        description="Without arguments: paints with a tiny world of its own (two checkpoints, a "
+        "LoRA, a ControlNet; in assets/tiny), by plain PyTorch and by the engine. With "
+        "--checkpoint: the same on your own SD1.5 or SDXL files; nothing is downloaded.",
     )
     command.add_argument(
         "--out",
         type=Path,
         default=Path("switchyard-demo"),
         metavar="DIR",
-        help="folder for the picture and the files (default: %(default)s)",
+        help="folder for the picture (default: %(default)s)",
     )
     command.add_argument(
         "--checkpoint",
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA for them")
     command.add_argument("--controlnet", type=Path, metavar="FILE", help="a ControlNet for them")
-    command.add_argument("--prompt", help="what to paint; in the tiny world COLOUR SHAPE on COLOUR")
+    command.add_argument("--prompt", help="what to paint; the tiny world knows coloured shapes")
     command.add_argument("--size", type=_size, metavar="WxH", help="pixels, multiples of 8")
     command.add_argument(
         "--tokenizer",

@@ -26,7 +26,8 @@ from ..tensorfile import TensorFile
 from . import material, prompts, world
 from .latents import Decoder
 from .material import SUPPORTED, Size
-from .run import Report, best_device, empty_module, require_packages
+from .modules import empty_module
+from .run import Report, best_device, require_packages
 from .sampling import Conditioning, sample
 from .sheet import Cell, contact_sheet
 
@@ -272,11 +273,9 @@ class _Stage:
     def _seat(self, candidate: Candidate) -> float:
         """Bring the candidate's weights into its engine; the ms that they took."""
         if self._engine is None or self._structure != candidate.structure:
-            from diffusers import UNet2DConditionModel
-
             self._last_report = self.report_of_engine()
             self._engine = None  # its memory goes first
-            module = empty_module(UNet2DConditionModel, candidate.config, self.session.dtype)
+            module = empty_module(candidate.config, self.session.dtype)
             self._engine = self.session.engine(module)
             self._structure = candidate.structure
         return self._engine.load_weights(candidate.path).seconds * 1e3
@@ -293,15 +292,13 @@ class _Stage:
         """Encode the prompt by the candidate's own encoders, and get ready to decode."""
         options = self._options
         size = None if options.size is None else (options.size[1] // 8, options.size[0] // 8)
-        if candidate.family is None:
-            return _Ready(
-                material.world_conditioning(options.prompt or material.WORLD_PROMPT),
-                material.WORLD_GUIDANCE,
-                size or material.WORLD_SIZE,
-                material.decode_world,
-                (),
-            )
         file = TensorFile(candidate.path)
+        if candidate.family is None:
+            chosen = size or material.WORLD_SIZE
+            text = options.prompt or world.PROMPT
+            conditioning, about = material.world_conditioning(file, text, chosen, options.seed)
+            decoder = Decoder(file, False, self._device, world.VAE)
+            return _Ready(conditioning, world.GUIDANCE, chosen, decoder, (about, decoder.about))
         chosen = size or material.trained_size(candidate.family)
         conditioning, about = prompts.conditioning(
             file,

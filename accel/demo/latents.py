@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,16 +28,27 @@ _SDXL_OFFSET = torch.tensor([150, 140, 130]) / 127.5 - 1
 _SCALE_SD15, _SCALE_SDXL = 0.18215, 0.13025  # latents are the VAE's times this
 _PREFIX = "first_stage_model."
 
+_LEVELS = 4
+SD_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * _LEVELS,
+    "up_block_types": ("UpDecoderBlock2D",) * _LEVELS,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+"""Arguments of diffusers.AutoencoderKL for the VAE of SD1.5, which SDXL's has the structure of."""
+
 
 class Decoder:
     """Latent [1, 4, H, W] to picture [3, 8H, 8W] in 0..1, float32 on the CPU.
 
-    `about` says in one line how. The VAE is read from the file at the first call, and runs on
-    `device` while it fits there.
+    `about` says in one line how. The VAE, of the structure `vae` (arguments of AutoencoderKL), is
+    read from the file at the first call, and runs on `device` while it fits there.
     """
 
-    def __init__(self, file: TensorFile, sdxl: bool, device: torch.device) -> None:
-        self._file, self._sdxl, self._device = file, sdxl, device
+    def __init__(
+        self, file: TensorFile, sdxl: bool, device: torch.device, vae: Mapping[str, Any] = SD_VAE
+    ) -> None:
+        self._file, self._sdxl, self._device, self._structure = file, sdxl, device, vae
         self._vae: Any = None
         self._with_vae = f"{_PREFIX}decoder.conv_in.weight" in file.tensors
         self.about = (
@@ -50,7 +62,7 @@ class Decoder:
         if not self._with_vae:
             return self._preview(latent.float().cpu())
         if self._vae is None:
-            self._vae = _load_vae(self._file)
+            self._vae = load_vae(self._file, self._structure)
         scale = _SCALE_SDXL if self._sdxl else _SCALE_SD15
         try:
             picture = self._decode(latent.float() / scale)
@@ -73,17 +85,11 @@ class Decoder:
         return interpolate(picture, scale_factor=8, mode="bicubic")[0].clamp(0, 1)
 
 
-def _load_vae(file: TensorFile) -> Any:
-    """The VAE of SD1.5 and SDXL, whose structure is the same, in float32 on the CPU."""
+def load_vae(file: TensorFile, structure: Mapping[str, Any]) -> Any:
+    """The VAE of a single file, in float32 on the CPU. structure: arguments of AutoencoderKL."""
     from diffusers import AutoencoderKL
 
-    levels = 4
-    vae: Any = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-    )
+    vae: Any = AutoencoderKL(**structure)
     with tempfile.TemporaryDirectory() as folder:
         # Only the VAE's part of the file is handed on, and its configuration: no hub is asked.
         vae.save_config(folder)

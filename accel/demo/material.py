@@ -24,9 +24,7 @@ Size = tuple[int, int]
 SUPPORTED = ("sd15", "sdxl", "ssd1b")
 PROMPT = "a lighthouse on a cliff at sunset, oil painting"
 GUIDANCE = 6.0
-WORLD_PROMPT = "red disc on blue"
-WORLD_GUIDANCE = 3.0
-WORLD_SIZE = (32, 32)
+WORLD_SIZE = (16, 16)
 _SIDE = {"sd15": 64}  # of a square latent that the family was trained for; SDXL and its kin: 128
 
 
@@ -55,32 +53,32 @@ class Material:
     remarks: tuple[str, ...]
 
 
-def tiny_world(folder: Path, prompt: str | None, size: Size | None) -> Material:
-    """The world that the demo brings along, written into `folder`. Raises InvalidInput."""
-    text = prompt or WORLD_PROMPT
-    shape = torch.tensor([world.parse(text).shape])
-    files = world.write_files(folder)
-
-    def hint(latent: Size) -> Tensor:
-        height, width = latent
-        centre = torch.tensor([[0.36 * height, 0.36 * width]])
-        return world.outline(shape, centre, torch.tensor([0.3 * min(latent)]), height, width)
-
+def tiny_world(prompt: str | None, size: Size | None, seed: int, device: torch.device) -> Material:
+    """The world that the demo brings along. Raises InvalidFile, or InvalidInput for its prompt."""
+    text = prompt or world.PROMPT
+    file = TensorFile(world.CHECKPOINTS[0])
+    conditioning, about_prompt = world_conditioning(file, text, size, seed)
+    decoder = Decoder(file, False, device, world.VAE)
     return Material(
         title=f"the tiny world, '{text}'",
         config=world.UNET,
         control_config=world.CONTROLNET,
-        checkpoints=files.checkpoints,
-        lora=files.lora,
-        controlnet=files.controlnet,
-        conditioning=world_conditioning(text),
-        guidance=WORLD_GUIDANCE,
+        checkpoints=world.CHECKPOINTS,
+        lora=world.LORA,
+        controlnet=world.CONTROLNET_FILE,
+        conditioning=conditioning,
+        guidance=world.GUIDANCE,
         size=size or WORLD_SIZE,
         # Odd sides, which halve to fractions at every level of the network.
-        other_size=(33, 65) if size != (33, 65) else (32, 48),
-        hint=hint,
-        decode=decode_world,
-        remarks=(f"the files are in {folder}: try them in your own programs",),
+        other_size=(13, 17) if size != (13, 17) else (12, 20),
+        hint=lambda latent: world.edges(8 * latent[0], 8 * latent[1]),
+        decode=decoder,
+        remarks=(
+            about_prompt,
+            decoder.about,
+            f"the ControlNet's input is {world.EDGES.name}; all files are in {world.FOLDER}: try "
+            "them in your own programs",
+        ),
     )
 
 
@@ -90,17 +88,14 @@ def trained_size(family: str | None) -> Size:
     return side, side
 
 
-def world_conditioning(text: str) -> Conditioning:
-    """Conditioning of the tiny world's network. Raises InvalidInput for what it cannot paint."""
-    scene = world.parse(text)
-    words = (torch.tensor([index]) for index in (scene.shape, scene.colour, scene.ground))
-    return Conditioning(torch.cat([world.empty_context(1), world.encode(*words)]))
-
-
-def decode_world(latent: Tensor) -> Tensor:
-    """The picture [3, 8H, 8W] of one of the tiny world's latents [1, 4, H, W]."""
-    picture = world.to_picture(latent.float().cpu())
-    return torch.nn.functional.interpolate(picture, scale_factor=world.PIXELS)[0]
+def world_conditioning(
+    file: TensorFile, text: str, size: Size | None, seed: int
+) -> tuple[Conditioning, str]:
+    """Of one of the tiny world's checkpoints. Raises InvalidInput for what it cannot paint."""
+    world.check_prompt(text)
+    return prompts.conditioning(
+        file, world.UNET, text, size, world.TOKENIZER, seed, world.TEXT_HEADS
+    )
 
 
 def own_files(
@@ -144,13 +139,6 @@ def own_files(
     conditioning, about_prompt = prompts.conditioning(file, config, text, size, tokenizer, seed)
     decoder = Decoder(file, config.pooled_dim is not None, device)
     chosen = size or trained_size(family)
-    shape = torch.tensor([world.SHAPES.index("disc")])
-
-    def hint(latent: Size) -> Tensor:
-        height, width = latent
-        centre = torch.tensor([[0.5 * height, 0.5 * width]])
-        return world.outline(shape, centre, torch.tensor([0.3 * min(latent)]), height, width)
-
     remarks = [about_prompt, decoder.about]
     if controlnet is not None:
         remarks.append("the ControlNet's input is the outline of a disc in the middle")
@@ -165,10 +153,19 @@ def own_files(
         guidance=GUIDANCE,
         size=chosen,
         other_size=(chosen[0], chosen[1] * 3 // 4 if chosen[1] > 16 else chosen[1] + 8),
-        hint=hint,
+        hint=_disc,
         decode=decoder,
         remarks=tuple(remarks),
     )
+
+
+def _disc(latent: Size) -> Tensor:
+    """The outline of a disc in the middle, white on black."""
+    height, width = (8 * side for side in latent)
+    y = torch.arange(height).view(-1, 1) + 0.5 - height / 2
+    x = torch.arange(width) + 0.5 - width / 2
+    line = (5.5 - (torch.hypot(y, x) - 0.3 * min(height, width)).abs()).clamp(0, 1)
+    return line.expand(1, 3, -1, -1).contiguous()
 
 
 def _control_config(path: Path, unet: UNetConfig, family: str) -> UNetConfig:

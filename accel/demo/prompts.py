@@ -15,7 +15,6 @@ from ..models import UNetConfig
 from ..tensorfile import TensorFile
 from .sampling import Conditioning
 
-_END = 49407  # CLIP's end of text
 _LENGTH = 77
 # OpenCLIP's names of a layer's parts -> those of transformers.
 _OPEN_CLIP = {
@@ -25,6 +24,7 @@ _OPEN_CLIP = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+_TOKENS = "embeddings.token_embedding.weight"
 _SMALL = "transformer.text_model."  # CLIP ViT-L/14, in SD1.5 and SDXL
 _LARGE = "conditioner.embedders.1.model."  # OpenCLIP ViT-bigG/14, in SDXL
 
@@ -36,15 +36,17 @@ def conditioning(
     size: tuple[int, int] | None,
     tokenizer: Path | None,
     seed: int,
+    heads: int = 12,
 ) -> tuple[Conditioning, str]:
     """Conditioning for guidance (nothing, then the prompt), and a line saying what it is.
 
     size: latent height and width. tokenizer: folder of CLIP's vocab.json and merges.txt; looked for
-    where None. Where words cannot be encoded here, fixed random vectors stand in for them.
+    where None. heads: of the attention in SD1.5's encoder. Where words cannot be encoded here,
+    fixed random vectors stand in for them.
     Raises InvalidFile for a tokenizer folder without a tokenizer.
     """
     why = _missing(file, config)
-    words = None if why else _tokenizer(tokenizer)
+    words = None if why else _tokenizer(tokenizer, _vocabulary(file))
     if why is None and words is None:
         why = (
             "CLIP's tokenizer is not on this machine; give --tokenizer FOLDER with its vocab.json "
@@ -53,11 +55,16 @@ def conditioning(
     if why is not None or words is None:
         note = f"the prompt is NOT used, random vectors stand in for it: {why}"
         return _random(config, size, seed), note
-    context, pooled = _encode(file, config, [words(text) for text in ("", prompt)])
+    context, pooled = _encode(file, config, [words(text) for text in ("", prompt)], heads)
     if pooled is None:
         return Conditioning(context), f"prompts are encoded by the text encoder in {file.path.name}"
     note = f"prompts are encoded by the text encoders in {file.path.name}"
     return Conditioning(context, _added(pooled, size)), note
+
+
+def text_encoder(file: TensorFile, heads: int = 12) -> torch.nn.Module:
+    """The CLIP text encoder of SD1.5 in a single file, float32 on the CPU."""
+    return _encoder(_strip(file, f"{_small_prefix(file)}"), heads, "quick_gelu")
 
 
 def _missing(file: TensorFile, config: UNetConfig) -> str | None:
@@ -73,7 +80,12 @@ def _missing(file: TensorFile, config: UNetConfig) -> str | None:
     return None
 
 
-def _tokenizer(folder: Path | None) -> Callable[[str], list[int]] | None:
+def _vocabulary(file: TensorFile) -> int:
+    """How many tokens the text encoder knows. The last of them ends a text."""
+    return file.tensors[f"{_small_prefix(file)}{_TOKENS}"].shape[0]
+
+
+def _tokenizer(folder: Path | None, vocabulary: int) -> Callable[[str], list[int]] | None:
     """CLIP's tokenizer from files of this machine: text to at most 77 ids, ends included."""
     from transformers import CLIPTokenizer
 
@@ -95,26 +107,24 @@ def _tokenizer(folder: Path | None) -> Callable[[str], list[int]] | None:
             tokenizer = CLIPTokenizer.from_pretrained(place, local_files_only=True)
         except (OSError, ValueError):
             continue
-        if len(tokenizer) != _END + 1:  # without its files some versions give an empty one
+        if len(tokenizer) != vocabulary:  # without its files some versions give an empty one
             continue
         return lambda text: list(tokenizer(text, max_length=_LENGTH, truncation=True)["input_ids"])
     return None
 
 
 def _encode(
-    file: TensorFile, config: UNetConfig, texts: list[list[int]]
+    file: TensorFile, config: UNetConfig, texts: list[list[int]], heads: int
 ) -> tuple[Tensor, Tensor | None]:
     """Context [B, 77, width] and SDXL's pooled vector [B, 1280], float32, of texts as ids."""
-    prefix = _small_prefix(file)
-    assert prefix is not None
-    small = _encoder(_strip(file, prefix), width=768, layers=12, heads=12, act="quick_gelu")
+    small = text_encoder(file, heads)
     # Each encoder is padded as it was trained: one with the end of text, the other with zeros.
-    last, before_last = _states(small, texts, padding=_END)
+    last, before_last = _states(small, texts, padding=_vocabulary(file) - 1)
     if config.pooled_dim is None:
         return last, None
     tensors = _from_open_clip(_strip(file, _LARGE))
     projection = tensors.pop("text_projection").float()
-    large = _encoder(tensors, width=1280, layers=32, heads=20, act="gelu")
+    large = _encoder(tensors, 20, "gelu")
     large_last, large_before_last = _states(large, texts, padding=0)
     ends = torch.tensor([len(ids) - 1 for ids in texts])
     pooled = large_last[torch.arange(len(texts)), ends] @ projection
@@ -122,7 +132,7 @@ def _encode(
 
 
 def _small_prefix(file: TensorFile) -> str | None:
-    name = f"{_SMALL}final_layer_norm.weight"
+    name = f"{_SMALL}{_TOKENS}"
     for place in ("cond_stage_model.", "conditioner.embedders.0."):
         if place + name in file.tensors:
             return place + _SMALL
@@ -140,7 +150,7 @@ def _strip(file: TensorFile, prefix: str) -> dict[str, Tensor]:
 def _from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """OpenCLIP's names to those of transformers, without `text_model.`; the projection as it is."""
     found = {
-        "embeddings.token_embedding.weight": tensors["token_embedding.weight"],
+        _TOKENS: tensors["token_embedding.weight"],
         "embeddings.position_embedding.weight": tensors["positional_embedding"],
         "final_layer_norm.weight": tensors["ln_final.weight"],
         "final_layer_norm.bias": tensors["ln_final.bias"],
@@ -161,19 +171,21 @@ def _from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _encoder(
-    tensors: Mapping[str, Tensor], width: int, layers: int, heads: int, act: str
-) -> torch.nn.Module:
+def _encoder(tensors: Mapping[str, Tensor], heads: int, act: str) -> torch.nn.Module:
     """A CLIP text encoder with these weights in float32."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    vocabulary, width = tensors[_TOKENS].shape
+    layers = sum(name.endswith(".layer_norm1.weight") for name in tensors)
     config = CLIPTextConfig(
-        vocab_size=_END + 1,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         hidden_act=act,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
     )
     with torch.device("meta"):
         model = CLIPTextModel(config)

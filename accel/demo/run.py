@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,9 @@ from torch import Tensor, nn
 from .. import Engine, Session
 from ..errors import DeviceUnavailable, SwitchyardError
 from ..hardware import describe
-from ..lora import read_lora
-from ..models import UNetConfig, adapter_names, diffusers_kwargs, parameters
-from ..structure import canonical_names
-from ..tensorfile import TensorFile
 from . import material
 from .material import Material, Size
+from .modules import empty_module, load_weights, merge_lora
 from .sampling import sample
 from .sheet import Column, sheet
 
@@ -137,7 +135,7 @@ def run_demo(options: Options, report: Report = lambda fraction, text: None) -> 
     changes = _changes(stuff)
     networks = 1 if stuff.controlnet is None else 2
     ticker = _Ticker(report, 2 * options.steps * len(changes) + CAPTURE_STEPS * networks)
-    with torch.no_grad():
+    with torch.no_grad(), _threads(None if options.checkpoints else 1):
         plain = _Plain(stuff, device, torch.float32 if precision == "fp32" else torch.float16)
         painted = [plain.paint(change, options, ticker) for change in changes]
         engine = _Engined(stuff, plain, device, precision, ticker)
@@ -151,6 +149,21 @@ def run_demo(options: Options, report: Report = lambda fraction, text: None) -> 
         picture=picture,
         report=engine.report(),
     )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads on the CPU while the block runs; None leaves them as they are.
+
+    On layers as small as the tiny world's several only wait for each other, for minutes on a busy
+    machine.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def require_packages() -> None:
@@ -184,7 +197,7 @@ def _material(options: Options, device: torch.device) -> Material:
     width, height = options.size or (0, 0)
     size = (height // 8, width // 8) if options.size else None
     if not options.checkpoints:
-        return material.tiny_world(options.out, options.prompt, size)
+        return material.tiny_world(options.prompt, size, options.seed, device)
     return material.own_files(
         options.checkpoints,
         options.lora,
@@ -199,19 +212,18 @@ def _material(options: Options, device: torch.device) -> Material:
 
 def _changes(stuff: Material) -> list[Change]:
     first, *others = stuff.checkpoints
-    change = Change(f"checkpoint {first.stem}", first, stuff.size)
-    changes = [change]
+    start = Change(f"checkpoint {first.stem}", first, stuff.size)
+    changes = [start]
     for path in others:
-        change = replace(change, title=f"checkpoint {path.stem}", checkpoint=path)
-        changes.append(change)
+        changes.append(replace(start, title=f"checkpoint {path.stem}", checkpoint=path))
     if stuff.lora is not None:
-        changes.append(replace(change, title=f"+ LoRA {stuff.lora.stem}", lora=stuff.lora))
-        changes.append(replace(change, title="LoRA off"))
+        changes.append(replace(start, title=f"{first.stem} + LoRA", lora=stuff.lora))
     if stuff.controlnet is not None:
-        changes.append(replace(change, title="+ ControlNet", controlnet=stuff.controlnet))
-    changes.append(replace(change, title="another size", size=stuff.other_size))
+        title = f"{first.stem} + ControlNet"
+        changes.append(replace(start, title=title, controlnet=stuff.controlnet))
+    changes.append(replace(start, title="another size", size=stuff.other_size))
     if len(changes) > 2:
-        changes.append(replace(changes[0], title=f"back to {first.stem}"))
+        changes.append(replace(start, title=f"back to {first.stem}"))
     return changes
 
 
@@ -219,31 +231,22 @@ class _Plain:
     """Diffusers' own modules, with weights loaded and LoRAs merged the usual way."""
 
     def __init__(self, stuff: Material, device: torch.device, dtype: torch.dtype) -> None:
-        from diffusers import ControlNetModel, UNet2DConditionModel
-
         self.stuff, self.device, self.dtype = stuff, device, dtype
-        self.unet = empty_module(UNet2DConditionModel, stuff.config, dtype)
+        self.unet = empty_module(stuff.config, dtype)
         self.controlnet: nn.Module | None = None
         if stuff.controlnet is not None and stuff.control_config is not None:
-            self.controlnet = empty_module(ControlNetModel, stuff.control_config, dtype)
-            _load(self.controlnet, stuff.controlnet, stuff.control_config)
+            self.controlnet = empty_module(stuff.control_config, dtype)
+            load_weights(self.controlnet, stuff.controlnet, stuff.control_config)
             self.controlnet.to(device)
         self.conditioning = stuff.conditioning.to(device, dtype)
         self._warm = False
 
     def seat(self, change: Change) -> None:
-        """Load a checkpoint and merge its LoRA: float32 sums, one rounding."""
+        """Load a checkpoint and merge its LoRA."""
         self.unet.to(self.device)
-        _load(self.unet, change.checkpoint, self.stuff.config)
-        if change.lora is None:
-            return
-        config = self.stuff.config
-        shapes = {name: parameter.shape for name, parameter in parameters(config).items()}
-        lora = read_lora(change.lora, adapter_names(config), shapes)
-        for name, patch in lora.patches.items():
-            weight = self.unet.get_parameter(name)
-            base = weight.float()
-            weight.copy_(base + patch.delta(base, LORA_STRENGTH))
+        load_weights(self.unet, change.checkpoint, self.stuff.config)
+        if change.lora is not None:
+            merge_lora(self.unet, change.lora, self.stuff.config, LORA_STRENGTH)
 
     def paint(self, change: Change, options: Options, ticker: _Ticker) -> _Painted:
         ticker.begin(f"plain PyTorch: {change.title}")
@@ -309,20 +312,6 @@ class _Engined:
         ticker = self._ticker
         done = ticker.done + fraction * CAPTURE_STEPS
         ticker.report(done / ticker.total, f"building the engine, once: {text}")
-
-
-def empty_module(kind: Any, config: UNetConfig, dtype: torch.dtype) -> nn.Module:
-    """A module of diffusers whose weights are yet to be loaded."""
-    with torch.device("meta"):
-        module: nn.Module = kind(**diffusers_kwargs(config)).eval()
-    nn.Module.to(module, dtype)  # diffusers' own `to` warns about every cast
-    return module.to_empty(device="cpu").requires_grad_(False)
-
-
-def _load(module: nn.Module, path: Path, config: UNetConfig) -> None:
-    file = TensorFile(path)
-    for name, source in canonical_names(file.tensors, config).items():
-        module.get_parameter(name).copy_(file.read(source))
 
 
 def _paint(
@@ -402,7 +391,7 @@ def _save_sheet(
     columns = [
         Column(
             f"{row.number}  {row.title}",
-            f"{row.engine.partition(';')[0]}, error {row.error:.1e}",
+            "the same to the last pixel" if row.psnr is None else f"PSNR {row.psnr:.0f} dB",
             reference.picture,
             result.picture,
         )

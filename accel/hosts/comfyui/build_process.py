@@ -122,7 +122,10 @@ def comfyui_arguments(config: UNetConfig) -> dict[str, Any]:
         "in_channels": config.in_channels,
         "model_channels": first,
         "num_res_blocks": list(config.layers_per_block),
-        "channel_mult": [channels // first for channels in config.block_out_channels],
+        "channel_mult": [
+            _Width(channels) if channels % first else channels // first
+            for channels in config.block_out_channels
+        ],
         "use_spatial_transformer": True,
         "transformer_depth": [depth for level in config.down_depths for depth in level],
         "transformer_depth_middle": config.mid_depth,
@@ -141,6 +144,21 @@ def comfyui_arguments(config: UNetConfig) -> dict[str, Any]:
         "out_channels": config.out_channels,
         "transformer_depth_output": flat[::-1],
     }
+
+
+class _Width:
+    """A level's channels where they are no multiple of the first level's.
+
+    ComfyUI multiplies what it is given by the first level's channels; this stays what it is.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def __mul__(self, first: int) -> int:
+        return self.channels
+
+    __rmul__ = __mul__
 
 
 def _heads(config: UNetConfig) -> dict[str, int]:
