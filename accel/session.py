@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
+import sys
 import threading
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,15 @@ from . import hardware
 from .capture import Progress
 from .compiler import open_cache, plan_for
 from .errors import InvalidFile, InvalidInput, InvalidLora, SwitchyardError, UnsupportedModel
-from .lora import BlockWeights, Lora, block_weights, fits, read_lora
+from .lora import (
+    BlockWeights,
+    Lora,
+    Patch,
+    block_weights,
+    configuration_beside,
+    fits,
+    read_lora,
+)
 from .models import (
     FAMILIES,
     UNetConfig,
@@ -46,6 +54,9 @@ from .tuning import selector_for
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+RECENT_LORA_BYTES = 2 << 30
+"""Sizes of LoRA files whose tensors a session keeps in RAM though no engine has them on."""
 
 Weightlike = str | Path | Mapping[str, torch.Tensor]
 LoraEntry = tuple[Weightlike, float] | tuple[Weightlike, float, BlockWeights]
@@ -83,7 +94,8 @@ class Session:
         self._building = threading.Lock()
         # Held by their engines: when the last engine of a structure goes, so does its memory.
         self._networks: weakref.WeakValueDictionary[str, Network] = weakref.WeakValueDictionary()
-        self._loras: dict[Any, Lora] = {}
+        self._loras: weakref.WeakValueDictionary[Any, Lora] = weakref.WeakValueDictionary()
+        self._recent_loras: OrderedDict[Any, Lora] = OrderedDict()
 
     def engine(self, module: nn.Module) -> Engine:
         """The engine of a UNet or ControlNet, its weights seated; built, or fetched by structure.
@@ -125,13 +137,18 @@ class Session:
         return plan, origin
 
     def _lora(self, source: Weightlike, config: UNetConfig) -> Lora:
-        """A parsed LoRA; that of a file is kept while the file is the same: strengths are cheap."""
+        """A parsed LoRA; that of a file is known again while the file is the same.
+
+        Those on an engine are, and of others the last ones: changing strengths is cheap.
+        """
         key = None
         if isinstance(source, (str, Path)):
             with contextlib.suppress(OSError):  # reading it says what is wrong with the path
-                key = (fingerprint_of(source), config)
-            if key in self._loras:
-                return self._loras[key]
+                beside = configuration_beside(Path(source))
+                key = (fingerprint_of(source), beside and fingerprint_of(beside), config)
+            known = self._loras.get(key)
+            if known is not None:
+                return self._keep_lora(key, known)
         shapes = {name: parameter.shape for name, parameter in parameters(config).items()}
         try:
             lora = read_lora(source, adapter_names(config), shapes)
@@ -144,11 +161,15 @@ class Session:
                 lora.name,
                 len(lora.skipped),
             )
-        if key is not None:
-            with self._lock:
-                while len(self._loras) >= 32:
-                    self._loras.pop(next(iter(self._loras)))
-                self._loras[key] = lora
+        return lora if key is None else self._keep_lora(key, lora)
+
+    def _keep_lora(self, key: Any, lora: Lora) -> Lora:
+        """The LoRA itself, which is now the last of those kept."""
+        with self._lock:
+            self._loras[key] = self._recent_loras[key] = lora
+            self._recent_loras.move_to_end(key)
+            while sum(size for (_, size, _), *_ in self._recent_loras) > RECENT_LORA_BYTES:
+                self._recent_loras.popitem(last=False)
         return lora
 
 
@@ -169,7 +190,8 @@ class Engine:
         self._host = host
         self._swaps: deque[dict[str, Any]] = deque(maxlen=32)
         self._fallbacks: deque[str] = deque(maxlen=32)
-        self._loras: list[dict[str, Any]] = []
+        self._loras: list[Lora] = []  # held, so that the session knows them again
+        self._loras_report: list[dict[str, Any]] = []
         self.times: dict[str, float] = {}
         weakref.finalize(self, network.leave, self.seat)
 
@@ -216,12 +238,19 @@ class Engine:
         the numbers, or a preset's name (see `accel.lora.blocks`).
         Raises `InvalidFile`, `InvalidLora` or `InvalidInput`, and then nothing has changed.
         """
-        parsed: list[tuple[Lora, float]] = []
-        used: list[dict[str, Any]] = []
+        used: list[Lora] = []
+        described: list[dict[str, Any]] = []
+        changes: dict[str, list[tuple[Patch, float]]] = {}
+        block_of = blocks(self.config).of
         for source, strength, given in _checked(loras):
             lora = self.session._lora(source, self.config)
             weights = _weights_of_blocks(given, lora, self.config)
-            used.append(
+            for name, patch in lora.patches.items():
+                weight = 1.0 if weights is None else weights.get(block_of.get(name, ""), 1.0)
+                if strength * weight != 0.0:
+                    changes.setdefault(name, []).append((patch, strength * weight))
+            used.append(lora)
+            described.append(
                 {
                     "name": lora.name,
                     "strength": strength,
@@ -229,15 +258,10 @@ class Engine:
                     "skipped_keys": len(lora.skipped),
                 }
             )
-            if weights is None:
-                parsed.append((lora, strength))
-                continue
-            for block, part in lora.by_block(blocks(self.config).of).items():
-                parsed.append((part, strength * weights.get(block or "", 1.0)))
         with self.session._lock:
-            report = self._network.set_adapters(self.seat, tuple(parsed))
-            self._loras = used
-            self._note("set_loras", report, ", ".join(one["name"] for one in used) or "none")
+            report = self._network.set_changes(self.seat, changes)
+            self._loras, self._loras_report = used, described
+            self._note("set_loras", report, ", ".join(lora.name for lora in used) or "none")
         return report
 
     def note_fallback(self, reason: str) -> None:
@@ -281,7 +305,7 @@ class Engine:
                 "weights": None if source is None else source.label,
                 "live": network.live is self.seat,
                 "parked": self.seat.parked is not None,
-                "loras": [dict(lora) for lora in self._loras],
+                "loras": [dict(lora) for lora in self._loras_report],
                 "weights_bytes": network.weights.bytes,
                 "activation_bytes": network.activation_bytes,
                 "swaps": list(self._swaps),
@@ -368,7 +392,7 @@ def _checked(
         source, strength, weights = (*entry, None)[:3]
         if not isinstance(source, (str, Path, Mapping)):
             raise InvalidInput(f"a LoRA is a path or a state dict, not a {type(source).__name__}")
-        if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+        if not isinstance(strength, (int, float)) or not abs(strength) <= sys.float_info.max:
             raise InvalidInput(f"a LoRA's strength is a finite number, not {strength!r}")
         if not isinstance(weights, (str, Sequence, type(None))):
             raise InvalidInput(f"block weights are a string or numbers, not {weights!r}")

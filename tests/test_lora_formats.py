@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,10 +38,13 @@ from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from accel.lora import LowRank, fits, is_lora, read_lora
 from accel.models import FAMILIES, parameters
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KOHYA = KOHYA_STYLES["kohya"]
 CONV = "mid_block.resnets.0.conv1"
@@ -254,6 +258,13 @@ def test_oft_of_peft_needs_its_configuration() -> None:
     refused(saved, "adapter_config.json")
 
 
+@pytest.mark.parametrize("terms", [0, -1, 10**9, "5", None])
+def test_oft_of_a_series_that_makes_no_sense(tmp_path: Path, terms: Any) -> None:
+    _, _, saved, config = peft_reference([LINEAR], peft.OFTConfig, oft_block_size=8)
+    config.num_cayley_neumann_terms = terms
+    refused(configured(tmp_path, saved, config), "num_cayley_neumann_terms cannot be read")
+
+
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("style", PEFT_STYLES)
 def test_boft_equals_peft(stages: int, style: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +330,11 @@ def test_glora_equals_lycoris(multiplier: float) -> None:
     assert_every_style("GLoRA", net, merged, saved, multiplier)
 
 
+def test_glora_of_more_ranks_than_inputs() -> None:
+    net, merged, saved = trained(GLoRAModule, list(LAYERS), lora_dim=70)
+    assert_merged(read_lora(joined(saved, KOHYA), TARGETS, SHAPES), net, merged)
+
+
 def test_glora_of_the_first_files_has_its_factors_turned_round() -> None:
     net, merged, saved = trained(GLoRAModule, ATTENTION, lora_dim=3, alpha=2)
     turned = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
@@ -335,6 +351,7 @@ def test_glora_of_the_first_files_has_its_factors_turned_round() -> None:
     ("part", "shape", "words"),
     [
         ("a1.weight", (25, 3), ("damaged", "a1 [25, 3]")),
+        ("a1.weight", (24, 3, 3, 3), ("damaged", "a1 [24, 3, 3, 3]")),
         ("b1.weight", (33, 3), ("24 -> 33 features",)),
         ("b2.weight", (4, 24), ("damaged",)),
         ("a2.weight", None, ("incomplete",)),
@@ -381,10 +398,35 @@ def test_ia3_of_a_linear_layer_needs_no_configuration() -> None:
 
 
 def test_ia3_that_does_not_fit() -> None:
-    _, _, saved = trained(IA3Module, [LINEAR])
-    refused({f"{KOHYA(LINEAR)}.on_input": torch.tensor(0)}, "incomplete", "only on_input")
-    saved[LINEAR]["weight"] = torch.ones(31)
-    refused(joined(saved, KOHYA), "attn1_to_q", "scales [31] channels", "[32, 24]")
+    key = KOHYA(LINEAR)
+    refused({f"{key}.on_input": torch.tensor(0)}, "incomplete", "only on_input")
+    for size, on_input in ((31, 0), (32, 1), (24, 0)):
+        state = {f"{key}.weight": torch.ones(size), f"{key}.on_input": torch.tensor(on_input)}
+        refused(state, "attn1_to_q", f"scales [{size}] channels", "[32, 24]")
+    for shape in ((1, 32), (24, 1), (1, 31)):
+        refused({f"unet.{LINEAR}.ia3_l": torch.ones(shape)}, "attn1.to_q", f"scales {list(shape)}")
+
+
+@pytest.mark.parametrize(
+    ("inner", "words"),
+    [
+        ([], "scales [1, 24, 1, 1] channels"),
+        (["conv1"], None),
+        (3, "feedforward_modules cannot be read"),
+        ("(", "feedforward_modules cannot be read"),
+        ([None, 3], "scales [1, 24, 1, 1] channels"),
+    ],
+)
+def test_ia3_of_a_convolution_goes_by_its_configuration(
+    tmp_path: Path, inner: Any, words: str | None
+) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({f"base_model.model.{CONV}.ia3_l": torch.ones(1, 24, 1, 1)}, path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"feedforward_modules": inner}))
+    if words:
+        refused(path, words)
+    else:
+        assert read_lora(path, TARGETS, SHAPES).format == "IA3"
 
 
 # ---- full differences, norms, biases
@@ -560,6 +602,16 @@ def test_merged_projections_are_taken_apart(
         assert (kind is LoConModule) == isinstance(patch, LowRank)
         delta = patch.delta(torch.zeros(32, 24), -0.5)
         assert (delta + 0.5 * want).norm() <= 1e-6 * want.norm()
+
+
+def test_merged_projections_are_set_to_values() -> None:
+    attention = f"{BLOCK}.attn1"
+    shapes = {f"{attention}.to_{x}.weight": (32, 24) for x in "qkv"}
+    targets = {name.removesuffix(".weight"): name for name in shapes}
+    whole, base = torch.randn(96, 24), torch.randn(32, 24)
+    lora = read_lora({f"unet.{attention}.to_qkv.set_weight": whole}, targets, shapes)
+    for patch, want in zip(lora.patches.values(), whole.split(32), strict=True):
+        torch.testing.assert_close(base + patch.delta(base, 0.5), (base + want) / 2)
 
 
 def test_merged_projections_beside_their_own_or_of_other_inputs() -> None:

@@ -24,7 +24,7 @@ from ..plan.schema import Plan
 from ..tuning import Selector, selector_for
 from .arena import Arena
 from .executable import Executable, PromptState, bind_dims
-from .weights import Adapters, Source, SwapReport, Weights
+from .weights import Changes, Source, SwapReport, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Seat:
 
     source: Source | None = None
     stamp: Hashable = None
-    adapters: Adapters = ()
+    changes: Changes = field(default_factory=dict)
     parked: torch.Tensor | None = None
 
 
@@ -97,7 +97,7 @@ class Network:
         """
         self._park_other_than(seat)
         names = self.weights.shapes.keys()
-        return self._write(seat, names, source, seat.adapters)
+        return self._write(seat, names, source, seat.changes)
 
     def update(self, seat: Seat, names: Collection[str], source: Source) -> SwapReport:
         """Give a seat another source that differs from its own in the parameters `names` alone.
@@ -108,36 +108,34 @@ class Network:
             return self.load(seat, source)
         try:
             self.activate(seat)
-            return self._write(seat, names, source, seat.adapters)
+            return self._write(seat, names, source, seat.changes)
         except BaseException:
             self.leave(seat)
             raise
 
-    def set_adapters(self, seat: Seat, adapters: Adapters) -> SwapReport:
-        """Replace the seat's whole LoRA set, rewriting only parameters whose adapters change."""
+    def set_changes(self, seat: Seat, changes: Changes) -> SwapReport:
+        """Replace what the seat's LoRAs change, rewriting only parameters where that differs."""
         self.activate(seat)
         assert seat.source is not None
         names: Collection[str] = self.weights.shapes.keys()
         if seat.source.stamp() == seat.stamp:  # else all of it is read anew, never a mixture
-            names = [
-                name for name in names if _changes(name, seat.adapters) != _changes(name, adapters)
-            ]
-        return self._write(seat, names, seat.source, adapters)
+            names = [n for n in names if _known(seat.changes, n) != _known(changes, n)]
+        return self._write(seat, names, seat.source, changes)
 
     def _write(
-        self, seat: Seat, names: Collection[str], source: Source, adapters: Adapters
+        self, seat: Seat, names: Collection[str], source: Source, changes: Changes
     ) -> SwapReport:
         stamp = source.stamp()
         self._epoch += 1
         self.weights.synchronize()  # replays under way still read the arena
         try:
-            report = self.weights.write(names, source, adapters)
+            report = self.weights.write(names, source, changes)
         except BaseException as error:
             self._restore(seat, names)
             if isinstance(error, torch.OutOfMemoryError):
                 raise OutOfMemory(f"no memory is left on {self.device} to swap weights") from error
             raise
-        seat.source, seat.stamp, seat.adapters, seat.parked = source, stamp, adapters, None
+        seat.source, seat.stamp, seat.changes, seat.parked = source, stamp, changes, None
         self.live = seat
         return report
 
@@ -147,7 +145,7 @@ class Network:
         if not was_live or seat.source is None:
             return
         try:
-            self.weights.write(names, seat.source, seat.adapters)
+            self.weights.write(names, seat.source, seat.changes)
         except Exception as error:  # the first error is the one to tell
             logger.warning("the weights from before could not be restored: %s", error)
         else:
@@ -162,7 +160,7 @@ class Network:
         started = time.perf_counter()
         self._park_other_than(seat)
         if seat.parked is None:
-            self._write(seat, self.weights.shapes.keys(), seat.source, seat.adapters)
+            self._write(seat, self.weights.shapes.keys(), seat.source, seat.changes)
         else:
             self._epoch += 1
             self.weights.storage.copy_(seat.parked)
@@ -194,7 +192,7 @@ class Network:
         """Forget a seat whose engine is gone."""
         if self.live is seat:
             self.live = None
-        seat.source, seat.adapters, seat.parked = None, (), None
+        seat.source, seat.changes, seat.parked = None, {}, None
 
     # Running.
 
@@ -331,6 +329,6 @@ class Network:
         ]
 
 
-def _changes(name: str, adapters: Adapters) -> list[tuple[int, float]]:
-    """What touches a parameter. Adapters are told apart by identity, which holds while they do."""
-    return [(id(a), s) for a, s in adapters if name in a.patches and s != 0.0]
+def _known(changes: Changes, name: str) -> list[tuple[int, float]]:
+    """What is on a parameter. Patches are told apart by identity, which holds while they do."""
+    return [(id(patch), strength) for patch, strength in changes.get(name, ())]

@@ -51,19 +51,8 @@ class Patch(Protocol):
         """
 
 
-class Adapter(Protocol):
-    """A LoRA: its patches by canonical parameter name."""
-
-    @property
-    def name(self) -> str:
-        """A name for reports."""
-
-    @property
-    def patches(self) -> Mapping[str, Patch]:
-        """The change of each parameter that the adapter touches."""
-
-
-Adapters = tuple[tuple[Adapter, float], ...]
+Changes = Mapping[str, Sequence[tuple[Patch, float]]]
+"""Canonical parameter name -> the patches on it, each with its strength, which is not 0."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +97,13 @@ class Weights:
         """Size of the allocation."""
         return self.storage.numel()
 
-    def write(self, names: Collection[str], source: Source, adapters: Adapters) -> SwapReport:
-        """Bring the parameters `names` to the values that `source` and `adapters` give them."""
+    def write(self, names: Collection[str], source: Source, changes: Changes) -> SwapReport:
+        """Bring the parameters `names` to the values that `source` and `changes` give them."""
         started = time.perf_counter()
         written, touched = 0, set()
         with torch.inference_mode(False), torch.no_grad(), self._exact_matmul():
             stored = ((name, source.read(name)) for name in names)
-            for name, value in self._values(stored, adapters):
+            for name, value in self._values(stored, changes):
                 for constant, place in self._places[name]:
                     place.copy_(value)
                     written += place.numel() * place.element_size()
@@ -123,9 +112,9 @@ class Weights:
         return SwapReport(time.perf_counter() - started, written, len(touched))
 
     def _values(
-        self, stored: Iterable[tuple[str, torch.Tensor]], adapters: Adapters
+        self, stored: Iterable[tuple[str, torch.Tensor]], changes: Changes
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter with its adapters, on the device.
+        """Every parameter with its changes, on the device.
 
         In the order given, but for low-rank changes on a GPU, which go together by shape. Of what
         is `stored`, each is used before the next is asked for.
@@ -135,17 +124,13 @@ class Weights:
             shape = self.shapes[name]
             # The raw bytes go over the bus; the cast and the transposition happen on the device.
             value = raw.detach().to(self.device, non_blocking=True).reshape(shape)
-            changes = [
-                (adapter.patches[name], s)
-                for adapter, s in adapters
-                if name in adapter.patches and s != 0.0
-            ]
-            size = batch_size(shape, self.device)
-            together = low_rank(changes) if size > 1 else None
-            if together is None:
-                yield name, self._value(value, changes)
+            own = changes.get(name, ())
+            together = low_rank(own)
+            key = (shape, ranks(together or ()))
+            size = batch_size(*key, self.device) if together else 1
+            if together is None or size == 1:
+                yield name, self._value(value, own)
                 continue
-            key = (shape, ranks(together))
             if key not in batches:
                 batches[key] = Batch(shape, size, self.device)
             if batches[key].add(name, value.to(self.dtype), together):
