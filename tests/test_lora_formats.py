@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from lora_layers import (
     BLOCK,
     KOHYA_STYLES,
     LAYERS,
+    NORMS,
     SHAPES,
     TARGETS,
     Merged,
@@ -130,12 +132,10 @@ def test_dora_equals_lycoris(kind: Callable[..., Any], form: str, on_outputs: bo
     assert_every_style(f"{form} + DoRA", net, merged, saved)
 
 
-PEFT_STYLES = {
+PEFT_STYLES: dict[str, Callable[[str], str]] = {
     "peft": lambda key: key,
     "unet": lambda key: key.replace("base_model.model.", "unet."),
-    "adapter-name": lambda key: key.replace("vector", "vector.my-style").replace(
-        ".weight", ".my-style.weight"
-    ),
+    "adapter-name": lambda key: re.sub(r"(\.weight)?$", r".my-style\1", key, count=1),
 }
 
 
@@ -248,9 +248,11 @@ def test_oft_equals_peft(tmp_path: Path, options: dict[str, Any]) -> None:
         own = net.get_parameter(f"{LINEAR}.weight").detach()
         assert lora.patches[f"{LINEAR}.weight"].delta(own).abs().max() == 0
         return
-    lora = read_lora(configured(tmp_path, saved, config, beside=bool(options)), TARGETS, SHAPES)
-    assert lora.format == "OFT"
-    assert_merged(lora, net, merged)
+    for spell in PEFT_STYLES.values():
+        state = {spell(key): value for key, value in saved.items()}
+        lora = read_lora(configured(tmp_path, state, config, beside=bool(options)), TARGETS, SHAPES)
+        assert lora.format == "OFT"
+        assert_merged(lora, net, merged)
 
 
 def test_oft_of_peft_needs_its_configuration() -> None:
@@ -384,9 +386,11 @@ def test_ia3_equals_peft(tmp_path: Path, inner: Any) -> None:
         list(LAYERS), peft.IA3Config, target_modules=targets, feedforward_modules=inner
     )
     assert any(name.endswith(".bias") for name in merged), "biases of scaled outputs are scaled"
-    lora = read_lora(configured(tmp_path, saved, config), TARGETS, shapes_of(net))
-    assert lora.format == "IA3"
-    assert_merged(lora, net, merged)
+    for spell in PEFT_STYLES.values():
+        state = {spell(key): value for key, value in saved.items()}
+        lora = read_lora(configured(tmp_path, state, config), TARGETS, shapes_of(net))
+        assert lora.format == "IA3"
+        assert_merged(lora, net, merged)
 
 
 def test_ia3_of_a_linear_layer_needs_no_configuration() -> None:
@@ -431,38 +435,20 @@ def test_ia3_of_a_convolution_goes_by_its_configuration(
 
 # ---- full differences, norms, biases
 
-NORMS: dict[str, nn.Module] = {
-    "mid_block.resnets.0.norm1": nn.GroupNorm(4, 24),
-    f"{BLOCK}.norm1": nn.LayerNorm(24),
-}
-
 
 def with_norms() -> Net:
-    net = Net(list(LAYERS))
-    for name, norm in NORMS.items():
-        parent, _, leaf = name.rpartition(".")
-        norm = type(norm)(*((4, 24) if isinstance(norm, nn.GroupNorm) else (24,)))
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-        net.get_submodule(parent).add_module(leaf, norm)
+    net = Net([*LAYERS, *NORMS])
+    for name in NORMS:
+        nn.init.normal_(net.get_parameter(f"{name}.weight"))
+        nn.init.normal_(net.get_parameter(f"{name}.bias"))
     return net
-
-
-LDM_NORMS = {
-    "mid_block.resnets.0.norm1": "middle_block.0.in_layers.0",
-    f"{BLOCK}.norm1": f"{BLOCK}.norm1",
-}
-ALL_TARGETS = TARGETS | {
-    spelling: f"{name}.weight" for name in NORMS for spelling in (name, name.replace(".", "_"))
-}
 
 
 def shapes_of(net: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in net.named_parameters()}
 
 
-@pytest.mark.parametrize("style", ["kohya", "lycoris", "dotted"])
-def test_full_differences_equal_lycoris(style: str) -> None:
+def test_full_differences_equal_lycoris() -> None:
     net = with_norms()
     merged: Merged = {}
     saved: dict[str, State] = {}
@@ -479,9 +465,10 @@ def test_full_differences_equal_lycoris(style: str) -> None:
         saved[name] = {k: v.detach().clone() for k, v in parts.items()}
     assert saved[LINEAR].keys() == {"diff", "diff_b"}
     assert saved[f"{BLOCK}.norm1"].keys() == {"w_norm", "b_norm"}
-    lora = read_lora(joined(saved, KOHYA_STYLES[style]), ALL_TARGETS, shapes_of(net))
-    assert lora.format == "full difference"
-    assert_merged(lora, net, merged, strength=-0.6)
+    for spell in KOHYA_STYLES.values():
+        lora = read_lora(joined(saved, spell), TARGETS, shapes_of(net))
+        assert lora.format == "full difference"
+        assert_merged(lora, net, merged, strength=-0.6)
 
 
 def test_a_difference_of_the_bias_beside_a_lora() -> None:
@@ -500,7 +487,7 @@ def test_whole_parameters_are_set() -> None:
     own = dict(net.named_parameters())
     values = {name: torch.randn_like(own[f"{name}.weight"]) for name in (LINEAR, *NORMS)}
     state = {f"{KOHYA(name)}.set_weight": value for name, value in values.items()}
-    lora = read_lora(state, ALL_TARGETS, shapes_of(net))
+    lora = read_lora(state, TARGETS, shapes_of(net))
     assert_merged(lora, net, {f"{name}.weight": value for name, value in values.items()})
     patch = lora.patches[f"{LINEAR}.weight"]
     half = own[f"{LINEAR}.weight"].detach()
@@ -515,7 +502,7 @@ def test_what_peft_trains_beside_its_factors(tmp_path: Path, options: dict[str, 
     names = list(LAYERS)
     merged, saved, config = with_extras(net, names, options)
     assert any("lora_" not in key or key.endswith("bias") for key in saved)
-    lora = read_lora(configured(tmp_path, saved, config), ALL_TARGETS, shapes_of(net))
+    lora = read_lora(configured(tmp_path, saved, config), TARGETS, shapes_of(net))
     assert_merged(lora, net, merged)
 
 
@@ -548,7 +535,7 @@ def with_extras(net: Net, names: list[str], options: dict[str, Any]) -> tuple[Me
 )
 def test_differences_that_do_not_fit(key: str, shape: Any, words: tuple[str, ...]) -> None:
     net = with_norms()
-    refused({key: torch.ones(shape)}, *words, targets=ALL_TARGETS, shapes=shapes_of(net))
+    refused({key: torch.ones(shape)}, *words, targets=TARGETS, shapes=shapes_of(net))
 
 
 def test_a_bias_that_the_model_does_not_have() -> None:
@@ -645,8 +632,9 @@ def test_merged_projections_beside_their_own_or_of_other_inputs() -> None:
 def test_lycoris_formats_of_peft(tmp_path: Path, kind: Any, options: dict[str, Any]) -> None:
     net, merged, saved, config = peft_reference(list(LAYERS), kind, **options)
     assert (options["r"] == 64) == all("_a" not in key for key in saved)
-    lora = read_lora(configured(tmp_path, saved, config), TARGETS, SHAPES)
-    assert_merged(lora, net, merged)
+    for style in ("peft", "unet"):
+        state = {PEFT_STYLES[style](key): value for key, value in saved.items()}
+        assert_merged(read_lora(configured(tmp_path, state, config), TARGETS, SHAPES), net, merged)
 
 
 def test_lycoris_reference_differs_from_what_lycoris_merges() -> None:
