@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +45,7 @@ from lycoris.modules.norms import NormModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from accel.errors import InvalidLora
 from accel.lora import LowRank, fits, is_lora, read_lora
 from accel.models import FAMILIES, parameters
 
@@ -648,6 +651,57 @@ def test_lycoris_reference_differs_from_what_lycoris_merges() -> None:
     twice = module.get_merged_weight()[0] - layer.weight
     torch.testing.assert_close(twice, change * module.scale)
     assert math.isclose(module.scale, 0.75) and len(merged) == 1
+
+
+# ---- damage of any kind
+
+
+def one_layer_of_each(name: str) -> list[State]:
+    """One layer's keys in every format."""
+    plain, dora = trained(LoConModule, [name], lora_dim=2)[2], decomposed(LohaModule, True)[2]
+    found = [plain, {name: dora[name]}, trained(LoConModule, [name], use_tucker=True)[2]]
+    for kind in (LohaModule, LokrModule):
+        found.append(lycoris_reference(kind, [name], use_tucker=True)[2])
+    for kind in (DiagOFTModule, ButterflyOFTModule):
+        found.append(trained(kind, [name], lora_dim=12, rescaled=True)[2])
+    found += [trained(GLoRAModule, [name], lora_dim=3)[2], trained(IA3Module, [name])[2]]
+    return [joined(state, KOHYA) for state in found]
+
+
+@pytest.mark.parametrize("name", [LINEAR, CONV])
+def test_whatever_is_damaged_is_refused_or_has_a_delta(name: str) -> None:
+    rng, kinds, layer = random.Random(5), one_layer_of_each(name), KOHYA(name)
+    parts = sorted({key.removeprefix(f"{layer}.") for state in kinds for key in state})
+    sizes = (0, 1, 1, 2, 3, 4, 8, 12, 24, 32, 40)
+    base, outcomes = torch.randn(SHAPES[f"{name}.weight"]), Counter[bool]()
+    for _ in range(2000):
+        state = dict(rng.choice(kinds))
+        for _ in range(rng.choice((1, 1, 2))):
+            key = rng.choice(list(state))
+            shape = list(state[key].shape)
+            match rng.choice(("lost", "renamed", "more", "reshaped", "resized", "transposed")):
+                case "lost" if len(state) > 1:
+                    del state[key]
+                case "renamed":
+                    state[f"{layer}.{rng.choice(parts)}"] = state.pop(key)
+                case "more":
+                    state[f"{layer}.{rng.choice(parts)}"] = state[key]
+                case "reshaped":
+                    state[key] = torch.ones([rng.choice(sizes) for _ in range(rng.randrange(6))])
+                case "resized" if shape:
+                    shape[rng.randrange(len(shape))] = rng.choice(sizes)
+                    state[key] = torch.ones(shape)
+                case "transposed" if len(shape) > 1:
+                    state[key] = state[key].transpose(0, 1)
+        try:
+            lora = read_lora(state, TARGETS, SHAPES)
+        except InvalidLora:
+            outcomes[False] += 1
+            continue
+        for patch in lora.patches.values():
+            assert patch.delta(base, 0.7).shape == base.shape
+        outcomes[True] += 1
+    assert min(outcomes[True], outcomes[False]) > 20
 
 
 # ---- telling a LoRA from other files

@@ -33,8 +33,8 @@ class Butterfly:
     constraint: the largest norm of all that is skew in the blocks together, None for no limit
     rescale:    [O] or any shape of as many; None for ones
 
-    Strength goes from the identity to the rotation within each stage, as in LyCORIS and its hosts;
-    and from 1 to `rescale`, so that 0 is off.
+    Strength goes from the identity to the rotation within each stage, as in LyCORIS (ComfyUI weighs
+    the whole by it once more), and from 1 to `rescale`, so that 0 is off.
     """
 
     target: str

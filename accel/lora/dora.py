@@ -30,7 +30,8 @@ class Magnitude:
     eps:        added to the norms, as the trainer did
 
     Strength weighs the whole of it, as in ComfyUI and A1111, so that 0 is off. LyCORIS' own
-    multiplier leaves the change in at 0 and weighs the scaling alone.
+    multiplier leaves the change in at 0 and weighs the scaling alone. (Of magnitudes for each
+    output ComfyUI takes the norms of `base` alone, which is not what was trained.)
     """
 
     change: Patch

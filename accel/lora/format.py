@@ -49,10 +49,10 @@ class Source:
     load: Callable[[str], Tensor]
 
     def read(self, key: str) -> Tensor:
-        """The tensor `key` in its stored dtype; InvalidLora when that is not floating point,
-        or not finite. (On a GPU that is not looked at: every look would wait for it.)
+        """The tensor `key` in its stored dtype; InvalidLora unless its numbers are real and finite.
 
-        A file's is copied: factors are small, are kept, and must not follow what befalls the file.
+        On a GPU the dtype alone is looked at: a look at the numbers would wait for it. A file's is
+        copied: factors are small, are kept, and must not follow what befalls the file.
         """
         value = self.load(key).detach()
         if self.path is not None:
@@ -79,7 +79,7 @@ class Source:
 def _finite(value: Tensor) -> bool:
     if value.dtype.itemsize == 1:  # 8-bit floats have no order in PyTorch
         value = value.float()
-    return not value.numel() or all(bool(end.isfinite()) for end in torch.aminmax(value))
+    return not value.numel() or all(math.isfinite(end.item()) for end in torch.aminmax(value))
 
 
 def alpha_of(layer: Layer, source: Source) -> float | None:

@@ -36,7 +36,7 @@ class OutputRotation:
     rescale:    [O, 1, …] or None
 
     Strength weighs the whole of it. So do kohya and LyCORIS, but for `rescale`, which theirs leaves
-    on at 0.
+    on at 0. (ComfyUI weighs it twice: a strength of 0.5 is 0.25 there.)
     """
 
     target: str

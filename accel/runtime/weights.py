@@ -3,7 +3,7 @@
 Order of operations for every parameter, always: source value -> arena dtype -> float32 sum with the
 deltas of all LoRAs -> one rounding -> its places in the constants. So what stands in the arena
 depends on the source and the LoRA set alone, never on what stood there before. A LoRA that turns or
-scales the weight takes its delta from the weight without any, so that the order of LoRAs is none.
+scales the weight takes its delta from the weight without any, so that none follows another.
 """
 
 from __future__ import annotations
