@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
+import sys
 import threading
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -27,7 +27,14 @@ from . import hardware
 from .capture import Progress
 from .compiler import open_cache, plan_for
 from .errors import InvalidInput, InvalidLora, UnsupportedModel
-from .lora import BlockWeights, Lora, block_weights, fits, read_lora
+from .lora import (
+    BlockWeights,
+    Lora,
+    block_weights,
+    configuration_beside,
+    fits,
+    read_lora,
+)
 from .models import (
     FAMILIES,
     UNetConfig,
@@ -60,8 +67,11 @@ from .tuning.idle import IdleTuner
 
 logger = logging.getLogger(__name__)
 
-LORAS, HEADERS = 32, 256
-"""Parsed LoRAs, and headers of checkpoints (about 1 MB for SDXL), that a session keeps."""
+HEADERS = 256
+"""Headers of checkpoints, about 1 MB for SDXL, that a session keeps."""
+
+RECENT_LORA_BYTES = 2 << 30
+"""Sizes of LoRA files whose tensors a session keeps in RAM though no engine has them on."""
 
 T = TypeVar("T")
 
@@ -106,7 +116,8 @@ class Session:
         self._building = threading.Lock()
         # Held by their engines: when the last engine of a structure goes, so does its memory.
         self._networks: weakref.WeakValueDictionary[str, Network] = weakref.WeakValueDictionary()
-        self._loras: dict[Any, Lora] = {}
+        self._loras: weakref.WeakValueDictionary[Any, Lora] = weakref.WeakValueDictionary()
+        self._recent_loras: OrderedDict[Any, tuple[Lora, int]] = OrderedDict()
         self._sources: dict[Any, FileSource] = {}
 
     def engine(self, module: nn.Module) -> Engine:
@@ -173,14 +184,19 @@ class Session:
         return found
 
     def _lora(self, source: Weightlike, config: UNetConfig) -> Lora:
-        """A parsed LoRA; that of a file is kept while the file is the same: strengths are cheap."""
-        key = None
+        """A parsed LoRA; that of a file is known again while the file is the same.
+
+        Those on an engine are, and of others the last ones: changing strengths is cheap.
+        """
+        key, size = None, 0
         if isinstance(source, (str, Path)):
             with contextlib.suppress(OSError):  # reading it says what is wrong with the path
-                key = (fingerprint_of(source), config)
+                beside = configuration_beside(Path(source))
+                key = (fingerprint_of(source), beside and fingerprint_of(beside), config)
+                size = Path(source).stat().st_size
             known = self._loras.get(key)
             if known is not None:
-                return known
+                return self._keep_lora(key, known, size)
         shapes = {name: parameter.shape for name, parameter in parameters(config).items()}
         try:
             lora = read_lora(source, adapter_names(config), shapes)
@@ -193,8 +209,15 @@ class Session:
                 lora.name,
                 len(lora.skipped),
             )
-        if key is not None:
-            _keep(self._loras, key, lora, LORAS, self._lock)
+        return lora if key is None else self._keep_lora(key, lora, size)
+
+    def _keep_lora(self, key: Any, lora: Lora, size: int) -> Lora:
+        """The LoRA itself, of a file of `size` bytes, which is now the last of those kept."""
+        with self._lock:
+            self._loras[key], self._recent_loras[key] = lora, (lora, size)
+            self._recent_loras.move_to_end(key)
+            while sum(size for _, size in self._recent_loras.values()) > RECENT_LORA_BYTES:
+                self._recent_loras.popitem(last=False)
         return lora
 
 
@@ -226,6 +249,7 @@ class Engine:
         self._swaps: deque[dict[str, Any]] = deque(maxlen=32)
         self._fallbacks: deque[str] = deque(maxlen=32)
         self._loras: list[dict[str, Any]] = []
+        self._held: list[Lora] = []  # so that the session knows them again
         self._schedule: tuple[Scheduled, ...] | None = None
         self.times: dict[str, float] = {}
         weakref.finalize(self, network.leave, self.seat)
@@ -304,19 +328,21 @@ class Engine:
         Raises `InvalidFile`, `InvalidLora` or `InvalidInput`, and then nothing has changed.
         """
         parsed: list[tuple[Lora, float]] = []
+        whole: list[Lora] = []
         used: list[dict[str, Any]] = []
         for source, strength, given in _checked(loras):
             lora = self.session._lora(source, self.config)
             weights = _weights_of_blocks(given, lora, self.config)
+            whole.append(lora)
             used.append(_told(lora, strength, weights))
-            if weights is None:
+            if weights is None or set(weights.values()) == {1.0}:
                 parsed.append((lora, strength))
                 continue
             for block, part in lora.by_block(blocks(self.config).of).items():
                 parsed.append((part, strength * weights.get(block or "", 1.0)))
         with self.session._lock:
             report = self._wear(tuple(parsed), used, "set_loras")
-            self._schedule = None
+            self._held, self._schedule = whole, None
         return report
 
     def schedule_loras(self, loras: Sequence[tuple[Weightlike, float, float, float]]) -> None:
@@ -467,7 +493,7 @@ def _checked(
         source, strength, weights = (*entry, None)[:3]
         if not isinstance(source, (str, Path, Mapping)):
             raise InvalidInput(f"a LoRA is a path or a state dict, not a {type(source).__name__}")
-        if not isinstance(strength, (int, float)) or not math.isfinite(strength):
+        if not isinstance(strength, (int, float)) or not abs(strength) <= sys.float_info.max:
             raise InvalidInput(f"a LoRA's strength is a finite number, not {strength!r}")
         if not isinstance(weights, (str, Sequence, type(None))):
             raise InvalidInput(f"block weights are a string or numbers, not {weights!r}")

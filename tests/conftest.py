@@ -74,6 +74,17 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For files whose networks are so small that they lose by being shared out among threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def plan_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder that holds the plan of the tiny SD1.5-shaped UNet, captured once a run."""

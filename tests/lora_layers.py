@@ -39,11 +39,15 @@ LAYERS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         lambda: nn.Linear(64, 16),
     ),
 }
+NORMS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "mid_block.resnets.0.norm1": ("middle_block.0.in_layers.0", lambda: nn.GroupNorm(4, 24)),
+    f"{BLOCK}.norm1": (f"{LDM_BLOCK}.norm1", lambda: nn.LayerNorm(24)),
+}
 ATTENTION = [name for name in LAYERS if ".to_" in name]
 
 TARGETS = {
     spelling: f"{name}.weight"
-    for name, (ldm, _) in LAYERS.items()
+    for name, (ldm, _) in {**LAYERS, **NORMS}.items()
     for path in (name, ldm)
     for spelling in (path, path.replace(".", "_"))
 }
@@ -53,7 +57,7 @@ State = dict[str, Tensor]
 
 
 class Net(nn.Module):
-    """The layers of LAYERS under their dotted names."""
+    """Layers of LAYERS and NORMS under their dotted names."""
 
     def __init__(self, names: list[str]) -> None:
         super().__init__()
@@ -64,7 +68,7 @@ class Net(nn.Module):
                 if not hasattr(at, parent):
                     at.add_module(parent, nn.Module())
                 at = at.get_submodule(parent)
-            at.add_module(leaf, LAYERS[name][1]())
+            at.add_module(leaf, {**LAYERS, **NORMS}[name][1]())
 
     def forward(self) -> None:
         raise NotImplementedError
@@ -96,7 +100,7 @@ def joined(saved: dict[str, State], spell: Callable[[str], str]) -> State:
 
 
 def ldm(name: str) -> str:
-    return LAYERS[name][0]
+    return {**LAYERS, **NORMS}[name][0]
 
 
 KOHYA_STYLES: dict[str, Callable[[str], str]] = {

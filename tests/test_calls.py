@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,18 +15,11 @@ from accel.errors import InvalidInput, UnsupportedModel
 from accel.models.calls import bind_call, prompt_tensors
 from accel.models.twin import residual_count
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SD, XL = tiny_config("sd15"), tiny_config("sdxl")
 CONTROL = dataclasses.replace(tiny_config("sd15-controlnet"), hint_block_channels=(8, 16, 16, 32))
 COMFY_CONTROL = dataclasses.replace(CONTROL, pooled_dim=None)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small only lose by being shared out among threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tensors(batch: int = 2, side: int = 8) -> tuple[Tensor, Tensor]:

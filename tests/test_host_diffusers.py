@@ -35,6 +35,8 @@ from accel.hosts import diffusers as host
 from accel.hosts.diffusers import accelerate, engines, restore
 from accel.models import UNetConfig, diffusers_kwargs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Two levels: at 64 x 64 no norm is then over a pixel or two, which would magnify rounding errors.
 SD = dataclasses.replace(
     tiny_config("sd15"),
@@ -57,15 +59,6 @@ CONTROL = dataclasses.replace(
     SD, kind="controlnet", up_depths=(), hint_channels=3, hint_block_channels=(8, 16, 16, 32)
 )
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small only lose by being shared out among threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from accel.lora import LowRank, fits, read_lora
 from accel.models.families import FAMILIES, Family
 from accel.models.unet import adapter_names, config_of_module, parameters
 from accel.tensorfile import TensorFile
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +95,7 @@ def test_loha_equals_lycoris(style: str, tucker: bool) -> None:
 LOKR_KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "second in parts": ({}, {"lokr_w1", "lokr_w2_a"}),
     "both in parts": ({"decompose_both": True, "lora_dim": 1}, {"lokr_w1_a", "lokr_w2_a"}),
-    "with cores": ({"use_tucker": True, "lora_dim": 1}, {"lokr_t2", "lokr_w2_a"}),
+    "with cores": ({"use_tucker": True, "lora_dim": 2}, {"lokr_t2", "lokr_w2_a"}),
     "both whole": ({"full_matrix": True}, {"lokr_w1", "lokr_w2"}),
     "of a factor": ({"factor": 2}, {"lokr_w1", "lokr_w2_b"}),
     "rank-stabilised": ({"rs_lora": True, "factor": 2}, {"lokr_w2_a"}),
@@ -100,7 +103,7 @@ LOKR_KINDS: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("kind", LOKR_KINDS)
-@pytest.mark.parametrize("style", ["kohya", "lycoris", "dotted-ldm"])
+@pytest.mark.parametrize("style", KOHYA_STYLES)
 def test_lokr_equals_lycoris(style: str, kind: str) -> None:
     options, parts = LOKR_KINDS[kind]
     net, merged, saved = lycoris_reference(LokrModule, list(LAYERS), **options)
@@ -329,6 +332,8 @@ def test_scale_from_peft_configuration(tmp_path: Path, options: dict[str, Any], 
         ("[]", "configuration cannot be read"),
         ('{"lora_alpha": "high"}', "lora_alpha cannot be read"),
         ('{"unet.lora_alpha": NaN}', "lora_alpha cannot be read"),
+        ('{"lora_alpha": 1' + "0" * 400 + "}", "lora_alpha cannot be read"),
+        ("[" * 100_000, "configuration cannot be read"),
         ('{"alpha_pattern": {"(": 3}}', "alpha_pattern cannot be read"),
         ('{"alpha_pattern": [3]}', "alpha_pattern cannot be read"),
         ('{"init_lora_weights": "pissa_niter_4"}', "started from 'pissa_niter_4'"),
@@ -524,6 +529,32 @@ def test_values_that_are_no_factors() -> None:
     refused({**state, f"{key}.alpha": torch.ones(2)}, "no finite number")
     refused({**state, f"{key}.alpha": torch.tensor(float("inf"))}, "no finite number")
     refused({**state, f"{key}.alpha": "4"}, "is a str")  # type: ignore[dict-item]
+    refused({**state, 4: up}, "4 is a Tensor", "under names")  # type: ignore[dict-item]
+    refused({**state, f"{key}.alpha": torch.tensor(4j)}, "no finite number")
+    refused({**state, f"{key}.alpha": 10**400}, "no finite number")  # type: ignore[dict-item]
+    for plain in (up.to("meta"), up.to_sparse()):
+        refused({**state, f"{key}.lora_up.weight": plain}, "lora_up", "without plain values")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_values_that_are_not_finite(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    state = joined(kohya_reference(ATTENTION)[2], KOHYA_STYLES["kohya"])
+    key = f"{KOHYA_STYLES['kohya'](ATTENTION[1])}.lora_down.weight"
+    state[key] = state[key].to(dtype)
+    read_lora(state, TARGETS, SHAPES)
+    bad = state[key].float()
+    bad[-1, 3] = value
+    state[key] = bad.to(dtype)
+    path = tmp_path / "diverged.safetensors"
+    save_file(state, path)
+    for source in (state, path):
+        refused(source, f"{key!r} holds NaN or infinity")
+
+
+def test_a_key_of_nothing_but_alphas() -> None:
+    state = joined(kohya_reference(ATTENTION)[2], KOHYA_STYLES["kohya"])
+    refused({**state, "lora_unet_x" + ".alpha" * 3000: torch.ones(1)}, "does not; choose")
 
 
 def test_missing_file(tmp_path: Path) -> None:

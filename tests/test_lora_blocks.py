@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from torch import Tensor
 from accel.errors import InvalidInput
 from accel.lora import block_weights, read_lora
 from accel.models import adapter_names, blocks, parameters
-from accel.runtime.lowrank import Batch
+from accel.runtime.lowrank import BATCH_BYTES, Batch, batch_size
 from accel.session import Engine, Session
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 State = dict[str, Tensor]
 
@@ -162,9 +166,7 @@ def test_weights_of_blocks_are_in_the_arena(engine: Engine, lora: State, tmp_pat
     assert [(one["name"], one["strength"]) for one in report] == [("style", 0.8)]
     assert report[0]["blocks"] == weights
     engine.set_loras([(path, 0.8, "ALL")])
-    whole = values(engine)
-    engine.set_loras([(path, 0.8)])
-    assert torch.equal(values(engine), whole)
+    assert engine.set_loras([(path, 0.8)]).bytes == 0, "the same change by another name"
     engine.set_loras([(path, 0.8, "NONE")])
     assert torch.equal(values(engine), before)
 
@@ -208,19 +210,35 @@ def test_another_strength_in_a_stack_writes_its_keys_alone(engine: Engine, tmp_p
         ("1,x" + ",1" * 15, ("'x'", "OUTALL")),
         ("MYPRESET", ("'MYPRESET'",)),
         ([1.0] * 16 + [float("nan")], ("nan",)),
+        ([1.0] * 16 + [10**400], ("finite numbers",)),
         ([], ("0 block weights",)),
-        (0.5, ("0.5",)),
     ],
 )
-def test_block_weights_that_are_none(
-    engine: Engine, lora: State, given: Any, words: tuple[str, ...]
-) -> None:
-    engine.set_loras([(lora, 0.5)])
-    before = values(engine)
+def test_block_weights_that_are_none(given: Any, words: tuple[str, ...]) -> None:
     with pytest.raises(InvalidInput) as caught:
-        engine.set_loras([(lora, 0.5, given)])
+        weights_of(given)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ((1.0, "1,0,1"), "LoRA 'state dict': 3 block weights"),
+        ((1.0, 0.5), "not 0.5"),
+        ((float("nan"),), "not nan"),
+        ((10**400,), "finite number"),
+        (("1",), "not '1'"),
+    ],
+)
+def test_a_set_that_is_refused_changes_nothing(
+    engine: Engine, lora: State, entry: Any, words: str
+) -> None:
+    some = {key: value for key, value in lora.items() if "mid_block" in key}
+    engine.set_loras([(some, 0.5)])
+    before = values(engine)
+    with pytest.raises(InvalidInput, match=words):
+        engine.set_loras([(some, 0.7), (some, *entry)])
     assert torch.equal(values(engine), before)
 
 
@@ -304,7 +322,7 @@ def batched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         made.append((str(self._shape), len(self._names)))
         return whole(self)
 
-    monkeypatch.setattr("accel.runtime.weights.batch_size", lambda shape, device: 5)
+    monkeypatch.setattr("accel.runtime.weights.batch_size", lambda *_: 5)
     monkeypatch.setattr(Batch, "values", values)
     return made
 
@@ -325,7 +343,7 @@ def test_batches_equal_one_at_a_time(
     sizes = [number for _, number in batched]
     assert max(sizes) == 5 and min(sizes) < 5, "full batches, and some to fill up"
     with monkeypatch.context() as patch:
-        patch.setattr("accel.runtime.weights.batch_size", lambda shape, device: 1)
+        patch.setattr("accel.runtime.weights.batch_size", lambda *_: 1)
         engine.set_loras([])
         assert torch.equal(values(engine), before)
         engine.set_loras(stack)
@@ -368,6 +386,85 @@ def test_factors_of_several_kinds_in_one_batch(
     assert batched
     engine.set_loras([({key: value.float() for key, value in mixed.items()}, 0.7)])
     torch.testing.assert_close(have, values(engine).view(torch.float32), rtol=1e-6, atol=1e-6)
+
+
+def test_batches_hold_no_more_than_they_may() -> None:
+    device = torch.device("cuda")
+    assert batch_size((640, 640), (32,), torch.device("cpu")) == 1
+    for shape in ((320, 320), (1280, 1280), (10240, 1280), (1280, 640, 3, 3)):
+        sizes = []
+        for ranks in ((4,), (32,), (128,) * 5, (128,) * 200):
+            sizes.append(batch_size(shape, ranks, device))
+            columns = torch.Size(shape[1:]).numel()
+            numbers = shape[0] * columns + (shape[0] + columns) * sum(ranks)
+            assert sizes[-1] == 1 or 4 * numbers * sizes[-1] <= BATCH_BYTES
+        assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 1
+    assert batch_size((640, 640), (32,), device) > 10
+
+
+# ---- files that a session knows
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Four small LoRAs."""
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(4)]
+    for seed, path in enumerate(paths):
+        save_file({k: v for k, v in make_lora(seed).items() if "mid_block" in k}, path)
+    return paths
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the LoRAs that are read, from here on."""
+    found: list[str] = []
+
+    def spy(source: Any, *args: Any) -> Any:
+        found.append(Path(source).stem)
+        return read_lora(source, *args)
+
+    monkeypatch.setattr("accel.session.read_lora", spy)
+    return found
+
+
+def test_loras_on_an_engine_are_known_however_many(
+    engine: Engine, files: list[Path], reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accel.session.RECENT_LORA_BYTES", 0)
+    for strength in (0.5, 0.6):
+        engine.set_loras([(path, strength) for path in files])
+    assert reads == ["0", "1", "2", "3"]
+    parsed = [weakref.ref(lora) for lora in engine._held]
+    engine.set_loras([])
+    assert [ref() for ref in parsed] == [None] * 4, "nothing keeps what is on no engine"
+
+
+def test_the_last_loras_are_known_within_a_number_of_bytes(
+    engine: Engine, files: list[Path], reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [path.stat().st_size for path in files]
+    monkeypatch.setattr("accel.session.RECENT_LORA_BYTES", sum(sizes) - 1)
+    for place in (0, 1, 2, 0, 3, 0, 1):  # 1 has made room for 3
+        engine.set_loras([(files[place], 0.5)])
+    assert reads == ["0", "1", "2", "3", "1"]
+
+
+def test_a_configuration_beside_a_file_is_looked_at_again(engine: Engine, tmp_path: Path) -> None:
+    layer = "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    state = {
+        f"{layer}.lora_A.weight": torch.ones(2, 64),
+        f"{layer}.lora_B.weight": torch.ones(64, 2),
+    }
+    path, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file(state, path)
+    seen = []
+    for alpha in (2.0, 4.25):
+        config.write_text(json.dumps({"lora_alpha": alpha}))
+        engine.set_loras([(path, 0.5)])
+        (lora,) = engine._held
+        (patch,) = lora.patches.values()
+        seen.append(patch.scale)
+    assert seen == [1.0, 2.125]
 
 
 def test_text_encoder_keys_are_said(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +20,7 @@ from lora_layers import (
     BLOCK,
     KOHYA_STYLES,
     LAYERS,
+    NORMS,
     SHAPES,
     TARGETS,
     Merged,
@@ -37,10 +42,14 @@ from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from accel.errors import InvalidLora
 from accel.lora import LowRank, fits, is_lora, read_lora
 from accel.models import FAMILIES, parameters
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KOHYA = KOHYA_STYLES["kohya"]
 CONV = "mid_block.resnets.0.conv1"
@@ -126,12 +135,10 @@ def test_dora_equals_lycoris(kind: Callable[..., Any], form: str, on_outputs: bo
     assert_every_style(f"{form} + DoRA", net, merged, saved)
 
 
-PEFT_STYLES = {
+PEFT_STYLES: dict[str, Callable[[str], str]] = {
     "peft": lambda key: key,
     "unet": lambda key: key.replace("base_model.model.", "unet."),
-    "adapter-name": lambda key: key.replace("vector", "vector.my-style").replace(
-        ".weight", ".my-style.weight"
-    ),
+    "adapter-name": lambda key: re.sub(r"(\.weight)?$", r".my-style\1", key, count=1),
 }
 
 
@@ -244,14 +251,23 @@ def test_oft_equals_peft(tmp_path: Path, options: dict[str, Any]) -> None:
         own = net.get_parameter(f"{LINEAR}.weight").detach()
         assert lora.patches[f"{LINEAR}.weight"].delta(own).abs().max() == 0
         return
-    lora = read_lora(configured(tmp_path, saved, config, beside=bool(options)), TARGETS, SHAPES)
-    assert lora.format == "OFT"
-    assert_merged(lora, net, merged)
+    for spell in PEFT_STYLES.values():
+        state = {spell(key): value for key, value in saved.items()}
+        lora = read_lora(configured(tmp_path, state, config, beside=bool(options)), TARGETS, SHAPES)
+        assert lora.format == "OFT"
+        assert_merged(lora, net, merged)
 
 
 def test_oft_of_peft_needs_its_configuration() -> None:
     saved = peft_reference([LINEAR], peft.OFTConfig, oft_block_size=8)[2]
     refused(saved, "adapter_config.json")
+
+
+@pytest.mark.parametrize("terms", [0, -1, 10**9, "5", None])
+def test_oft_of_a_series_that_makes_no_sense(tmp_path: Path, terms: Any) -> None:
+    _, _, saved, config = peft_reference([LINEAR], peft.OFTConfig, oft_block_size=8)
+    config.num_cayley_neumann_terms = terms
+    refused(configured(tmp_path, saved, config), "num_cayley_neumann_terms cannot be read")
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
@@ -319,6 +335,11 @@ def test_glora_equals_lycoris(multiplier: float) -> None:
     assert_every_style("GLoRA", net, merged, saved, multiplier)
 
 
+def test_glora_of_more_ranks_than_inputs() -> None:
+    net, merged, saved = trained(GLoRAModule, list(LAYERS), lora_dim=70)
+    assert_merged(read_lora(joined(saved, KOHYA), TARGETS, SHAPES), net, merged)
+
+
 def test_glora_of_the_first_files_has_its_factors_turned_round() -> None:
     net, merged, saved = trained(GLoRAModule, ATTENTION, lora_dim=3, alpha=2)
     turned = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
@@ -335,6 +356,7 @@ def test_glora_of_the_first_files_has_its_factors_turned_round() -> None:
     ("part", "shape", "words"),
     [
         ("a1.weight", (25, 3), ("damaged", "a1 [25, 3]")),
+        ("a1.weight", (24, 3, 3, 3), ("damaged", "a1 [24, 3, 3, 3]")),
         ("b1.weight", (33, 3), ("24 -> 33 features",)),
         ("b2.weight", (4, 24), ("damaged",)),
         ("a2.weight", None, ("incomplete",)),
@@ -367,9 +389,11 @@ def test_ia3_equals_peft(tmp_path: Path, inner: Any) -> None:
         list(LAYERS), peft.IA3Config, target_modules=targets, feedforward_modules=inner
     )
     assert any(name.endswith(".bias") for name in merged), "biases of scaled outputs are scaled"
-    lora = read_lora(configured(tmp_path, saved, config), TARGETS, shapes_of(net))
-    assert lora.format == "IA3"
-    assert_merged(lora, net, merged)
+    for spell in PEFT_STYLES.values():
+        state = {spell(key): value for key, value in saved.items()}
+        lora = read_lora(configured(tmp_path, state, config), TARGETS, shapes_of(net))
+        assert lora.format == "IA3"
+        assert_merged(lora, net, merged)
 
 
 def test_ia3_of_a_linear_layer_needs_no_configuration() -> None:
@@ -381,46 +405,53 @@ def test_ia3_of_a_linear_layer_needs_no_configuration() -> None:
 
 
 def test_ia3_that_does_not_fit() -> None:
-    _, _, saved = trained(IA3Module, [LINEAR])
-    refused({f"{KOHYA(LINEAR)}.on_input": torch.tensor(0)}, "incomplete", "only on_input")
-    saved[LINEAR]["weight"] = torch.ones(31)
-    refused(joined(saved, KOHYA), "attn1_to_q", "scales [31] channels", "[32, 24]")
+    key = KOHYA(LINEAR)
+    refused({f"{key}.on_input": torch.tensor(0)}, "incomplete", "only on_input")
+    for size, on_input in ((31, 0), (32, 1), (24, 0)):
+        state = {f"{key}.weight": torch.ones(size), f"{key}.on_input": torch.tensor(on_input)}
+        refused(state, "attn1_to_q", f"scales [{size}] channels", "[32, 24]")
+    for shape in ((1, 32), (24, 1), (1, 31)):
+        refused({f"unet.{LINEAR}.ia3_l": torch.ones(shape)}, "attn1.to_q", f"scales {list(shape)}")
+
+
+@pytest.mark.parametrize(
+    ("inner", "words"),
+    [
+        ([], "scales [1, 24, 1, 1] channels"),
+        (["conv1"], None),
+        (3, "feedforward_modules cannot be read"),
+        ("(", "feedforward_modules cannot be read"),
+        ([None, 3], "scales [1, 24, 1, 1] channels"),
+    ],
+)
+def test_ia3_of_a_convolution_goes_by_its_configuration(
+    tmp_path: Path, inner: Any, words: str | None
+) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({f"base_model.model.{CONV}.ia3_l": torch.ones(1, 24, 1, 1)}, path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"feedforward_modules": inner}))
+    if words:
+        refused(path, words)
+    else:
+        assert read_lora(path, TARGETS, SHAPES).format == "IA3"
 
 
 # ---- full differences, norms, biases
 
-NORMS: dict[str, nn.Module] = {
-    "mid_block.resnets.0.norm1": nn.GroupNorm(4, 24),
-    f"{BLOCK}.norm1": nn.LayerNorm(24),
-}
-
 
 def with_norms() -> Net:
-    net = Net(list(LAYERS))
-    for name, norm in NORMS.items():
-        parent, _, leaf = name.rpartition(".")
-        norm = type(norm)(*((4, 24) if isinstance(norm, nn.GroupNorm) else (24,)))
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-        net.get_submodule(parent).add_module(leaf, norm)
+    net = Net([*LAYERS, *NORMS])
+    for name in NORMS:
+        nn.init.normal_(net.get_parameter(f"{name}.weight"))
+        nn.init.normal_(net.get_parameter(f"{name}.bias"))
     return net
-
-
-LDM_NORMS = {
-    "mid_block.resnets.0.norm1": "middle_block.0.in_layers.0",
-    f"{BLOCK}.norm1": f"{BLOCK}.norm1",
-}
-ALL_TARGETS = TARGETS | {
-    spelling: f"{name}.weight" for name in NORMS for spelling in (name, name.replace(".", "_"))
-}
 
 
 def shapes_of(net: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in net.named_parameters()}
 
 
-@pytest.mark.parametrize("style", ["kohya", "lycoris", "dotted"])
-def test_full_differences_equal_lycoris(style: str) -> None:
+def test_full_differences_equal_lycoris() -> None:
     net = with_norms()
     merged: Merged = {}
     saved: dict[str, State] = {}
@@ -437,9 +468,10 @@ def test_full_differences_equal_lycoris(style: str) -> None:
         saved[name] = {k: v.detach().clone() for k, v in parts.items()}
     assert saved[LINEAR].keys() == {"diff", "diff_b"}
     assert saved[f"{BLOCK}.norm1"].keys() == {"w_norm", "b_norm"}
-    lora = read_lora(joined(saved, KOHYA_STYLES[style]), ALL_TARGETS, shapes_of(net))
-    assert lora.format == "full difference"
-    assert_merged(lora, net, merged, strength=-0.6)
+    for spell in KOHYA_STYLES.values():
+        lora = read_lora(joined(saved, spell), TARGETS, shapes_of(net))
+        assert lora.format == "full difference"
+        assert_merged(lora, net, merged, strength=-0.6)
 
 
 def test_a_difference_of_the_bias_beside_a_lora() -> None:
@@ -458,7 +490,7 @@ def test_whole_parameters_are_set() -> None:
     own = dict(net.named_parameters())
     values = {name: torch.randn_like(own[f"{name}.weight"]) for name in (LINEAR, *NORMS)}
     state = {f"{KOHYA(name)}.set_weight": value for name, value in values.items()}
-    lora = read_lora(state, ALL_TARGETS, shapes_of(net))
+    lora = read_lora(state, TARGETS, shapes_of(net))
     assert_merged(lora, net, {f"{name}.weight": value for name, value in values.items()})
     patch = lora.patches[f"{LINEAR}.weight"]
     half = own[f"{LINEAR}.weight"].detach()
@@ -473,7 +505,7 @@ def test_what_peft_trains_beside_its_factors(tmp_path: Path, options: dict[str, 
     names = list(LAYERS)
     merged, saved, config = with_extras(net, names, options)
     assert any("lora_" not in key or key.endswith("bias") for key in saved)
-    lora = read_lora(configured(tmp_path, saved, config), ALL_TARGETS, shapes_of(net))
+    lora = read_lora(configured(tmp_path, saved, config), TARGETS, shapes_of(net))
     assert_merged(lora, net, merged)
 
 
@@ -506,7 +538,7 @@ def with_extras(net: Net, names: list[str], options: dict[str, Any]) -> tuple[Me
 )
 def test_differences_that_do_not_fit(key: str, shape: Any, words: tuple[str, ...]) -> None:
     net = with_norms()
-    refused({key: torch.ones(shape)}, *words, targets=ALL_TARGETS, shapes=shapes_of(net))
+    refused({key: torch.ones(shape)}, *words, targets=TARGETS, shapes=shapes_of(net))
 
 
 def test_a_bias_that_the_model_does_not_have() -> None:
@@ -562,6 +594,16 @@ def test_merged_projections_are_taken_apart(
         assert (delta + 0.5 * want).norm() <= 1e-6 * want.norm()
 
 
+def test_merged_projections_are_set_to_values() -> None:
+    attention = f"{BLOCK}.attn1"
+    shapes = {f"{attention}.to_{x}.weight": (32, 24) for x in "qkv"}
+    targets = {name.removesuffix(".weight"): name for name in shapes}
+    whole, base = torch.randn(96, 24), torch.randn(32, 24)
+    lora = read_lora({f"unet.{attention}.to_qkv.set_weight": whole}, targets, shapes)
+    for patch, want in zip(lora.patches.values(), whole.split(32), strict=True):
+        torch.testing.assert_close(base + patch.delta(base, 0.5), (base + want) / 2)
+
+
 def test_merged_projections_beside_their_own_or_of_other_inputs() -> None:
     attention = f"{BLOCK}.attn1"
     shapes = {f"{attention}.to_{x}.weight": (32, 24) for x in "qkv"}
@@ -593,8 +635,9 @@ def test_merged_projections_beside_their_own_or_of_other_inputs() -> None:
 def test_lycoris_formats_of_peft(tmp_path: Path, kind: Any, options: dict[str, Any]) -> None:
     net, merged, saved, config = peft_reference(list(LAYERS), kind, **options)
     assert (options["r"] == 64) == all("_a" not in key for key in saved)
-    lora = read_lora(configured(tmp_path, saved, config), TARGETS, SHAPES)
-    assert_merged(lora, net, merged)
+    for style in ("peft", "unet"):
+        state = {PEFT_STYLES[style](key): value for key, value in saved.items()}
+        assert_merged(read_lora(configured(tmp_path, state, config), TARGETS, SHAPES), net, merged)
 
 
 def test_lycoris_reference_differs_from_what_lycoris_merges() -> None:
@@ -608,6 +651,57 @@ def test_lycoris_reference_differs_from_what_lycoris_merges() -> None:
     twice = module.get_merged_weight()[0] - layer.weight
     torch.testing.assert_close(twice, change * module.scale)
     assert math.isclose(module.scale, 0.75) and len(merged) == 1
+
+
+# ---- damage of any kind
+
+
+def one_layer_of_each(name: str) -> list[State]:
+    """One layer's keys in every format."""
+    plain, dora = trained(LoConModule, [name], lora_dim=2)[2], decomposed(LohaModule, True)[2]
+    found = [plain, {name: dora[name]}, trained(LoConModule, [name], use_tucker=True)[2]]
+    for kind in (LohaModule, LokrModule):
+        found.append(lycoris_reference(kind, [name], use_tucker=True)[2])
+    for kind in (DiagOFTModule, ButterflyOFTModule):
+        found.append(trained(kind, [name], lora_dim=12, rescaled=True)[2])
+    found += [trained(GLoRAModule, [name], lora_dim=3)[2], trained(IA3Module, [name])[2]]
+    return [joined(state, KOHYA) for state in found]
+
+
+@pytest.mark.parametrize("name", [LINEAR, CONV])
+def test_whatever_is_damaged_is_refused_or_has_a_delta(name: str) -> None:
+    rng, kinds, layer = random.Random(5), one_layer_of_each(name), KOHYA(name)
+    parts = sorted({key.removeprefix(f"{layer}.") for state in kinds for key in state})
+    sizes = (0, 1, 1, 2, 3, 4, 8, 12, 24, 32, 40)
+    base, outcomes = torch.randn(SHAPES[f"{name}.weight"]), Counter[bool]()
+    for _ in range(2000):
+        state = dict(rng.choice(kinds))
+        for _ in range(rng.choice((1, 1, 2))):
+            key = rng.choice(list(state))
+            shape = list(state[key].shape)
+            match rng.choice(("lost", "renamed", "more", "reshaped", "resized", "transposed")):
+                case "lost" if len(state) > 1:
+                    del state[key]
+                case "renamed":
+                    state[f"{layer}.{rng.choice(parts)}"] = state.pop(key)
+                case "more":
+                    state[f"{layer}.{rng.choice(parts)}"] = state[key]
+                case "reshaped":
+                    state[key] = torch.ones([rng.choice(sizes) for _ in range(rng.randrange(6))])
+                case "resized" if shape:
+                    shape[rng.randrange(len(shape))] = rng.choice(sizes)
+                    state[key] = torch.ones(shape)
+                case "transposed" if len(shape) > 1:
+                    state[key] = state[key].transpose(0, 1)
+        try:
+            lora = read_lora(state, TARGETS, SHAPES)
+        except InvalidLora:
+            outcomes[False] += 1
+            continue
+        for patch in lora.patches.values():
+            assert patch.delta(base, 0.7).shape == base.shape
+        outcomes[True] += 1
+    assert min(outcomes[True], outcomes[False]) > 20
 
 
 # ---- telling a LoRA from other files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .blocks import BlockWeights, block_weights
+from .configuration import configuration_beside
 from .format import Patch
 from .lowrank import LowRank
 from .reader import Lora, fits, is_lora, read_lora
@@ -13,6 +14,7 @@ __all__ = [
     "LowRank",
     "Patch",
     "block_weights",
+    "configuration_beside",
     "fits",
     "is_lora",
     "read_lora",

@@ -80,7 +80,7 @@ def _numbers(given: BlockWeights) -> list[float]:
     for value in values:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             known = ", ".join(PRESETS)

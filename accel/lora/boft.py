@@ -33,8 +33,8 @@ class Butterfly:
     constraint: the largest norm of all that is skew in the blocks together, None for no limit
     rescale:    [O] or any shape of as many; None for ones
 
-    Strength goes from the identity to the rotation within each stage, as in LyCORIS and its hosts;
-    and from 1 to `rescale`, so that 0 is off.
+    Strength goes from the identity to the rotation within each stage, as in LyCORIS (ComfyUI weighs
+    the whole by it once more), and from 1 to `rescale`, so that 0 is off.
     """
 
     target: str
@@ -80,12 +80,11 @@ def _owns(parts: Mapping[str, tuple[int, ...]]) -> bool:
     return has_blocks(parts, 4) or parts.keys() == _PEFT_PARTS
 
 
-def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    assert layer.target is not None
+def _check(layer: Layer) -> str | None:
     if "oft_blocks" in layer.keys:
-        return check_blocks(layer, shapes) or _stages(layer.shapes["oft_blocks"])
+        return check_blocks(layer) or _stages(layer.shapes["oft_blocks"])
     blocks, scale = layer.shapes["boft_R"], layer.shapes["boft_s"]
-    own = shapes[layer.target]
+    own = layer.own
     if len(blocks) != 4 or 0 in blocks or blocks[-1] != blocks[-2]:
         return f"is damaged (boft_R {list(blocks)} are not square); {DAMAGED}"
     if (blocks[1] * blocks[2], math.prod(scale)) != (math.prod(own[1:]), own[0]):
@@ -105,7 +104,6 @@ def _stages(blocks: tuple[int, ...]) -> str | None:
 
 def _read(layers: Sequence[Layer], source: Source) -> Iterator[Butterfly]:
     for layer in layers:
-        assert layer.target is not None
         keys = layer.keys
         if "boft_R" in keys:
             # peft takes half of the blocks' skew part, and Cayley's rotation the other way round.

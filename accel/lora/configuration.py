@@ -7,25 +7,30 @@ itself saved.
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidLora
 from .format import DAMAGED, Layer, Source, alpha_of
 
 
+def configuration_beside(path: Path) -> Path | None:
+    """The file in which peft keeps the configuration of one that it saved. Raises OSError."""
+    file = path.with_name("adapter_config.json")
+    return file if path.name == "adapter_model.safetensors" and file.is_file() else None
+
+
 def configuration(source: Source) -> dict[str, Any]:
     """peft's configuration of a file, {} where there is none. Raises InvalidLora for a bad one."""
     text = source.metadata.get("lora_adapter_metadata")
-    if text is None and source.path and source.path.name == "adapter_model.safetensors":
-        beside = source.path.with_name("adapter_config.json")
-        text = beside.read_text("utf-8", "replace") if beside.is_file() else None
-    if text is None:
-        return {}
     try:
-        config = json.loads(text)
-    except ValueError:
+        if text is None and source.path is not None:
+            file = configuration_beside(source.path)
+            text = file.read_text("utf-8", "replace") if file else None
+        config = {} if text is None else json.loads(text)
+    except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise damaged(source, "peft configuration")
@@ -39,7 +44,7 @@ def configuration(source: Source) -> dict[str, Any]:
 
 def number(source: Source, what: str, value: object) -> float:
     """A finite number of the configuration; InvalidLora, which names it, for anything else."""
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
         return float(value)
     raise damaged(source, what)
 
@@ -98,10 +103,9 @@ class LycorisScale:
             self._alpha = PerLayer(source, "alpha", "alpha_pattern")
             self._rank = PerLayer(source, "r", "rank_pattern")
 
-    def of(self, layer: Layer, rank: int | None) -> float:
+    def of(self, layer: Layer, rank: float | None) -> float:
         """The scale of a layer. rank: that of its factors, None where none has one."""
         alpha = alpha_of(layer, self._source)
         if alpha is None and self._alpha and self._rank:
-            alpha, own = self._alpha.of(layer.name), self._rank.of(layer.name)
-            rank = rank or (int(own) if own else None)
-        return 1.0 if alpha is None or rank is None else alpha / rank
+            alpha, rank = self._alpha.of(layer.name), rank or self._rank.of(layer.name)
+        return alpha / rank if alpha is not None and rank else 1.0

@@ -44,18 +44,17 @@ def _owns(parts: Mapping[str, tuple[int, ...]]) -> bool:
     return _FACTORS <= parts.keys() <= _FACTORS | {"alpha", _BIAS}
 
 
-def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def _check(layer: Layer) -> str | None:
     own = layer.shapes.get(_BIAS)
-    if own is not None and (layer.bias is None or shapes[layer.bias] != own):
-        has = f"one of {list(shapes[layer.bias])}" if layer.bias else "none"
+    if own is not None and (layer.bias is None or own != layer.own[:1]):
+        has = f"one of {list(layer.own[:1])}" if layer.bias else "none"
         return f"has a bias {list(own)} where the model's has {has}; {OTHER_MODEL}"
-    return check(layer, shapes, "lora_B", "lora_A")
+    return check(layer, "lora_B", "lora_A")
 
 
 def _read(layers: Sequence[Layer], source: Source) -> Iterator[Patch]:
     scaling = _Scaling(source)
     for layer in layers:
-        assert layer.target is not None
         rank, key = layer.shapes["lora_A"][0], layer.keys.get("alpha")
         factors = LowRank(
             layer.target,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +30,8 @@ class Magnitude:
     eps:        added to the norms, as the trainer did
 
     Strength weighs the whole of it, as in ComfyUI and A1111, so that 0 is off. LyCORIS' own
-    multiplier leaves the change in at 0 and weighs the scaling alone.
+    multiplier leaves the change in at 0 and weighs the scaling alone. (Of magnitudes for each
+    output ComfyUI takes the norms of `base` alone, which is not what was trained.)
     """
 
     change: Patch
@@ -66,21 +66,17 @@ def part_of(layer: Layer) -> str | None:
     return next((part for part in PARTS if part in layer.keys), None)
 
 
-def check(layer: Layer, part: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def check(layer: Layer, part: str) -> str | None:
     """As `Format.check`, of the magnitudes alone."""
-    assert layer.target is not None
-    own, found = shapes[layer.target], layer.shapes[part]
+    own, found = layer.own, layer.shapes[part]
     if _axes(found, own, part) is not None:
         return None
     return f"has magnitudes {list(found)} where the model's parameter is {list(own)}; {OTHER_MODEL}"
 
 
-def read(
-    change: Patch, layer: Layer, part: str, shapes: Mapping[str, tuple[int, ...]], source: Source
-) -> Magnitude:
+def read(change: Patch, layer: Layer, part: str, source: Source) -> Magnitude:
     """The patch of a layer whose other parts are `change`."""
-    assert layer.target is not None
-    axes = _axes(layer.shapes[part], shapes[layer.target], part)
+    axes = _axes(layer.shapes[part], layer.own, part)
     assert axes is not None
     eps = torch.finfo(torch.float32).eps if part == "dora_scale" else 0.0
     return Magnitude(change, source.read(layer.keys[part]).reshape(axes), eps)

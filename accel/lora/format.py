@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,10 @@ class Source:
     load: Callable[[str], Tensor]
 
     def read(self, key: str) -> Tensor:
-        """The tensor `key` in its stored dtype; InvalidLora when that is not floating point.
+        """The tensor `key` in its stored dtype; InvalidLora unless its numbers are real and finite.
 
-        A file's is copied: factors are small, are kept, and must not follow what befalls the file.
+        On a GPU the dtype alone is looked at: a look at the numbers would wait for it. A file's is
+        copied: factors are small, are kept, and must not follow what befalls the file.
         """
         value = self.load(key).detach()
         if self.path is not None:
@@ -60,15 +62,24 @@ class Source:
                 f"LoRA {self.title!r}: {key!r} holds {value.dtype}, not floating-point numbers; "
                 f"{DAMAGED}"
             )
+        if value.device.type == "cpu" and not _finite(value):
+            raise InvalidLora(f"LoRA {self.title!r}: {key!r} holds NaN or infinity; {DAMAGED}")
         return value
 
     def number(self, key: str) -> float:
         """The single finite number stored under `key`, such as an alpha, of any dtype."""
         value = self.load(key)
-        number = float(value.item()) if value.numel() == 1 else math.nan
+        real = value.numel() == 1 and not value.is_complex()
+        number = float(value.item()) if real else math.nan
         if not math.isfinite(number):
             raise InvalidLora(f"LoRA {self.title!r}: {key!r} is no finite number; {DAMAGED}")
         return number
+
+
+def _finite(value: Tensor) -> bool:
+    if value.dtype.itemsize == 1:  # 8-bit floats have no order in PyTorch
+        value = value.float()
+    return not value.numel() or all(math.isfinite(end.item()) for end in torch.aminmax(value))
 
 
 def alpha_of(layer: Layer, source: Source) -> float | None:
@@ -96,12 +107,17 @@ def open_source(source: str | Path | Mapping[str, Tensor | float]) -> Source:
     tensors: dict[str, Tensor] = {}
     for key, value in source.items():
         # The alphas that diffusers splits off a state dict are plain numbers.
-        if not isinstance(value, (Tensor, int, float)):
+        if not isinstance(key, str) or not isinstance(value, (Tensor, int, float)):
             raise InvalidLora(
                 f"LoRA state dict: {key!r} is a {type(value).__name__}; "
-                "only tensors and plain numbers are read"
+                "only tensors and plain numbers are read, under names"
             )
-        tensors[key] = torch.as_tensor(value)
+        if not isinstance(value, Tensor):
+            number = value if abs(value) <= sys.float_info.max else math.nan
+            value = torch.tensor(number, dtype=torch.float64)
+        if value.is_meta or value.layout is not torch.strided:
+            raise InvalidLora(f"LoRA state dict: {key!r} is a tensor without plain values")
+        tensors[key] = value
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     return Source("state dict", shapes, {}, None, tensors.__getitem__)
 
@@ -110,13 +126,14 @@ def open_source(source: str | Path | Mapping[str, Tensor | float]) -> Source:
 class Layer:
     """One adapted layer as found in a header.
 
-    `name` is its name without prefix, `target` the parameter it names (None when the model has no
-    such layer), `bias` the bias beside it, if there is one, `keys` and `shapes` go from a part
-    (`lora_up`, `alpha`, …) to its key and shape.
+    `name` is its name without prefix, `target` the parameter it names, of shape `own`, `bias` the
+    bias beside it, if there is one, `keys` and `shapes` go from a part (`lora_up`, `alpha`, …) to
+    its key and shape.
     """
 
     name: str
-    target: str | None
+    target: str
+    own: tuple[int, ...]
     bias: str | None
     keys: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
@@ -132,8 +149,8 @@ class Format:
            not asked for.
     owns:  whether a layer with these parts, by their shapes, is of this format, whole and with
            nothing besides.
-    check: (layer, parameter shapes) -> None when it fits, else the end of the sentence "layer X …"
-           with what to do. Header only. Of norms and biases it is asked only with `vectors`.
+    check: layer -> None when it fits, else the end of the sentence "layer X …" with what to do.
+           Header only. Of norms and biases it is asked only with `vectors`.
     read:  layers that fit -> their patches.
     vectors: whether it adapts norms and biases as well as linear layers and convolutions.
     additive: whether the change is the same whatever the weight: what DoRA and merged projections
@@ -143,7 +160,7 @@ class Format:
     name: str
     parse: Callable[[str, Container[str]], tuple[str, str] | None]
     owns: Callable[[Mapping[str, tuple[int, ...]]], bool]
-    check: Callable[[Layer, Mapping[str, tuple[int, ...]]], str | None]
+    check: Callable[[Layer], str | None]
     read: Callable[[Sequence[Layer], Source], Iterable[Patch]]
     vectors: bool = False
     additive: bool = False

@@ -67,9 +67,8 @@ def _owns(parts: Mapping[str, tuple[int, ...]]) -> bool:
     return len(found) == 1 and found <= _DIFFERENCES | {"set_weight", "set_bias"}
 
 
-def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    assert layer.target is not None
-    own = shapes[layer.target]
+def _check(layer: Layer) -> str | None:
+    own = layer.own
     found = next(shape for part, shape in layer.shapes.items() if part != "alpha")
     if found[:2] == own[:2] and kernel_of(found[2:]) == kernel_of(own[2:]):
         return None
@@ -78,7 +77,6 @@ def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 def _read(layers: Sequence[Layer], source: Source) -> Iterator[Patch]:
     for layer in layers:
-        assert layer.target is not None
         part = next(part for part in layer.keys if part != "alpha")
         value = source.read(layer.keys[part])
         yield (Difference if part in _DIFFERENCES else Replacement)(layer.target, value)

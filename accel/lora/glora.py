@@ -5,6 +5,7 @@ The change is low-rank, plus the weight itself times something low-rank.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,38 +55,34 @@ def _owns(parts: Mapping[str, tuple[int, ...]]) -> bool:
     return _FACTORS <= parts.keys() <= _FACTORS | {"bm", "alpha"}
 
 
-def _order(layer: Layer, inputs: int) -> tuple[str, str, str, str] | None:
+def _order(layer: Layer) -> tuple[str, str, str, str] | None:
     """The parts as (inner, outer, up, down), or None if the a's do not multiply.
 
     LyCORIS has turned the factors of both products round since its first files.
     """
-    shapes = layer.shapes
-    a1, a2, b1, b2 = (shapes[part] for part in ("a1", "a2", "b1", "b2"))
-    if any(len(shape) < 2 or 0 in shape for shape in (a1, a2, b1, b2)):
-        return None
-    if a1[:2] == (inputs, a2[0]) and a2[1] == inputs and b1[1] == b2[0]:
-        return "a1", "a2", "b1", "b2"
-    if a2[:2] == (inputs, a1[0]) and a1[1] == inputs and b2[1] == b1[0]:
-        return "a2", "a1", "b2", "b1"
+    shapes, inputs = layer.shapes, layer.own[1]
+    for order in (("a1", "a2", "b1", "b2"), ("a2", "a1", "b2", "b1")):
+        inner, outer, up, down = (shapes[part] for part in order)
+        if any(len(shape) < 2 or 0 in shape for shape in (inner, outer, up, down)):
+            return None
+        plain = math.prod(inner[2:]) == math.prod(outer[2:]) == 1
+        if plain and inner[:2] == (inputs, outer[0]) and outer[1] == inputs and up[1] == down[0]:
+            return order
     return None
 
 
-def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    assert layer.target is not None
-    inputs = shapes[layer.target][1]
-    order = _order(layer, inputs)
+def _check(layer: Layer) -> str | None:
+    order = _order(layer)
     if order is None:
         named = ", ".join(f"{part} {list(layer.shapes[part])}" for part in sorted(_FACTORS))
-        return f"is damaged ({named} do not multiply over {inputs} inputs); {DAMAGED}"
-    return check(layer, shapes, order[2], order[3], "bm")
+        return f"is damaged ({named} do not multiply over {layer.own[1]} inputs); {DAMAGED}"
+    return check(layer, order[2], order[3], "bm")
 
 
 def _read(layers: Sequence[Layer], source: Source) -> Iterator[Generalised]:
     scales = LycorisScale(source)
     for layer in layers:
-        assert layer.target is not None
-        keys, a1, a2 = layer.keys, layer.shapes["a1"], layer.shapes["a2"]
-        order = _order(layer, max(a1[0], a2[0]))
+        keys, order = layer.keys, _order(layer)
         assert order is not None
         inner, outer, up, down = (source.read(keys[part]) for part in order)
         rank = inner.shape[1]

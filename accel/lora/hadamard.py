@@ -61,9 +61,8 @@ def _owns(parts: Mapping[str, tuple[int, ...]]) -> bool:
     return found in (_FACTORS, _FACTORS | _CORES)
 
 
-def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    assert layer.target is not None
-    outputs, inputs, *kernel = shapes[layer.target]
+def _check(layer: Layer) -> str | None:
+    outputs, inputs, *kernel = layer.own
     for half in "12":
         a, b = layer.shapes[f"hada_w{half}_a"], layer.shapes[f"hada_w{half}_b"]
         core = layer.shapes.get(f"hada_t{half}")
@@ -73,9 +72,9 @@ def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
             return f"is damaged ({', '.join(named)} do not multiply); {DAMAGED}"
         if core is None:
             if (a[0], b[1]) != (outputs, inputs * math.prod(kernel)):
-                return mismatch(b[1], a[0], (), shapes[layer.target])
+                return mismatch(b[1], a[0], (), layer.own)
         elif (a[1], b[1], core[2:]) != (outputs, inputs, tuple(kernel)):
-            return mismatch(b[1], a[1], core[2:], shapes[layer.target])
+            return mismatch(b[1], a[1], core[2:], layer.own)
     return None
 
 
@@ -90,7 +89,6 @@ def _multiply(a: tuple[int, ...], b: tuple[int, ...], core: tuple[int, ...] | No
 def _read(layers: Sequence[Layer], source: Source) -> Iterator[Hadamard]:
     scale = LycorisScale(source)
     for layer in layers:
-        assert layer.target is not None
         keys = layer.keys
         cores = None
         if "hada_t1" in keys:

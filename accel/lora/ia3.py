@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidLora
-from .configuration import configuration
+from .configuration import configuration, damaged
 from .format import OTHER_MODEL, Format, Layer, Source
 
 _PEFT = re.compile(r"(?P<layer>.+)\.ia3_l(?:\.[^.]+)?")
@@ -52,35 +52,44 @@ def _owns(parts: Mapping[str, tuple[int, ...]]) -> bool:
     return parts.keys() in (_ADDED, _FACTOR)
 
 
-def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    assert layer.target is not None
-    own = shapes[layer.target]
-    found = layer.shapes["weight" if "weight" in layer.shapes else "ia3_l"]
+def _check(layer: Layer) -> str | None:
+    found = layer.shapes[_factors(layer)]
     size = max(found, default=1)
-    if math.prod(found) == size and size in own[:2]:
+    if math.prod(found) == size and size in layer.own[:2]:
         return None
-    return f"scales {list(found)} channels of a parameter {list(own)}; {OTHER_MODEL}"
+    return _mismatch(layer)
+
+
+def _factors(layer: Layer) -> str:
+    return "weight" if "weight" in layer.keys else "ia3_l"
+
+
+def _mismatch(layer: Layer) -> str:
+    found = list(layer.shapes[_factors(layer)])
+    return f"scales {found} channels of a parameter {list(layer.own)}; {OTHER_MODEL}"
 
 
 def _read(layers: Sequence[Layer], source: Source) -> Iterator[Scaled]:
     for layer in layers:
-        assert layer.target is not None
-        if "weight" in layer.keys:
-            axis = int(source.number(layer.keys["on_input"]) != 0)
-            yield Scaled(layer.target, source.read(layer.keys["weight"]).flatten(), axis)
-            continue
-        added = source.read(layer.keys["ia3_l"]).float().flatten() - 1.0
         axis = _axis(layer, source)
+        added = source.read(layer.keys[_factors(layer)]).float().flatten()
+        if len(added) != layer.own[axis]:
+            raise InvalidLora(f"LoRA {source.title!r}: layer {layer.name!r} {_mismatch(layer)}")
+        if "ia3_l" in layer.keys:
+            added = added - 1.0
+            if axis == 0 and layer.bias is not None:
+                yield Scaled(layer.bias, added, 0)
         yield Scaled(layer.target, added, axis)
-        if axis == 0 and layer.bias is not None:
-            yield Scaled(layer.bias, added, 0)
 
 
 def _axis(layer: Layer, source: Source) -> int:
-    """0 where peft's factors are of the outputs, 1 where they are of the inputs.
+    """0 where the factors are of the outputs, 1 where they are of the inputs.
 
-    A linear layer's shape tells; a convolution's is [1, n, 1, 1] either way.
+    LyCORIS stores it. Of peft's, a linear layer's shape tells; a convolution's is [1, n, 1, 1]
+    either way.
     """
+    if "on_input" in layer.keys:
+        return int(source.number(layer.keys["on_input"]) != 0)
     shape = layer.shapes["ia3_l"]
     if len(shape) == 2:
         return int(shape[0] == 1)
@@ -90,9 +99,12 @@ def _axis(layer: Layer, source: Source) -> int:
             f"LoRA {source.title!r}: whether {layer.keys['ia3_l']!r} scales inputs or outputs "
             "stands in peft's adapter_config.json; keep it beside the file"
         )
-    if isinstance(inner, str):
+    if isinstance(inner, list):
+        return int(any(layer.name == name or layer.name.endswith(f".{name}") for name in inner))
+    try:
         return int(re.fullmatch(inner, layer.name) is not None)
-    return int(any(layer.name == name or layer.name.endswith(f".{name}") for name in inner))
+    except (re.error, TypeError):
+        raise damaged(source, "feedforward_modules") from None
 
 
 IA3 = Format("IA3", _parse, _owns, _check, _read)

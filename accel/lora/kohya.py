@@ -20,13 +20,12 @@ def _owns(parts: Mapping[str, tuple[int, ...]]) -> bool:
     return _FACTORS <= parts.keys() <= _FACTORS | {"lora_mid", "alpha"}
 
 
-def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    return check(layer, shapes, "lora_up", "lora_down", "lora_mid")
+def _check(layer: Layer) -> str | None:
+    return check(layer, "lora_up", "lora_down", "lora_mid")
 
 
 def _read(layers: Sequence[Layer], source: Source) -> Iterator[LowRank]:
     for layer in layers:
-        assert layer.target is not None
         mid = layer.keys.get("lora_mid")
         yield LowRank(
             layer.target,

@@ -74,10 +74,10 @@ class Kronecker:
         with torch.no_grad():
             first, second = self.first.made(base.device), self.second.made(base.device)
             # The scale goes to the smaller factor, not to the full-size product.
-            first = (first * (self.scale * strength)).reshape(
-                *first.shape, *(1,) * (second.dim() - 2)
-            )
-            return torch.kron(first, second).reshape(base.shape)
+            first = first * (self.scale * strength)
+            # [o1, 1, i1, 1, …] times [o2, 1, i2, *k] is [o1, o2, i1, i2, *k].
+            first = first.reshape(len(first), 1, -1, *(1,) * (second.dim() - 1))
+            return (first * second[:, None]).reshape(base.shape)
 
 
 def _parse(key: str, keys: Container[str]) -> tuple[str, str] | None:
@@ -89,8 +89,7 @@ def _owns(parts: Mapping[str, tuple[int, ...]]) -> bool:
     return any(found == one | other for one in _FIRST for other in _SECOND)
 
 
-def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    assert layer.target is not None
+def _check(layer: Layer) -> str | None:
     found: list[Shape] = []
     for side in "12":
         made = _made(layer.shapes, side)
@@ -102,7 +101,7 @@ def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         found.append(made)
     first, second = found
     outputs, inputs, kernel = first[0] * second[0], first[1] * second[1], second[2:]
-    own = tuple(shapes[layer.target])
+    own = tuple(layer.own)
     flat = (outputs, inputs) == (own[0], math.prod(own[1:])) and not kernel
     if flat or ((outputs, inputs) == own[:2] and kernel_of(kernel) == kernel_of(own[2:])):
         return None
@@ -128,7 +127,6 @@ def _made(parts: Mapping[str, Shape], side: str) -> Shape | None:
 def _read(layers: Sequence[Layer], source: Source) -> Iterator[Kronecker]:
     scale = LycorisScale(source)
     for layer in layers:
-        assert layer.target is not None
         keys = layer.keys
 
         def part(name: str, keys: Mapping[str, str] = keys) -> Tensor | None:

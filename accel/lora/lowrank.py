@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,6 @@ def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def check(
     layer: Layer,
-    shapes: Mapping[str, tuple[int, ...]],
     up_part: str,
     down_part: str,
     mid_part: str | None = None,
@@ -79,15 +78,14 @@ def check(
         factors = [up_part, down_part, *([mid_part] if mid and mid_part else [])]
         listed = ", ".join(f"{part} {list(layer.shapes[part])}" for part in factors)
         return f"is damaged ({listed} do not multiply); {DAMAGED}"
-    assert layer.target is not None
-    out_features, in_features, *kernel = shapes[layer.target]
+    out_features, in_features, *kernel = layer.own
     taps = math.prod(kernel)
     own_kernel = (down if mid is None else mid)[2:]
     flat = len(down) == 2 and mid is None and down[1] == in_features * taps
     same = down[1] == in_features and kernel_of(own_kernel) == kernel_of(kernel)
     if up[0] == out_features and (flat or same):
         return None
-    return mismatch(down[1], up[0], own_kernel, shapes[layer.target])
+    return mismatch(down[1], up[0], own_kernel, layer.own)
 
 
 def mismatch(inputs: int, outputs: int, kernel: Sequence[int], shape: Sequence[int]) -> str:

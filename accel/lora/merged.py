@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .format import Patch
+from .full import Difference, Replacement
 from .lowrank import LowRank
 
 
@@ -39,6 +40,8 @@ def take_apart(
         end = start + shapes[target][0]
         if isinstance(patch, LowRank):
             found.append(replace(patch, target=target, up=patch.up[start:end]))
+        elif isinstance(patch, (Difference, Replacement)):
+            found.append(replace(patch, target=target, value=patch.value[start:end]))
         else:
             found.append(Rows(target, patch, whole, start))
         start = end

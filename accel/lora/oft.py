@@ -15,11 +15,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidLora
-from .configuration import configuration, number
+from .configuration import configuration, damaged, number
 from .format import DAMAGED, OTHER_MODEL, Format, Layer, Patch, Source, split
 
 _KEY = re.compile(r"(?P<layer>.+)\.(?P<part>oft_blocks|rescale)")
 _PEFT = re.compile(r"(?P<layer>.+)\.(?P<part>oft_R)(?:\.[^.]+)?\.weight")
+
+MOST_TERMS = 64
+"""Of a series whose number a file gives: trainers take five."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class OutputRotation:
     rescale:    [O, 1, …] or None
 
     Strength weighs the whole of it. So do kohya and LyCORIS, but for `rescale`, which theirs leaves
-    on at 0.
+    on at 0. (ComfyUI weighs it twice: a strength of 0.5 is 0.25 there.)
     """
 
     target: str
@@ -105,10 +108,9 @@ def has_blocks(parts: Mapping[str, tuple[int, ...]], axes: int) -> bool:
     return known and len(parts["oft_blocks"]) == axes
 
 
-def check_blocks(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+def check_blocks(layer: Layer) -> str | None:
     """`Format.check` of `oft_blocks` [*, n, b, b] and of `rescale`."""
-    assert layer.target is not None
-    blocks, own = layer.shapes["oft_blocks"], shapes[layer.target]
+    blocks, own = layer.shapes["oft_blocks"], layer.own
     if 0 in blocks or blocks[-1] != blocks[-2]:
         return f"is damaged (oft_blocks {list(blocks)} are not square); {DAMAGED}"
     outputs = blocks[-3] * blocks[-2]
@@ -128,11 +130,10 @@ def _owns(parts: Mapping[str, tuple[int, ...]]) -> bool:
     return has_blocks(parts, 3) or parts.keys() == {"oft_R"}
 
 
-def _check(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    assert layer.target is not None
+def _check(layer: Layer) -> str | None:
     if "oft_blocks" in layer.keys:
-        return check_blocks(layer, shapes)
-    inputs = math.prod(shapes[layer.target][1:])
+        return check_blocks(layer)
+    inputs = math.prod(layer.own[1:])
     found = layer.shapes["oft_R"]
     size = _size(found)
     if size is None:
@@ -154,7 +155,6 @@ def _size(shape: tuple[int, ...]) -> int | None:
 def _read(layers: Sequence[Layer], source: Source) -> Iterator[Patch]:
     trained = None
     for layer in layers:
-        assert layer.target is not None
         if "oft_R" in layer.keys:
             trained = trained or _Trained(source)
             yield InputRotation(layer.target, trained.rotations(source.read(layer.keys["oft_R"])))
@@ -177,7 +177,9 @@ class _Trained:
             )
         self._series = config["use_cayley_neumann"] is True
         terms = config.get("num_cayley_neumann_terms")
-        self._terms = int(number(source, "num_cayley_neumann_terms", terms)) if self._series else 0
+        self._terms = int(number(source, "num_cayley_neumann_terms", terms)) if self._series else 1
+        if not 1 <= self._terms <= MOST_TERMS:
+            raise damaged(source, "num_cayley_neumann_terms")
         self._eps = None
         if config.get("coft") is True:
             self._eps = number(source, "eps", config.get("eps"))

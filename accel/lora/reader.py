@@ -81,12 +81,14 @@ class Lora:
 class _Header:
     """What the keys of a file come to.
 
-    `shapes` has the model's parameters and merged ones, `merged` what each of these stands for.
+    layers: those of the model.
+    lost:   (name, parts) of those that it does not have.
+    merged: a parameter, made up, that merges some of the model's -> these.
     """
 
-    shapes: dict[str, tuple[int, ...]]
-    merged: dict[str, tuple[str, ...]]
     layers: list[Layer]
+    lost: list[tuple[str, Collection[str]]]
+    merged: dict[str, tuple[str, ...]]
     skipped: Sequence[str]
     unknown: Sequence[str]
     repeated: list[str]
@@ -114,7 +116,7 @@ def read_lora(
     for name, pattern in _UNSUPPORTED:
         if any(pattern.search(key) for key in header.unknown):
             raise InvalidLora(f"{title}: {name} is not supported yet; use a plain LoRA or LoCon")
-    if not header.layers:
+    if not header.layers and not header.lost:
         found = (
             f"all {len(header.skipped)} keys are of text encoders"
             if header.skipped and not header.unknown
@@ -131,14 +133,13 @@ def read_lora(
     if header.repeated:
         raise InvalidLora(f"{title} adapts {header.repeated[0]!r} twice; keep one of the two")
 
-    named = [layer for layer in header.layers if layer.target is not None]
-    counted = f"{len(named)} of {len(header.layers)} layers match this model by name"
-    lost = next((layer for layer in header.layers if layer.target is None), None)
-    if lost is not None:
-        raise InvalidLora(f"{title}: {counted}, but {lost.name!r} does not; {OTHER_MODEL}")
+    total = len(header.layers) + len(header.lost)
+    counted = f"{len(header.layers)} of {total} layers match this model by name"
+    if header.lost:
+        raise InvalidLora(f"{title}: {counted}, but {header.lost[0][0]!r} does not; {OTHER_MODEL}")
     groups: dict[str, tuple[Format, list[Layer]]] = {}
-    for layer in named:
-        form, reason = _judged(layer, header)
+    for layer in header.layers:
+        form, reason = _judged(layer, header.merged)
         if form is None or reason is not None:
             raise InvalidLora(f"{title}: {counted}, but layer {layer.name!r} {reason}")
         groups.setdefault(form.name, (form, []))[1].append(layer)
@@ -150,14 +151,11 @@ def read_lora(
                 raise InvalidLora(f"{title} adapts {patch.target!r} twice; keep one of the two")
             patches[patch.target] = patch
     decomposed = False
-    for layer in named:
-        assert layer.target is not None
+    for layer in header.layers:
         part = dora.part_of(layer)
         if part is not None:
             decomposed = True
-            patches[layer.target] = dora.read(
-                patches[layer.target], layer, part, header.shapes, opened
-            )
+            patches[layer.target] = dora.read(patches[layer.target], layer, part, opened)
         if layer.target in header.merged:
             whole = patches.pop(layer.target)
             for patch in take_apart(whole, header.merged[layer.target], shapes):
@@ -178,12 +176,10 @@ def fits(
     do not count.
     """
     header = _layers(source_names_and_shapes, targets, shapes)
+    matched = sum(_judged(layer, header.merged)[1] is None for layer in header.layers)
     # An alpha alone belongs to a layer of an unsupported format.
-    layers = [layer for layer in header.layers if layer.keys.keys() != {"alpha"}]
-    matched = sum(
-        layer.target is not None and _judged(layer, header)[1] is None for layer in layers
-    )
-    return matched, len(layers)
+    parts = [*(layer.keys.keys() for layer in header.layers), *(own for _, own in header.lost)]
+    return matched, sum(own != {"alpha"} for own in parts)
 
 
 def is_lora(keys: Collection[str]) -> bool:
@@ -232,33 +228,38 @@ def _layers(
 ) -> _Header:
     """The layers of a header with what they adapt in the model, without judging them."""
     known = _sorted(tuple(keys))
-    header = _Header(dict(shapes), {}, [], known.skipped, known.unknown, list(known.repeated))
+    header = _Header([], [], {}, known.skipped, known.unknown, list(known.repeated))
     taken: set[str] = set()
     for (name, of_bias), parts in known.layers.items():
-        target = targets.get(name) or _merged(name, targets, header)
+        target = targets.get(name)
+        members = (target,) if target else _members(name, targets, shapes)
+        if not target and members:
+            target = f"{name}.weight"
+            header.merged[target] = members
         bias = f"{target.removesuffix('.weight')}.bias" if target else None
         bias = bias if bias in shapes else None
         if of_bias:
             name, target, bias = f"{name}.bias", bias, None
-        if target is not None:
-            own = header.merged.get(target, (target,))
-            if not taken.isdisjoint(own):
-                header.repeated.append(next(iter(parts.values())))
-            taken.update(own)
-        found_shapes = {part: tuple(keys[key]) for part, key in parts.items()}
-        header.layers.append(Layer(name, target, bias, parts, found_shapes))
+            members = (target,) if target else ()
+        if target is None:
+            header.lost.append((name, parts.keys()))
+            continue
+        if not taken.isdisjoint(members):
+            header.repeated.append(next(iter(parts.values())))
+        taken.update(members)
+        own = stacked([tuple(shapes[member]) for member in members])
+        found = {part: tuple(keys[key]) for part, key in parts.items()}
+        header.layers.append(Layer(name, target, own, bias, parts, found))
     return header
 
 
-def _merged(name: str, targets: Mapping[str, str], header: _Header) -> str | None:
-    """The name, made up, of a parameter that merges some of the model's, or None."""
-    own = [targets[part] for part in merged(name) if part in targets]
-    shapes = [header.shapes[target] for target in own]
-    if not own or len(own) < len(merged(name)) or len({shape[1:] for shape in shapes}) > 1:
-        return None
-    whole = f"{name}.weight"
-    header.merged[whole], header.shapes[whole] = tuple(own), stacked(shapes)
-    return whole
+def _members(
+    name: str, targets: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, ...]:
+    """The model's parameters that the projection `name` merges; () where it merges none."""
+    own = tuple(targets[part] for part in merged(name) if part in targets)
+    alike = len({shapes[target][1:] for target in own}) == 1
+    return own if alike and len(own) == len(merged(name)) else ()
 
 
 def parse(key: str, keys: Container[str]) -> tuple[str, str] | None:
@@ -266,7 +267,7 @@ def parse(key: str, keys: Container[str]) -> tuple[str, str] | None:
     layer = key.removesuffix(".alpha")
     if layer != key:
         # Some writers hang the alpha below the key of a factor instead of below the layer.
-        of_factor = parse(layer, keys)
+        of_factor = None if layer.endswith(".alpha") else parse(layer, keys)
         return (of_factor[0] if of_factor else layer), "alpha"
     magnitudes = dora.parse(key)
     if magnitudes is not None:
@@ -274,27 +275,25 @@ def parse(key: str, keys: Container[str]) -> tuple[str, str] | None:
     return next((parsed for form in FORMATS if (parsed := form.parse(key, keys))), None)
 
 
-def _judged(layer: Layer, header: _Header) -> tuple[Format | None, str | None]:
-    """The format of a layer that has a target, and what keeps the model from taking it, if any.
+def _judged(layer: Layer, made_up: Container[str]) -> tuple[Format | None, str | None]:
+    """The format of a layer, and what keeps the model from taking it, if any.
 
-    The latter is the end of the sentence "layer X …".
+    The latter is the end of the sentence "layer X …". made_up: what merges the model's parameters.
     """
-    assert layer.target is not None
     magnitudes = dora.part_of(layer)
     parts = {part: shape for part, shape in layer.shapes.items() if part != magnitudes}
     form = next((form for form in FORMATS if form.owns(parts)), None)
     if form is None:
         listed = ", ".join(sorted(layer.keys))
         return None, f"is incomplete, it has only {listed}; {DAMAGED}"
-    own = header.shapes[layer.target]
-    if len(own) < 2 and (magnitudes or not form.vectors):
+    if len(layer.own) < 2 and (magnitudes or not form.vectors):
         return form, f"is a norm or a bias, which is no matrix; {OTHER_MODEL}"
-    together, decomposed = layer.target in header.merged, magnitudes is not None
+    together, decomposed = layer.target in made_up, magnitudes is not None
     if (together or decomposed) and (not form.additive or (together and decomposed)):
         kind = f"{form.name} with magnitudes" if decomposed else form.name
         where = " on merged projections" if together else ""
         return form, f"is {kind}{where}, which is not supported; use a plain LoRA or LoCon"
-    reason = form.check(layer, header.shapes)
+    reason = form.check(layer)
     if reason is None and magnitudes:
-        reason = dora.check(layer, magnitudes, header.shapes)
+        reason = dora.check(layer, magnitudes)
     return form, reason

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 BATCH_BYTES = 32 << 20
-"""Of float32 weights in one batch: some memory beside the arena, for every shape."""
+"""Of float32 weights and factors in one batch: some memory beside the arena, for every shape."""
 
 OPEN_BATCHES = 12
 """That are filled at a time, by shape and ranks."""
@@ -43,11 +43,16 @@ class LowRankPatch(Protocol):
 Change = tuple[LowRankPatch, float]
 
 
-def batch_size(shape: Sequence[int], device: torch.device) -> int:
-    """How many parameters of `shape` go together; 1 where nothing is gained by it."""
+def batch_size(shape: Sequence[int], ranks: Sequence[int], device: torch.device) -> int:
+    """How many parameters of `shape` with changes of `ranks` go together; 1 for one by one.
+
+    On the CPU nothing is gained, and of large matrices or dozens of LoRAs few fit into the memory.
+    """
     if device.type == "cpu":
         return 1
-    return max(1, min(MOST, BATCH_BYTES // (4 * prod(shape))))
+    outputs, inputs = shape[0], prod(shape[1:])
+    numbers = outputs * inputs + (outputs + inputs) * sum(ranks)
+    return max(1, min(MOST, BATCH_BYTES // (4 * numbers)))
 
 
 def low_rank(changes: Sequence[tuple[object, float]]) -> list[Change] | None:

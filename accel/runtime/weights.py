@@ -202,12 +202,12 @@ class Weights:
                 for adapter, s in adapters
                 if name in adapter.patches and s != 0.0
             ]
-            size = batch_size(shape, self.device)
-            together = low_rank(changes) if size > 1 else None
-            if together is None:
+            together = low_rank(changes)
+            key = (shape, ranks(together or ()))
+            size = batch_size(*key, self.device) if together else 1
+            if together is None or size == 1:
                 yield name, self._value(value, changes)
                 continue
-            key = (shape, ranks(together))
             if key not in batches:
                 if len(batches) == OPEN_BATCHES:  # a LoRA may have a rank of its own in each layer
                     yield from batches.pop(next(iter(batches))).values()
