@@ -113,6 +113,8 @@ class Session:
         self._progress = progress
         self._lock = threading.RLock()
         self._idle = IdleTuner(self._selector, self._lock) if settings().idle else None
+        if self._idle is not None:
+            weakref.finalize(self, self._idle.stop)
         self._building = threading.Lock()
         # Held by their engines: when the last engine of a structure goes, so does its memory.
         self._networks: weakref.WeakValueDictionary[str, Network] = weakref.WeakValueDictionary()

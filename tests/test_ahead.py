@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -154,7 +155,10 @@ def first_size(selector: Selector) -> list[Choice]:
 
 
 def test_a_new_size_compiles_nothing_once_the_plan_is_prepared(
-    compiled: list[set[str]], tmp_path: Path
+    compiled: list[set[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     selector = chooser(cache=DiskCache(tmp_path, 1 << 20, "test"))
     first_size(selector)
@@ -181,6 +185,12 @@ def test_a_new_size_compiles_nothing_once_the_plan_is_prepared(
     later.prepare("a plan", never)
     wait_for(lambda: later.settled)
     assert len(compiled) == 2
+    another = chooser(cache=DiskCache(tmp_path, 1 << 20, "test"))
+    monkeypatch.setattr(ahead, "SIZES", ahead.SIZES[:1])
+    with caplog.at_level(logging.WARNING):
+        another.prepare("a plan", never)
+        wait_for(lambda: another.settled)
+    assert "they are known" in caplog.text, "other sizes decide anew"
     assert {f: sorted(map(str, v)) for f, v in later._ahead.items()} == {
         f: sorted(map(str, v)) for f, v in selector._ahead.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from test_cost import GPU, resized, shipped
 
 from accel.cache import DiskCache
 from accel.kernels import Call
+from accel.session import Session
 from accel.tuning import select as selection
 from accel.tuning.compiling import Compiler
 from accel.tuning.idle import IdleTuner
@@ -36,7 +38,8 @@ class Guesses:
     def compile_likely(self, call: Any) -> None:
         assert not self.lock.locked(), "an engine may run meanwhile"
 
-    def time_likely(self, call: Any) -> None:
+    def time_likely(self, call: Any, undisturbed: Callable[[], bool]) -> None:
+        assert undisturbed()
         if self.fails:
             raise torch.OutOfMemoryError("no memory")
         self.timed.append((call, self.lock.locked()))
@@ -76,6 +79,38 @@ def test_nothing_is_timed_while_engines_run() -> None:
     wait_for(lambda: bool(guesses.timed))
 
 
+def test_nothing_is_timed_while_another_session_runs() -> None:
+    guesses, other = Guesses(1), idle(Guesses(0), 0.25)
+    tuner = idle(guesses, 0.25)
+    tuner.used()
+    until = time.monotonic() + 0.6
+    while time.monotonic() < until:
+        other.used()
+        time.sleep(0.02)
+    assert not guesses.timed
+    wait_for(lambda: bool(guesses.timed))
+
+
+def test_it_ends_with_its_session() -> None:
+    guesses = Guesses(3)
+    tuner = idle(guesses, 60)
+    tuner.used()
+    assert tuner._thread is not None
+    tuner.stop()
+    wait_for(lambda: tuner._thread is None)
+    assert not guesses.timed
+
+
+def test_a_session_that_goes_takes_it_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWITCHYARD_IDLE", "on")
+    session = Session("cpu", "fp32")
+    tuner = session._idle
+    assert tuner is not None and not tuner._stopped.is_set()
+    del session
+    gc.collect()
+    assert tuner._stopped.is_set()
+
+
 def test_a_failure_ends_it_and_nothing_else() -> None:
     guesses = Guesses(2, fails=True)
     tuner = idle(guesses, 0.01)
@@ -110,6 +145,9 @@ def test_what_is_timed_counts_in_the_next_process(
     before = chooser.select([small, large, selection_of(key)])
     assert [choice.reason.split(",")[0] for choice in before] == ["predicted"] * 2 + ["measured"]
     assert chooser.guessed() == [large, small], "what is measured is not timed again"
+    chooser.time_likely(large, lambda: False)
+    assert chooser.guessed() == [large, small], "what was disturbed is timed again"
+    timed.clear()
     for call in chooser.guessed():
         chooser.time_likely(call)
         chooser.time_likely(call)  # as another session might, at the same time

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from contextlib import AbstractContextManager
+from functools import partial
 
 from .select import Selector
 
@@ -19,11 +20,19 @@ logger = logging.getLogger(__name__)
 IDLE_SECONDS = 30.0
 """How long nothing must have run."""
 
+_used = time.monotonic()
+"""When an engine of this process ran last: several sessions may share a device."""
+
+
+def _unused_since(when: float) -> bool:
+    return _used == when
+
 
 class IdleTuner:
-    """Times the guesses of a selector while nobody uses the device. Thread-safe.
+    """Times the guesses of a selector while no session uses a device. Thread-safe.
 
-    lock: held while something is timed, and by whoever runs an engine.
+    lock: held while something is timed, and by whoever runs an engine of the session. Those of
+    others may begin meanwhile: what was timed then is thrown away, and timed again.
     """
 
     def __init__(
@@ -33,13 +42,14 @@ class IdleTuner:
         after: float = IDLE_SECONDS,
     ) -> None:
         self._selector, self._lock, self._after = selector, lock, after
-        self._used = time.monotonic()
+        self._stopped = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def used(self) -> None:
         """An engine was run just now."""
-        self._used = time.monotonic()
+        global _used
+        _used = time.monotonic()
         with self._starting:
             if self._thread is None and self._selector.guessed():
                 self._thread = threading.Thread(
@@ -47,19 +57,23 @@ class IdleTuner:
                 )
                 self._thread.start()
 
+    def stop(self) -> None:
+        """Time nothing more: the session is gone."""
+        self._stopped.set()
+
     def _work(self) -> None:
         try:
-            while calls := self._selector.guessed():
-                used = self._used
+            while (calls := self._selector.guessed()) and not self._stopped.is_set():
+                used = _used
                 left = used + self._after - time.monotonic()
                 if left > 0:
-                    time.sleep(left)
+                    self._stopped.wait(left)
                     continue
                 call = calls[0]
                 self._selector.compile_likely(call)  # which takes long, and no GPU
                 with self._lock:
-                    if self._used == used:
-                        self._selector.time_likely(call)
+                    if _unused_since(used):
+                        self._selector.time_likely(call, partial(_unused_since, used))
         except Exception as error:  # out of memory, or a GPU that is of no more use
             logger.info("nothing is timed in idle time any more: %s", error)
         finally:

@@ -187,7 +187,10 @@ class Selector:
 
     def _prepare(self, plan: str, calls: Callable[[], Iterable[Call]]) -> None:
         try:
-            about = f"{plan} {json.dumps(self.profile.fit, sort_keys=True)}"
+            # All that decides it beside the calls: a later version of the pack has others.
+            names = sorted(kernel.name for kernel in kernels.kernels())
+            tables = [self.profile.fit, names, ahead.SIZES, ahead.MOST]
+            about = f"{plan} {json.dumps(tables, sort_keys=True)}"
             variants = self.compiler.remembered(about)
             if variants is None:
                 variants = ahead.covering(calls(), self.hardware, self._times)
@@ -214,8 +217,11 @@ class Selector:
         """Compile what `time_likely` will time."""
         self.compiler.compile((kernel, config, call) for kernel, config in self._likely(call))
 
-    def time_likely(self, call: Call) -> None:
-        """Time the few likeliest candidates of a guessed call; remembered, but not used here."""
+    def time_likely(self, call: Call, undisturbed: Callable[[], bool] = lambda: True) -> None:
+        """Time the few likeliest candidates of a guessed call; remembered, but not used here.
+
+        undisturbed: asked afterwards; if it was not, the call stays guessed.
+        """
         with self._lock:
             if self._by_guess.pop(call.key, None) is None:  # another session was quicker
                 return
@@ -225,6 +231,10 @@ class Selector:
             return [pair for pair in found if _named(*pair) in likely]
 
         for _, results in measure([call], self.compiler, self.device, prune):
+            if not undisturbed():
+                with self._lock:
+                    self._by_guess[call.key] = call
+                return
             entry = fastest(results)
             if entry is not None and lasting(results):
                 with self._lock:
