@@ -18,12 +18,15 @@ if TYPE_CHECKING:  # a test without torch shall not pay for its import
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Share the cores among the workers of pytest-xdist, and see to it that kernels can run."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if shutil.which("nvidia-smi") is None:  # else kernels run on the GPU; Triton reads it at import
+    """See to it that kernels can run, and that the cores are not fought for.
+
+    Triton and torch read the environment when they are imported, which is later.
+    """
+    if shutil.which("nvidia-smi") is None:  # else kernels run on the GPU
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    if workers > 1:  # before torch is imported, which reads it
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    # Networks as small as those here only lose by being shared out among threads, and thirty times
+    # over where another process is on the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -72,17 +75,6 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """For files whose networks are so small that they lose by being shared out among threads."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

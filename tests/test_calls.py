@@ -15,8 +15,6 @@ from accel.errors import InvalidInput, UnsupportedModel
 from accel.models.calls import bind_call, prompt_tensors
 from accel.models.twin import residual_count
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SD, XL = tiny_config("sd15"), tiny_config("sdxl")
 CONTROL = dataclasses.replace(tiny_config("sd15-controlnet"), hint_block_channels=(8, 16, 16, 32))
 COMFY_CONTROL = dataclasses.replace(CONTROL, pooled_dim=None)

@@ -35,8 +35,6 @@ from accel.hosts import diffusers as host
 from accel.hosts.diffusers import accelerate, engines, restore
 from accel.models import UNetConfig, diffusers_kwargs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Two levels: at 64 x 64 no norm is then over a pixel or two, which would magnify rounding errors.
 SD = dataclasses.replace(
     tiny_config("sd15"),

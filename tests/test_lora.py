@@ -40,8 +40,6 @@ from accel.models.families import FAMILIES, Family
 from accel.models.unet import adapter_names, config_of_module, parameters
 from accel.tensorfile import TensorFile
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def seed() -> Iterator[None]:

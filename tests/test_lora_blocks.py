@@ -21,8 +21,6 @@ from accel.models import adapter_names, blocks, parameters
 from accel.runtime.lowrank import BATCH_BYTES, Batch, batch_size
 from accel.session import Engine, Session
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 State = dict[str, Tensor]
 
 # As "LoRA Block Weight" lists them, behind BASE.

@@ -49,8 +49,6 @@ from accel.errors import InvalidLora
 from accel.lora import LowRank, fits, is_lora, read_lora
 from accel.models import FAMILIES, parameters
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KOHYA = KOHYA_STYLES["kohya"]
 CONV = "mid_block.resnets.0.conv1"
 LINEAR = f"{BLOCK}.attn1.to_q"
