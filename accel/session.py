@@ -337,7 +337,7 @@ class Engine:
             weights = _weights_of_blocks(given, lora, self.config)
             whole.append(lora)
             used.append(_told(lora, strength, weights))
-            if weights is None or set(weights.values()) == {1.0}:
+            if weights is None:
                 parsed.append((lora, strength))
                 continue
             for block, part in lora.by_block(blocks(self.config).of).items():

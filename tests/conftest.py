@@ -14,6 +14,7 @@ import pytest
 if TYPE_CHECKING:  # a test without torch shall not pay for its import
     import torch
 
+    from accel.models import UNetConfig
     from accel.plan.schema import Plan
 
 
@@ -80,16 +81,28 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def plan_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder that holds the plan of the tiny SD1.5-shaped UNet, captured once a run."""
+    from support import tiny_config
+
+    return _captured(tmp_path_factory.mktemp("plans"), tiny_config())
+
+
+@pytest.fixture(scope="session")
+def small_plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that holds the plan of `support.two_levels`, captured once a run."""
+    from support import two_levels
+
+    return _captured(tmp_path_factory.mktemp("small-plans"), two_levels())
+
+
+def _captured(folder: Path, config: UNetConfig) -> Path:
     from diffusers import UNet2DConditionModel
-    from support import make_unet, tiny_config
+    from support import make_unet
 
     from accel.session import Session
     from accel.structure import structure_of
 
-    folder = tmp_path_factory.mktemp("plans")
     session = Session("cpu", "fp32", cache_dir=folder)
-    structure = structure_of(make_unet(0, tiny_config()))
-    assert session.plan(structure, UNet2DConditionModel)[1] == "built"
+    assert session.plan(structure_of(make_unet(0, config)), UNet2DConditionModel)[1] == "built"
     return folder
 
 

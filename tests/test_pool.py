@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import make_lora, make_unet, tiny_config
+from support import make_lora, make_unet, two_levels
 
 from accel.errors import InvalidFile, OutOfMemory, StructureMismatch
 from accel.lora import LowRank
@@ -26,7 +26,7 @@ from accel.runtime.executable import Executable
 from accel.runtime.lowrank import OPEN_BATCHES, Batch
 from accel.runtime.network import Network
 from accel.runtime.pool import PINNED, Pool
-from accel.runtime.transfer import READERS, SLOTS, HostBytes, HostCopy, Transfer
+from accel.runtime.transfer import READERS, SLOTS, HostBytes, HostCopy, Transfer, transfer_for
 from accel.runtime.weights import Weights
 from accel.session import Engine, Session
 from accel.sources import FileSource, StateDictSource, mixture
@@ -46,8 +46,13 @@ def inputs() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def small_unet() -> torch.nn.Module:
+    return make_unet(0, two_levels())
+
+
+@pytest.fixture(scope="module")
 def states() -> list[State]:
-    return [make_unet(seed).state_dict() for seed in (1, 2, 3)]
+    return [make_unet(seed, two_levels()).state_dict() for seed in (1, 2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +65,11 @@ def files(states: list[State], tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 @pytest.fixture(scope="module")
-def expected(plan_cache: Path, tiny_unet: torch.nn.Module, states: list[State]) -> list[Any]:
+def expected(small_plans: Path, small_unet: torch.nn.Module, states: list[State]) -> list[Any]:
     """What a fresh engine makes of each checkpoint, without any pool."""
     found = []
     for state in states:
-        engine = engine_with(plan_cache, tiny_unet, 0)
+        engine = engine_with(small_plans, small_unet, 0)
         engine.load_weights(state)
         found.append(engine(**inputs()))
     return found
@@ -218,7 +223,7 @@ class Slow(StateDictSource):
     """Counts what it is asked for, and fails at one name."""
 
     def __init__(self, tensors: State, bad: str | None = None) -> None:
-        super().__init__(tensors, tiny_config())
+        super().__init__(tensors, two_levels())
         self.bad, self.threads = bad, set[str]()
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
@@ -235,10 +240,10 @@ def test_values_come_in_order_whatever_fits_a_slot(
     """Each is right when it comes; a slot is written to again only after it was used."""
     transfer = Transfer(CPU, slot_bytes=slot_bytes)
     names = list(states[0])
-    file = FileSource(TensorFile(files[0]), tiny_config())
+    file = FileSource(TensorFile(files[0]), two_levels())
     copy = transfer.gather(names, file)
-    some = names[5:300:7]
-    for source in (file, StateDictSource(states[0], tiny_config()), copy):
+    some = names[5:200:7]
+    for source in (file, StateDictSource(states[0], two_levels()), copy):
         for wanted in (names, some):
             found = transfer.values(wanted, source)
             for name, value in zip(wanted, found, strict=True):
@@ -307,7 +312,7 @@ def test_what_can_be_pinned_shares_no_page(size: int) -> None:
 
 
 def test_sums_are_made_of_parts_that_are_read_side_by_side(states: list[State]) -> None:
-    mix = mixture([(state, 0.25) for state in states], tiny_config())
+    mix = mixture([(state, 0.25) for state in states], two_levels())
     transfer, names = Transfer(CPU, slot_bytes=50_000), list(states[0])
     for name, value in zip(names, transfer.values(names, mix), strict=True):
         first, second, third = (state[name] * 0.25 for state in states)
@@ -318,14 +323,14 @@ def test_sums_are_made_of_parts_that_are_read_side_by_side(states: list[State]) 
 def test_a_file_that_changed_is_not_read_from(states: list[State], tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(dict(states[0]), path)
-    source = FileSource(TensorFile(path), tiny_config())
+    source = FileSource(TensorFile(path), two_levels())
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(InvalidFile, match="changed"):
         list(Transfer(CPU).values(list(states[0]), source))
 
 
 def test_a_copy_in_ram_has_the_size_that_was_counted(states: list[State]) -> None:
-    source = StateDictSource(states[0], tiny_config())
+    source = StateDictSource(states[0], two_levels())
     copy = HostCopy(list(states[0]), source, pin=False)
     assert copy.host.tensor.numel() == HostCopy.bytes_for(list(states[0]), source)
 
@@ -334,9 +339,9 @@ def test_a_copy_in_ram_has_the_size_that_was_counted(states: list[State]) -> Non
 
 
 def test_a_checkpoint_that_comes_back_is_one_copy(
-    plan_cache: Path, tiny_unet: Any, files: list[Path], expected: list[Any]
+    small_plans: Path, small_unet: Any, files: list[Path], expected: list[Any]
 ) -> None:
-    engine = engine_with(plan_cache, tiny_unet, 4)
+    engine = engine_with(small_plans, small_unet, 4)
     for index in (0, 1, 2, 0, 1, 2):
         reads = count_reads(engine)
         engine.load_weights(files[index])
@@ -359,12 +364,12 @@ def count_reads(engine: Engine) -> list[int]:
 
 
 def test_loras_come_and_go_from_a_parked_copy(
-    plan_cache: Path, tiny_unet: Any, files: list[Path], expected: list[Any], tmp_path: Path
+    small_plans: Path, small_unet: Any, files: list[Path], expected: list[Any], tmp_path: Path
 ) -> None:
     """With the bare checkpoint parked, its file is not read again: it may even be gone."""
     path = tmp_path / "gone.safetensors"
     path.write_bytes(files[0].read_bytes())
-    engine, plain = (engine_with(plan_cache, tiny_unet, copies) for copies in (1, 0))
+    engine, plain = (engine_with(small_plans, small_unet, copies) for copies in (1, 0))
     for one in (engine, plain):
         one.load_weights(path)
     reads: list[str] = []
@@ -372,23 +377,23 @@ def test_loras_come_and_go_from_a_parked_copy(
     source.read_into = lambda name, out: reads.append(name)
     for strength in (0.7, -0.3):
         for one in (engine, plain):
-            one.set_loras([(make_lora(3), strength)])
+            one.set_loras([(make_lora(3, two_levels()), strength)])
         assert torch.equal(engine(**inputs()), plain(**inputs()))
     engine.set_loras([])
     assert torch.equal(engine(**inputs()), expected[0]) and not reads
 
 
 def test_prefetched_checkpoints_wait_on_the_device_or_in_ram(
-    plan_cache: Path, tiny_unet: Any, files: list[Path], expected: list[Any]
+    small_plans: Path, small_unet: Any, files: list[Path], expected: list[Any]
 ) -> None:
     for copies, ram, tier in ((2, 2, "cpu"), (0, 2, PINNED), (0, 0, None)):
-        engine = engine_with(plan_cache, tiny_unet, copies, ram)
+        engine = engine_with(small_plans, small_unet, copies, ram)
         before = engine(**inputs())
         engine.prefetch(files[1]).result(timeout=60)
         tiers = engine.report()["pool"]["tiers"]
         assert [name for name, found in tiers.items() if found["blocks"]] == ([tier] * bool(tier))
         assert torch.equal(engine(**inputs()), before), "it only waits"
-        engine.set_loras([(make_lora(3), 0.5)])
+        engine.set_loras([(make_lora(3, two_levels()), 0.5)])
         engine.load_weights(files[1])
         engine.set_loras([])
         assert torch.equal(engine(**inputs()), expected[1])
@@ -397,13 +402,13 @@ def test_prefetched_checkpoints_wait_on_the_device_or_in_ram(
 
 
 def test_a_load_waits_for_the_prefetch_that_is_ahead_of_it(
-    plan_cache: Path,
-    tiny_unet: Any,
+    small_plans: Path,
+    small_unet: Any,
     files: list[Path],
     expected: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = engine_with(plan_cache, tiny_unet, 2)
+    engine = engine_with(small_plans, small_unet, 2)
     begun, go_on, read = threading.Event(), threading.Event(), FileSource.read_into
     names: list[str] = []
 
@@ -423,14 +428,14 @@ def test_a_load_waits_for_the_prefetch_that_is_ahead_of_it(
 
 
 def test_a_prefetch_that_fails_says_so_and_harms_nothing(
-    plan_cache: Path,
-    tiny_unet: Any,
+    small_plans: Path,
+    small_unet: Any,
     files: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    engine = engine_with(plan_cache, tiny_unet, 2, 2)
+    engine = engine_with(small_plans, small_unet, 2, 2)
     before = engine(**inputs())
     with pytest.raises(InvalidFile, match="absent"):
         engine.prefetch(tmp_path / "absent.safetensors")
@@ -469,14 +474,14 @@ def storages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[torch
 
 
 def test_fifty_checkpoints_in_a_pool_that_holds_six(
-    plan_cache: Path,
-    tiny_unet: Any,
+    small_plans: Path,
+    small_unet: Any,
     states: list[State],
     tmp_path: Path,
     storages: list[weakref.ref[torch.Tensor]],
 ) -> None:
     """Budgets hold within 1 %, by what is really allocated, and every checkpoint is right."""
-    engine = engine_with(plan_cache, tiny_unet, 6)
+    engine = engine_with(small_plans, small_unet, 6)
     size = engine._network.weights.bytes
     bias, path = "conv_out.bias", tmp_path / "a.safetensors"
     base = {name: value.half() for name, value in states[0].items()}
@@ -510,15 +515,15 @@ def test_fifty_checkpoints_in_a_pool_that_holds_six(
 
 
 def test_swaps_go_on_while_memory_runs_out(
-    plan_cache: Path,
-    tiny_unet: Any,
+    small_plans: Path,
+    small_unet: Any,
     files: list[Path],
     expected: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Another program takes what was free: copies are given up, pictures stay right."""
     left = 1 << 40
-    engine = engine_with(plan_cache, tiny_unet, 6, free=lambda tier: left)
+    engine = engine_with(small_plans, small_unet, 6, free=lambda tier: left)
     for index in range(3):
         engine.load_weights(files[index])
     assert engine.report()["pool"]["tiers"]["cpu"]["blocks"] == 2
@@ -551,9 +556,9 @@ def test_swaps_go_on_while_memory_runs_out(
 
 
 def test_an_engine_is_made_where_only_copies_are_in_the_way(
-    plan_cache: Path, tiny_unet: Any, files: list[Path], monkeypatch: pytest.MonkeyPatch
+    small_plans: Path, small_unet: Any, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = engine_with(plan_cache, tiny_unet, 6)
+    engine = engine_with(small_plans, small_unet, 6)
     engine.load_weights(files[1])
     plan, pool, tries = engine._network.plan, engine.session.pool, []
     allocate = Weights.__init__
@@ -570,8 +575,10 @@ def test_an_engine_is_made_where_only_copies_are_in_the_way(
     assert tries[0] > 0 and tries[1] == 0
 
 
-def test_copies_go_with_their_network(plan_cache: Path, tiny_unet: Any, files: list[Path]) -> None:
-    engine = engine_with(plan_cache, tiny_unet, 6)
+def test_copies_go_with_their_network(
+    small_plans: Path, small_unet: Any, files: list[Path]
+) -> None:
+    engine = engine_with(small_plans, small_unet, 6)
     pool = engine.session.pool
     engine.load_weights(files[0])
     engine.load_weights(files[1])
@@ -582,13 +589,13 @@ def test_copies_go_with_their_network(plan_cache: Path, tiny_unet: Any, files: l
 
 
 def test_an_engine_may_be_collected_while_its_thread_is_in_the_pool(
-    plan_cache: Path, tiny_unet: Any, files: list[Path]
+    small_plans: Path, small_unet: Any, files: list[Path]
 ) -> None:
     """The collector runs finalizers wherever it likes."""
-    engine = engine_with(plan_cache, tiny_unet, 6)
+    engine = engine_with(small_plans, small_unet, 6)
     pool, network = engine.session.pool, engine._network
     fill(pool, "of the module", network.weights.bytes, owner=network._owner)
-    engine.set_loras([(make_lora(3), 1.0)])
+    engine.set_loras([(make_lora(3, two_levels()), 1.0)])
     assert pool.bytes("cpu", network._owner) > network.weights.bytes
     held = [engine]
     del engine
@@ -607,15 +614,15 @@ def test_an_engine_may_be_collected_while_its_thread_is_in_the_pool(
 
 @pytest.mark.parametrize("way", ["restore", "write"])
 def test_an_interrupt_at_the_end_of_a_swap_leaves_the_engine_as_it_was(
-    plan_cache: Path,
-    tiny_unet: Any,
+    small_plans: Path,
+    small_unet: Any,
     files: list[Path],
     expected: list[Any],
     monkeypatch: pytest.MonkeyPatch,
     way: str,
 ) -> None:
     """Ctrl-C once the arena has the new weights, before the engine knows."""
-    engine = engine_with(plan_cache, tiny_unet, 4 if way == "restore" else 0)
+    engine = engine_with(small_plans, small_unet, 4 if way == "restore" else 0)
     for index in (1, 0):
         engine.load_weights(files[index])
     original = getattr(Weights, way)
@@ -632,18 +639,18 @@ def test_an_interrupt_at_the_end_of_a_swap_leaves_the_engine_as_it_was(
 
 
 def test_swaps_do_not_depend_on_what_the_caller_has_set(
-    plan_cache: Path, tiny_unet: Any, files: list[Path]
+    small_plans: Path, small_unet: Any, files: list[Path]
 ) -> None:
     """Autocast would round what LoRAs add; a default device or dtype be taken for buffers."""
-    plain, other = (engine_with(plan_cache, tiny_unet, 0) for _ in range(2))
+    plain, other = (engine_with(small_plans, small_unet, 0) for _ in range(2))
     for engine in (plain, other):
         engine.load_weights(files[0])
-    lora = make_lora(3)
+    lora = make_lora(3, two_levels())
     plain.set_loras([(lora, 0.7)])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         other.set_loras([(lora, 0.7)])
     assert torch.equal(other(**inputs()), plain(**inputs()))
-    source = Slow(make_unet(1).state_dict())
+    source = Slow(make_unet(1, two_levels()).state_dict())
     with torch.device("meta"):
         other.load_weights(files[1])
         copy = Transfer(CPU).gather(["conv_in.bias"], source)
@@ -653,11 +660,13 @@ def test_swaps_do_not_depend_on_what_the_caller_has_set(
 
 
 def test_a_second_try_has_the_memory_of_the_first(
-    plan_cache: Path, tiny_unet: Any, monkeypatch: pytest.MonkeyPatch
+    small_plans: Path, small_unet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = engine_with(plan_cache, tiny_unet, 0)
+    engine = engine_with(small_plans, small_unet, 0)
     network, held = engine._network, list[weakref.ref[torch.Tensor]]()
+    engine.load_weights(small_unet.state_dict())
     engine(**inputs())
+    assert transfer_for(CPU)._idle, "the weights came through slots"
 
     def make() -> list[bool]:
         large = torch.zeros(10)
@@ -668,6 +677,7 @@ def test_a_second_try_has_the_memory_of_the_first(
 
     assert network._room_for(make) == [True, True]
     assert not network._executables, "the sizes that were ready went for it"
+    assert not transfer_for(CPU)._idle
 
     def full(self: Executable, *arguments: Any) -> Any:
         raise torch.OutOfMemoryError("full")
@@ -678,19 +688,19 @@ def test_a_second_try_has_the_memory_of_the_first(
 
 
 def test_what_cannot_be_found_again_is_not_fetched_ahead(
-    plan_cache: Path, tiny_unet: Any, states: list[State]
+    small_plans: Path, small_unet: Any, states: list[State]
 ) -> None:
     """Each load of a state dict vouches for itself alone."""
-    engine = engine_with(plan_cache, tiny_unet, 6, 6)
+    engine = engine_with(small_plans, small_unet, 6, 6)
     engine.prefetch(states[1]).result(timeout=60)
     assert all(tier["blocks"] == 0 for tier in engine.report()["pool"]["tiers"].values())
 
 
 def test_loras_with_a_rank_of_its_own_in_each_layer_need_no_more_memory(
-    monkeypatch: pytest.MonkeyPatch, plan_cache: Path, tiny_unet: Any
+    monkeypatch: pytest.MonkeyPatch, small_plans: Path, small_unet: Any
 ) -> None:
     """On a GPU parameters wait to go together; here they are made to."""
-    engine = engine_with(plan_cache, tiny_unet, 0)
+    engine = engine_with(small_plans, small_unet, 0)
     weights = engine._network.weights
     generator, targets = torch.Generator().manual_seed(0), []
     for name, shape in weights.shapes.items():
@@ -714,10 +724,10 @@ def test_loras_with_a_rank_of_its_own_in_each_layer_need_no_more_memory(
             yield from super().values()
             waiting.remove(id(self))
 
-    monkeypatch.setattr(weights_module, "batch_size", lambda shape, device: 4)
+    monkeypatch.setattr(weights_module, "batch_size", lambda shape, ranks, device: 4)
     monkeypatch.setattr(weights_module, "Batch", Counted)
-    read = {name: tiny_unet.get_parameter(name) for name in weights.shapes}
-    source = StateDictSource(tiny_unet.state_dict(), tiny_config())
+    read = {name: small_unet.get_parameter(name) for name in weights.shapes}
+    source = StateDictSource(small_unet.state_dict(), two_levels())
     torch.set_default_dtype(torch.float16)  # as loaders of models do for a while
     try:
         weights.write(list(weights.shapes), source, ((lora, 0.5),))
@@ -731,10 +741,10 @@ def test_loras_with_a_rank_of_its_own_in_each_layer_need_no_more_memory(
 
 
 def test_state_dicts_that_nobody_can_ask_for_again_are_not_kept(
-    plan_cache: Path, tiny_unet: Any, states: list[State]
+    small_plans: Path, small_unet: Any, states: list[State]
 ) -> None:
-    engine = engine_with(plan_cache, tiny_unet, 6)
+    engine = engine_with(small_plans, small_unet, 6)
     for state in states:
         engine.load_weights(state)
-        engine.set_loras([(make_lora(3), 1.0)])
+        engine.set_loras([(make_lora(3, two_levels()), 1.0)])
         assert engine.report()["pool"]["tiers"]["cpu"]["blocks"] == 1, "for its LoRA alone"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import tiny_config
+from support import two_levels
 
 from accel.bench.networks import Case
 from benchmarks import swaps
@@ -18,16 +18,16 @@ LIMITS = {"matmul_tflops": 0.1, "copy_tbps": 0.01, "h2d_gbps": None}
 
 @pytest.fixture(scope="module")
 def case() -> Case:
-    return Case("tiny", tiny_config(), 64, 64, batch=1, precision="fp32")
+    return Case("tiny", two_levels(), 64, 64, batch=1, precision="fp32")
 
 
 def test_every_figure_has_its_row(
-    case: Case, plan_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, small_plans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
     for name, value in {"SWAPS": 4, "FORWARDS": 1, "ROUNDS": 1, "LORA_ROUNDS": 1}.items():
         monkeypatch.setattr(swaps, name, value)
-    monkeypatch.setenv("SWITCHYARD_CACHE_DIR", str(plan_cache))
+    monkeypatch.setenv("SWITCHYARD_CACHE_DIR", str(small_plans))
     rows = swaps.measure(case, CPU, tmp_path, LIMITS, checkpoints=2)
     found: dict[tuple[Any, ...], Any] = {
         (row["variant"], row["operation"], row.get("tier"), row.get("loras")): row for row in rows

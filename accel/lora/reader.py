@@ -60,7 +60,9 @@ class Lora:
     format: str
     patches: dict[str, Patch]
     skipped: tuple[str, ...]
-    _parts: dict[str | None, Lora] = field(default_factory=dict, repr=False, compare=False)
+    _parts: dict[str, Mapping[str | None, Lora]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def by_block(self, of: Mapping[str, str]) -> Mapping[str | None, Lora]:
         """The LoRA taken apart by block, what lies in none under None; the same objects each time.
@@ -68,13 +70,13 @@ class Lora:
         of: parameter name -> its block, always the same for one LoRA. What holds a part knows by
         its identity that nothing of that block has changed.
         """
-        if not self._parts:
+        if "parts" not in self._parts:
             found: dict[str | None, dict[str, Patch]] = {}
             for target, patch in self.patches.items():
                 found.setdefault(of.get(target), {})[target] = patch
-            for block, patches in found.items():
-                self._parts[block] = replace(self, patches=patches, _parts={})
-        return self._parts
+            parts = {block: replace(self, patches=own, _parts={}) for block, own in found.items()}
+            self._parts.setdefault("parts", parts)  # of two threads the first one's
+        return self._parts["parts"]
 
 
 @dataclass(frozen=True)

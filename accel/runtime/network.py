@@ -516,7 +516,8 @@ def _differing(names: Iterable[str], before: Adapters, after: Adapters) -> list[
     """The parameters that two LoRA sets do not change alike."""
 
     def changes(name: str, adapters: Adapters) -> tuple[tuple[int, float], ...]:
-        return _standing(tuple(entry for entry in adapters if name in entry[0].patches))
+        on = ((a.patches[name], s) for a, s in adapters if s != 0.0 and name in a.patches)
+        return tuple((id(patch), strength) for patch, strength in on)
 
     return [name for name in names if changes(name, before) != changes(name, after)]
 

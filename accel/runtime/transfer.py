@@ -401,7 +401,11 @@ def _give_way() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-@lru_cache(maxsize=16)
 def transfer_for(device: torch.device, background: bool = False) -> Transfer:
     """The device's own, one for those who wait and one for reading ahead."""
+    return _transfer(device, background)
+
+
+@lru_cache(maxsize=16)
+def _transfer(device: torch.device, background: bool) -> Transfer:
     return Transfer(device, background)
