@@ -316,7 +316,7 @@ def test_what_another_tool_added_to_a_file_stays(clock: Clock, tmp_path: Path) -
     path = tmp_path / "gpu.json"
     to_file(path, CALLS[:1])
     data = json.loads(path.read_text())
-    data["fit"] = {"launch_us": 2.5}
+    data["fit"] = {"version": 1, "constants": {"x": {"launch": 2.5}}, "tiles": {}}
     data["entries"][CALLS[0].key]["others"] = [["tiled", {"tile": 64}, 9.0]]
     data["meta"]["note"] = "by hand"
     path.write_text(json.dumps(data))
