@@ -357,6 +357,22 @@ def test_the_ranking_is_by_time_and_the_unknown_last() -> None:
     assert dict(next(r.config for r in ranked if r.kernel is OURS)) == TILE
 
 
+@pytest.mark.parametrize(("faster", "taken"), [(0.96, False), (0.9, True)])
+def test_a_number_that_may_be_another_algorithms_has_to_win_clearly(
+    faster: float, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, library = linear(9000, 1280, 1280), kernel("cublaslt.linear")
+    times = {"cublaslt.linear": 100 * faster, "cublas.linear": 101.0, TMA: 100.0}
+
+    def predictions(self: Model, call: Call, candidates: Any) -> list[cost.Prediction]:
+        return [cost.Prediction(times[name], 0.02) for name, _ in candidates]
+
+    monkeypatch.setattr(Model, "predictions", predictions)
+    ranked = Model(H200).rank(call, [(OURS, TILE), (LIBRARY, {}), (library, {"algorithm": 2})])
+    assert (ranked[0].kernel is library) is taken
+    assert ranked[1].kernel is (OURS if taken else library), "it is among the first to be timed"
+
+
 def test_pruning_keeps_what_may_win() -> None:
     call, model = linear(8192, 1280, 1280), Model(H200)
     variants = [(OURS, TILE | {"stages": s, "block_k": k}) for s in (3, 4, 5) for k in (32, 64)]
@@ -575,9 +591,11 @@ def test_how_far_the_rest_is_from_what_is_wanted() -> None:
     """
     assert value("h200", "worst_regret", "sdxl:896x1152", "all") <= 0.12
     assert value("h200", "worst_regret", BOTH, "all") <= 0.41
+    assert value("h200", "worst_regret", BOTH, "entries") <= 0.33
     assert value("h200", "tuning_regret", "sd15:768x768", "all") <= 0.03
     assert value("h200", "top4_hit", "sd15:768x768", "all") >= 0.92
-    assert value("h200", "tuning_regret", BOTH, "entries") <= 0.031
+    assert value("h200", "tuning_regret", BOTH, "entries") <= 0.025
+    assert value("h100", "tuning_regret", BOTH, "entries") <= 0.035
     assert value("h200", "top4_hit", BOTH, "entries") >= 0.945
     assert value("h100", "top4_hit", BOTH, "all") >= 0.945
 

@@ -197,7 +197,7 @@ class Provisional:
     """A selector whose choices are provisional until it is settled."""
 
     def __init__(self, selector: Selector) -> None:
-        self._selector, self.settled = selector, False
+        self._selector, self.settled, self.renewed = selector, False, 0
 
     def select(self, calls: Any) -> list[Choice]:
         found = self._selector.select(calls)
@@ -208,6 +208,7 @@ class Provisional:
 
     def renew(self) -> None:
         """Its choices follow `settled` as it is."""
+        self.renewed += 1
 
 
 def test_kernels_change_when_a_host_says_so(engine: Engine) -> None:
@@ -218,7 +219,9 @@ def test_kernels_change_when_a_host_says_so(engine: Engine) -> None:
     network._selector = selector
     sizes = [arguments(), {**arguments(), "sample": torch.randn(2, 4, 5, 9)}]
     expected = [engine.call((), size, "a") for size in sizes]
+    assert selector.renewed == 1, "by the first size of all"
     network.refresh()
+    assert selector.renewed == 2
     assert [torch.equal(engine.call((), s, "a"), e) for s, e in zip(sizes, expected, strict=True)]
     assert engine.report()["binds"] == 2 and network.provisional, "it is not settled yet"
     selector.settled = True

@@ -245,7 +245,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(
+        SwitchyardError, match=r"gpu\.json cannot be written: No space left on device"
+    ):
         to_file(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["gpu.json"]
 
@@ -312,11 +314,23 @@ def test_a_file_that_is_no_profile_is_not_overwritten(clock: Clock, tmp_path: Pa
     assert "mine" in path.read_text()
 
 
+def test_where_nothing_is_left_to_time_the_call_fails_and_the_others_are_kept(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = Calibration(next(iter(KNOWN)))
+    monkeypatch.setattr(calibration, "in_full", lambda calls: calls[:3])
+    monkeypatch.setattr(calibration, "worth_timing", lambda call, candidates: [])
+    path = tmp_path / "gpu.json"
+    done = to_file(path, CALLS[:5], calibration=calibration)
+    assert (done.measured, done.failed, done.candidates) == (3, 2, 6)
+    assert len(json.loads(path.read_text())["entries"]) == 3
+
+
 def test_what_another_tool_added_to_a_file_stays(clock: Clock, tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     to_file(path, CALLS[:1])
     data = json.loads(path.read_text())
-    data["fit"] = {"launch_us": 2.5}
+    data["fit"] = {"version": 1, "constants": {"x": {"launch": 2.5}}, "tiles": {}}
     data["entries"][CALLS[0].key]["others"] = [["tiled", {"tile": 64}, 9.0]]
     data["meta"]["note"] = "by hand"
     path.write_text(json.dumps(data))

@@ -420,8 +420,10 @@ class Network:
             return self._executables[key]
         while len(self._executables) >= MAX_EXECUTABLES:
             self._evict()
-        self.counters.binds += 1
         selector = self._chooser()
+        if self.counters.binds == 0:  # what was provisional for another's need not be here
+            selector.renew()
+        self.counters.binds += 1
         executable = self._executables[key] = Executable(
             plan,
             dims,

@@ -87,6 +87,15 @@ DOUBT = 0.5
 """Standard deviations by which a candidate of uncertain time counts as slower when one is chosen,
 and as quicker when several are to be timed."""
 
+NUMBERED = {"cublaslt.": "algorithm", "cudnn_frontend.": "plan"}
+"""Kernels of libraries that choose by a number in a list of the library's own making, for each GPU,
+version and size."""
+
+RENUMBERED = 0.05
+"""Logarithm of a time by which such a kernel counts as slower when one is chosen: at a size that
+was not measured the number may be another algorithm's, which is the worst that held-out sizes got.
+"""
+
 REACH = 1.25
 """How much slower than the best prediction a kernel's own best may be and still be timed."""
 
@@ -200,15 +209,15 @@ class Model:
     def rank(self, call: Call, candidates: Sequence[tuple[Kernel, Config]]) -> list[Ranked]:
         """The candidates, the one to choose first, then those that may be quicker, likeliest first.
 
-        First comes the least time, doubt counted as time lost; then the others, doubt counted as
-        time that may be won. What the model does not know comes last.
+        First comes the least time, doubt (and `RENUMBERED`) counted as time lost; then the others,
+        doubt counted as time that may be won. What the model does not know comes last.
         """
         named = [(kernel.name, config) for kernel, config in candidates]
         found = self.predictions(call, named)
         known = [(p, place) for place, p in enumerate(found) if p is not None]
         order = sorted(known, key=lambda item: math.log(item[0].us) - DOUBT * item[0].doubt)
         if order:
-            best = min(order, key=lambda item: math.log(item[0].us) + DOUBT * item[0].doubt)
+            best = min(order, key=lambda item: _safely(item[0], *named[item[1]]))
             order.remove(best)
             order.insert(0, best)
         places = [place for _, place in order]
@@ -265,6 +274,17 @@ class Model:
                     points += [point for point in made if point.options.size]
             self._groups[name] = _Group(points)
         return self._groups[name]
+
+
+def numbered(kernel: str, config: Config) -> bool:
+    """Whether a library's algorithm is known by its number alone."""
+    return any(kernel.startswith(prefix) and name in config for prefix, name in NUMBERED.items())
+
+
+def _safely(predicted: Prediction, kernel: str, config: Config) -> float:
+    """The logarithm of a time that is hardly exceeded."""
+    unsure = RENUMBERED if numbered(kernel, config) else 0.0
+    return math.log(predicted.us) + DOUBT * predicted.doubt + unsure
 
 
 # Neighbours.

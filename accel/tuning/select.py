@@ -27,7 +27,7 @@ from ..settings import settings
 from . import ahead
 from .chips import chip_of, named
 from .compiling import Compiler, Variant, deadly, launches_of
-from .cost import Fit, Model, Ranked
+from .cost import NUMBERED, Fit, Model, Ranked, numbered
 from .measure import WRONG, Measurement, measure
 from .profile import OTHERS, Entry, Profile, family_of, profile_cache
 
@@ -537,9 +537,8 @@ def _carried(entry: Entry) -> list[tuple[str, Config, float]]:
     """
     found: dict[tuple[str, str], tuple[str, Config, float]] = {}
     for kernel, config, us in entry.times():
-        prefix = next((name for name in _NUMBERED if kernel.startswith(name)), None)
-        if prefix is not None and _NUMBERED[prefix] in config:
-            config = {**config, _NUMBERED[prefix]: 0}
+        if numbered(kernel, config):
+            config = {**config, **{name: 0 for name in NUMBERED.values() if name in config}}
         found.setdefault((kernel, json.dumps(dict(config), sort_keys=True)), (kernel, config, us))
     return list(found.values())
 
@@ -592,20 +591,13 @@ def _adopted(
     return None
 
 
-_NUMBERED = {"cublaslt.": "algorithm", "cudnn_frontend.": "plan"}
-"""Kernels of libraries that choose by a number in a list of the library's own making."""
-
-
 def _is_numbered(entry: Entry) -> bool:
     """Whether it names a library's algorithm by a number that means another one here.
 
     The lists are heuristics' answers for one GPU and one version of the library: number 5 there is
     some other algorithm here, if there is one.
     """
-    return entry.elsewhere is not None and any(
-        entry.kernel.startswith(prefix) and name in entry.config
-        for prefix, name in _NUMBERED.items()
-    )
+    return entry.elsewhere is not None and numbered(entry.kernel, entry.config)
 
 
 def _first_of(entry: Entry, call: Call, candidates: Candidates) -> tuple[Kernel, Config] | None:

@@ -211,7 +211,7 @@ class ProfileFile:
 
     def _write(self) -> None:
         self._content.meta = {**self._content.meta, **spec(self._hardware, self._command)}
-        write_whole(self._path, profile_file.written(self._content).encode())
+        _write(self._path, profile_file.written(self._content))
 
 
 def spec(hardware: Hardware, command: str) -> dict[str, Any]:
@@ -264,7 +264,7 @@ class Details:
             f"{json.dumps(call)}: {self._lines[call]}" for call in sorted(self._lines)
         )
         text = f'{{"meta": {json.dumps(self._meta)},\n"calls": {{\n{calls}\n}}}}\n'
-        write_whole(self._path, text.encode())
+        _write(self._path, text)
 
 
 def _detailed(path: Path, hardware: Hardware) -> dict[str, str]:
@@ -278,6 +278,16 @@ def _detailed(path: Path, hardware: Hardware) -> dict[str, str]:
         raise InvalidFile("it holds no candidates' times") from None
     _check_same(meta, hardware)
     return lines
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        reason = error.strerror or error
+        raise SwitchyardError(
+            f"{path} cannot be written: {reason}; it has what was measured until then"
+        ) from error
 
 
 def _rounded(us: float | None) -> float | None:
