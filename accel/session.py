@@ -373,11 +373,17 @@ class Engine:
         with self.session._lock:
             self._schedule = tuple(planned)
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether LoRAs change over a sampling, so that `at_step` is to be called."""
+        return self._schedule is not None
+
     def at_step(self, step: int, steps: int) -> SwapReport:
         """Put on the LoRAs that the schedule has for step `step`, from 0, of `steps`.
 
-        To be called before each step of a sampling. Only parameters whose LoRAs change are written,
-        and nothing at all where none does. Without a schedule the LoRA set stays as it is.
+        To be called before each step of a sampling, as accelerated pipelines of diffusers do. Only
+        parameters whose LoRAs change are written, and nothing at all where none does. Without a
+        schedule the LoRA set stays as it is.
         """
         if not 0 <= step < steps:
             raise InvalidInput(f"there is no step {step!r} of {steps!r}")

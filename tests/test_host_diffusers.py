@@ -10,6 +10,7 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -421,6 +422,50 @@ def test_the_lora_scale_of_a_call_runs_on_the_host(pair: tuple[Any, Any]) -> Non
         for settings in (scaled, {}):
             check(ours.unet(*arguments, **settings)[0], plain.unet(*arguments, **settings)[0])
     assert len(fallbacks(ours)) == 1 and "scale" in fallbacks(ours)[0]
+
+
+def test_scheduled_loras_change_at_their_steps(session: Session) -> None:
+    """As peft's own do that a callback switches: half of the steps of this sampling, not of all."""
+    parts = {name: part for name, part in sd().components.items() if name != "image_encoder"}
+    plain = StableDiffusionImg2ImgPipeline(**parts)
+    pipe = accelerate(StableDiffusionImg2ImgPipeline(**sd().components), session)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    settings = {"image": image, "strength": 0.5, "num_inference_steps": 8, **prompt()}
+
+    def draw(pipe: Any, **more: Any) -> Tensor:
+        seeded = torch.Generator().manual_seed(0)
+        found: Tensor = pipe(**settings, **more, generator=seeded, output_type="latent").images
+        return found
+
+    bare = draw(plain)
+    check(draw(pipe), bare)
+    plain.load_lora_weights(lora_of(1), adapter_name="a")
+
+    def off_after_two(pipe: Any, step: int, _: Any, tensors: Any) -> Any:
+        if step == 1:
+            pipe.disable_lora()
+        return tensors
+
+    expected = draw(plain, callback_on_step_end=off_after_two)
+    (engine,) = engines(pipe)
+    engine.schedule_loras([(lora_of(1), 1.0, 0.0, 0.5)])
+    for _ in range(2):  # the schedule begins anew with each sampling
+        check(draw(pipe), expected)
+        assert engine.report()["loras"] == []
+    differ(expected, bare)
+    engine.set_loras([])
+    check(draw(pipe), bare)
+    assert not fallbacks(pipe)
+    restore(pipe)
+
+
+def test_steps_are_told_by_their_timesteps() -> None:
+    """Two networks are called in each; a scheduler of second order lists timesteps twice."""
+    listed = torch.tensor([900.0, 700, 700, 500, 500, 300, 300])
+    pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=listed), _num_timesteps=5)
+    run = host._Run(hoist=False, pipe=pipe)
+    seen = [run.step(t) for t in (torch.tensor([700]), 700, 500, torch.tensor(500.0), 300, 100)]
+    assert seen == [(0, 3), (0, 3), (1, 3), (1, 3), (2, 3), (2, 3)]
 
 
 def test_dora_is_followed_through_all_its_states(pair: tuple[Any, Any]) -> None:

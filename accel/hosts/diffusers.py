@@ -208,10 +208,12 @@ class _Run:
 
     _numbers = itertools.count()
 
-    def __init__(self, hoist: bool) -> None:
+    def __init__(self, hoist: bool, pipe: Any = None) -> None:
         self._number = next(self._numbers)
-        self._hoist = hoist
+        self._hoist, self._pipe = hoist, pipe
         self._held: dict[int, Tensor] = {}
+        self._timestep: float | None = None
+        self._step, self._steps = -1, 1
 
     def key(self, prompt: Sequence[Tensor]) -> object | None:
         """Equal keys vouch for the same tensors, unchanged. None: nothing can be vouched for."""
@@ -221,8 +223,28 @@ class _Run:
         self._held.update((id(tensor), tensor) for tensor in prompt)
         return (self._number, *((id(tensor), tensor._version) for tensor in prompt))
 
+    def step(self, timestep: Any) -> tuple[int, int]:
+        """Which step, from 0, of how many a network is called for at `timestep`.
+
+        All calls of one step have one timestep, whichever network's they are.
+        """
+        now = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+        if now != self._timestep:
+            if self._timestep is None:
+                self._steps = self._count(now)
+            self._timestep, self._step = now, self._step + 1
+        return min(self._step, self._steps - 1), self._steps
+
+    def _count(self, first: float) -> int:
+        """How many steps the pipeline takes, of its scheduler's from `first` on."""
+        listed = self._pipe.scheduler.timesteps.tolist()
+        start = listed.index(first) if first in listed else 0
+        own = listed[start : start + getattr(self._pipe, "_num_timesteps", len(listed))]
+        # Schedulers of second order list a timestep twice in a row.
+        return max(1, len(list(itertools.groupby(own))))
+
     def end(self) -> None:
-        self._hoist = False
+        self._hoist, self._pipe = False, None
         self._held.clear()
 
 
@@ -234,7 +256,7 @@ def _pipeline_class(original: Any) -> type:
 
     @functools.wraps(original.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        run = _Run(_may_hoist(signature.bind_partial(self, *args, **kwargs).arguments))
+        run = _Run(_may_hoist(signature.bind_partial(self, *args, **kwargs).arguments), self)
         token = _run.set(run)
         try:
             return original.__call__(self, *args, **kwargs)
@@ -458,6 +480,9 @@ class _Network:
             key = None
             if run is not None:
                 key = run.key(prompt_tensors(self.engine.config, "diffusers", args, kwargs))
+                if self.engine.scheduled:
+                    timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+                    self.engine.at_step(*run.step(timestep))
             result = self.engine.call(args, kwargs, key)
             # Looked at while the device works: a change is from before this call.
             if self._unchanged(deep=new):
