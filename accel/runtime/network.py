@@ -112,6 +112,9 @@ class Network:
 
     def _give_up_waiting(self) -> None:
         self.pool.shrink(self._tier)
+        self._give_back_slots()
+
+    def _give_back_slots(self) -> None:
         for background in (False, True):
             transfer_for(self.device, background).give_back()
 
@@ -287,7 +290,8 @@ class Network:
         seat = self.live
         if seat is None:
             return
-        self.pool.trim(self._tier)
+        if self.pool.trim(self._tier) and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # else PyTorch keeps for itself what others need
         self.pool.put(
             self._tier,
             self._owner,
@@ -302,8 +306,11 @@ class Network:
         return seat.source is not None and self.pool.holds(self._tier, self._owner, what)
 
     def free_parked(self) -> None:
-        """Give up the copies of weights that wait: they are read from their sources again."""
+        """Give up the copies of weights that wait, which are read from their sources again, and
+        the room on the device that they went through.
+        """
         self.pool.drop(self._owner)
+        self._give_back_slots()
 
     def leave(self, seat: Seat) -> None:
         """Forget a seat whose engine is gone. A copy of a file that it held is the pool's to keep.

@@ -149,11 +149,16 @@ class Pool:
             self._counters["refused"] += 1
             return False
 
-    def trim(self, tier: str) -> None:
-        """Give back what other programs need: blocks go until the tier's reserve is free again."""
+    def trim(self, tier: str) -> int:
+        """Give back what other programs need: blocks go until the tier's reserve is free again.
+
+        The bytes given up.
+        """
         with self._turn():
+            before = self._bytes(tier)
             while self._free(tier) < 0 and self._evict(tier):
                 pass
+            return before - self._bytes(tier)
 
     def shrink(self, tier: str) -> int:
         """Give up all of a tier, since memory has run out there; the bytes given up."""

@@ -431,6 +431,25 @@ def test_an_interrupt_ends_the_run_and_harms_nothing(load, prompt):
     assert on_engine()
 
 
+def test_a_checkpoint_that_could_not_be_brought_back_leaves_no_copy(load, prompt, monkeypatch):
+    first, second = (accelerate(load(letter=letter), Options(wait=True)) for letter in "ab")
+    expected = [sample(model, *prompt) for model in (first, second)]
+    engine = engine_of(first)
+    network = engine.network
+    assert network.pool.bytes("cpu", network._owner) == network.weights.bytes, "that of the first"
+
+    def lost(self, storage):
+        raise RuntimeError("the device went away")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="went away"):
+        patch.setattr(type(network.weights), "restore", lost)
+        running.bring_in(first, engine)
+    assert network.pool.bytes("cpu", network._owner) == network.weights.bytes, "of the second"
+    for model, one in zip((first, second), expected, strict=True):
+        assert torch.equal(sample(model, *prompt), one)
+        assert on_engine()
+
+
 def test_no_memory_for_the_engine_is_the_hosts_path(load, prompt, monkeypatch):
     plain = load()
     fast = accelerate(plain, Options(wait=True))

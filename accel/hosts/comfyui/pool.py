@@ -185,30 +185,42 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
             network = self._network()
             checkpoint = self._checkpoints.pop(identity, None)
             sample = source.sample()
-            if checkpoint is None or checkpoint.sample != sample:
-                if checkpoint is not None:
-                    network.leave(checkpoint.seat)
+            if checkpoint is not None and checkpoint.sample != sample:
+                network.leave(checkpoint.seat)
+                checkpoint = None
+            if checkpoint is None:
                 checkpoint = Checkpoint(sample=sample)
-                network.load(checkpoint.seat, source)
-                checkpoint.patched = source.patched
-            else:
-                names = set()
-                if checkpoint.patches_id != patches_id:
-                    patched, before = source.patched, checkpoint.patched
-                    both = patched.keys() | before.keys()
-                    names = {name for name in both if patched.get(name) != before.get(name)}
-                    checkpoint.patched = patched
-                if names:
-                    network.update(checkpoint.seat, names, source)
-                else:
-                    checkpoint.seat.source = source
-                    network.activate(checkpoint.seat)
+            try:
+                self._bring(network, checkpoint, source, patches_id)
+            except BaseException:  # what waits of it could not be found again
+                network.leave(checkpoint.seat)
+                raise
             checkpoint.patches_id = patches_id
             self._checkpoints[identity] = checkpoint
             while len(self._checkpoints) > MAX_CHECKPOINTS:
                 network.leave(self._checkpoints.popitem(last=False)[1].seat)
             self.last_used = time.time()
         return checkpoint.seat, (time.perf_counter() - started) * 1e3
+
+    def _bring(
+        self, network: Network, checkpoint: Checkpoint, source: PatchedSource, patches_id: Hashable
+    ) -> None:
+        """Make a checkpoint live, whatever part of it has to be written for that."""
+        if checkpoint.seat.source is None:
+            network.load(checkpoint.seat, source)
+            checkpoint.patched = source.patched
+            return
+        names = set()
+        if checkpoint.patches_id != patches_id:
+            patched, before = source.patched, checkpoint.patched
+            both = patched.keys() | before.keys()
+            names = {name for name in both if patched.get(name) != before.get(name)}
+            checkpoint.patched = patched
+        if names:
+            network.update(checkpoint.seat, names, source)
+        else:
+            checkpoint.seat.source = source
+            network.activate(checkpoint.seat)
 
     def holds(self, seat: Seat) -> bool:
         """Whether a seat still has its weights: the host may have evicted them."""
