@@ -253,7 +253,8 @@ class Comparison:
         where = where if kind == "denoised" else f"{where}, {kind}"
         self.errors.append((error, host, where))
         if host > HOST_USUALLY:
-            each = (own[part] - expected[part]).flatten(1).norm(dim=1) / size
+            away = own[part] - expected[part]
+            each = away.reshape(len(away), -1).norm(dim=1) / size
             self.notes.setdefault("host_by_image", {})[where] = each.tolist()
         limit = CLOSE if self.float32 else RATIO * host + SLACK
         if error <= limit and host < HOST_AT_MOST:  # NaN is neither

@@ -95,7 +95,12 @@ NEVER_SHOWN = {
     "for users of the package alone": {
         "the state dict is of no known family, and names and shapes alone do not fix the network: "
         "a module is needed",
+        "a mix is a list of (path or state dict, weight)",
+        "a mix is a list of at least one (path or state dict, weight)",
         "this engine has no weights: load_weights first",
+        "weights are given as a .safetensors path or a dict of tensors",
+        "{} is a finite number, not {}",
+        "{} is a {} tensor without plain values",
         "{} is of no known family, and names and shapes alone do not fix the network: "
         "a module is needed",
     },
