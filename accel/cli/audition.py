@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import output
-from .demo import _positive, _size
+from .arguments import painting, positive
 
 
 def add(commands: Any) -> None:
@@ -25,12 +25,9 @@ def add(commands: Any) -> None:
         metavar="DIR",
         help="folder of SD1.5 or SDXL .safetensors files",
     )
-    command.add_argument("--prompt", help="what to paint")
-    command.add_argument("--size", type=_size, metavar="WxH", help="pixels, multiples of 8")
-    command.add_argument("--steps", type=_positive, default=20, help="default: %(default)s")
-    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    painting(command, prompt="what to paint")
     command.add_argument(
-        "--images", type=_positive, default=1, metavar="N", help="seeds for each checkpoint"
+        "--images", type=positive, default=1, metavar="N", help="seeds for each checkpoint"
     )
     command.add_argument(
         "--out",
@@ -39,14 +36,6 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="the contact sheet (default: %(default)s)",
     )
-    command.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="DIR",
-        help="CLIP's vocab.json and merges.txt, such as ComfyUI/comfy/sd1_tokenizer",
-    )
-    command.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    command.add_argument("--json", action="store_true", help="print a JSON object instead")
     command.set_defaults(run=run)
 
 

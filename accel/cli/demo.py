@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
 from . import output
+from .arguments import painting
 
 
 def add(commands: Any) -> None:
@@ -36,18 +36,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--lora", type=Path, metavar="FILE", help="a LoRA for them")
     command.add_argument("--controlnet", type=Path, metavar="FILE", help="a ControlNet for them")
-    command.add_argument("--prompt", help="what to paint; the tiny world knows coloured shapes")
-    command.add_argument("--size", type=_size, metavar="WxH", help="pixels, multiples of 8")
-    command.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="DIR",
-        help="CLIP's vocab.json and merges.txt, such as ComfyUI/comfy/sd1_tokenizer",
-    )
-    command.add_argument("--steps", type=_positive, default=20, help="default: %(default)s")
-    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    command.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    command.add_argument("--json", action="store_true", help="print a JSON object instead")
+    painting(command, prompt="what to paint; the tiny world knows coloured shapes")
     command.set_defaults(run=run)
 
 
@@ -114,23 +103,3 @@ def run(options: argparse.Namespace) -> int:
     for line in result.remarks:
         console.print(line, soft_wrap=True, markup=False)
     return 0
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)[xX×](\d+)", text.strip())
-    width, height = (int(part) for part in match.groups()) if match else (0, 0)
-    if not match or min(width, height) < 64 or max(width, height) > 8192 or width % 8 or height % 8:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no size: give WIDTHxHEIGHT in multiples of 8 from 64 up, such as 768x512"
-        )
-    return width, height
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if not 1 <= number <= 1000:
-        raise argparse.ArgumentTypeError(f"{text} is no number of steps from 1 to 1000")
-    return number
-
-
-_positive.__name__ = "number"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DeviceUnavailable, InvalidInput
 from . import output
-from .demo import _size
+from .arguments import size as _size
 
 if TYPE_CHECKING:
     from ..hardware import Hardware
