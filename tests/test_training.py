@@ -163,19 +163,7 @@ def test_a_training_step_needs_nothing_of_the_host() -> None:
     unet, text = networks.make_unet().to(meta), networks.make_text_encoder().to(meta)
     controlnet = networks.make_controlnet().to(meta)
 
-    def predict(noisy: phases.Noisy) -> Tensor:
-        context = text(noisy.tokens).last_hidden_state
-        skips, middle = controlnet(
-            noisy.latent, noisy.timestep, context, controlnet_cond=noisy.hint, return_dict=False
-        )
-        return unet(
-            noisy.latent,
-            noisy.timestep,
-            context,
-            down_block_additional_residuals=skips,
-            mid_block_additional_residual=middle,
-            return_dict=False,
-        )[0]
+    predict = phases.predictor(unet, text, controlnet)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(8, *shape, dtype=dtype, device=meta)

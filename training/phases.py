@@ -304,9 +304,26 @@ def _denoising_loss(
     return loss
 
 
-def _context(text: Any, tokens: Tensor) -> Tensor:
-    states: Tensor = text(tokens).last_hidden_state
-    return states
+def predictor(unet: Any, text: Any, controlnet: Any = None) -> Callable[[Noisy], Tensor]:
+    """What the networks together predict for a noisy batch."""
+
+    def predict(noisy: Noisy) -> Tensor:
+        context = text(noisy.tokens).last_hidden_state
+        residuals = {}
+        if controlnet is not None:
+            skips, middle = controlnet(
+                noisy.latent, noisy.timestep, context, controlnet_cond=noisy.hint, return_dict=False
+            )
+            residuals = {
+                "down_block_additional_residuals": skips,
+                "mid_block_additional_residual": middle,
+            }
+        predicted: Tensor = unet(
+            noisy.latent, noisy.timestep, context, return_dict=False, **residuals
+        )[0]
+        return predicted
+
+    return predict
 
 
 def _base(budget: Budget, settings: Settings) -> None:
@@ -315,25 +332,29 @@ def _base(budget: Budget, settings: Settings) -> None:
     if settings.resume:
         unet, text = load_unet(settings), load_text_encoder(settings)
 
-    def predict(noisy: Noisy) -> Tensor:
-        context = _context(text, noisy.tokens)
-        return unet(noisy.latent, noisy.timestep, context, return_dict=False)[0]
-
     learned = {f"unet.{name}": p for name, p in unet.named_parameters()}
     learned |= {f"text.{name}": p for name, p in text.named_parameters()}
-    _fit("base", learned, _denoising("base", "flat", predict, settings), budget, settings)
+    _fit(
+        "base",
+        learned,
+        _denoising("base", "flat", predictor(unet, text), settings),
+        budget,
+        settings,
+    )
 
 
 def _sketch(budget: Budget, settings: Settings) -> None:
     unet = load_unet(settings, "sketch" if settings.resume else "base")
     text = load_text_encoder(settings)
 
-    def predict(noisy: Noisy) -> Tensor:
-        context = _context(text, noisy.tokens)
-        return unet(noisy.latent, noisy.timestep, context, return_dict=False)[0]
-
     learned = {f"unet.{name}": p for name, p in unet.named_parameters()}
-    _fit("sketch", learned, _denoising("sketch", "sketch", predict, settings), budget, settings)
+    _fit(
+        "sketch",
+        learned,
+        _denoising("sketch", "sketch", predictor(unet, text), settings),
+        budget,
+        settings,
+    )
 
 
 def _night(budget: Budget, settings: Settings) -> None:
@@ -343,12 +364,8 @@ def _night(budget: Budget, settings: Settings) -> None:
         load_weights(with_adapters, result(settings.work, "night"))
     _placed(with_adapters, settings.device)
 
-    def predict(noisy: Noisy) -> Tensor:
-        context = _context(text, noisy.tokens)
-        return unet(noisy.latent, noisy.timestep, context, return_dict=False)[0]
-
     with adapted(unet, with_adapters):
-        losses = _denoising("night", "night", predict, settings)
+        losses = _denoising("night", "night", predictor(unet, text), settings)
         _fit("night", dict(with_adapters.named_parameters()), losses, budget, settings)
 
 
@@ -361,22 +378,7 @@ def _edges(budget: Budget, settings: Settings) -> None:
         own = dict(controlnet.named_parameters())
         load_weights(controlnet, own | {n: p for n, p in unet.named_parameters() if n in own})
     _placed(controlnet, settings.device)
-
-    def predict(noisy: Noisy) -> Tensor:
-        context = _context(text, noisy.tokens)
-        skips, middle = controlnet(
-            noisy.latent, noisy.timestep, context, controlnet_cond=noisy.hint, return_dict=False
-        )
-        return unet(
-            noisy.latent,
-            noisy.timestep,
-            context,
-            down_block_additional_residuals=skips,
-            mid_block_additional_residual=middle,
-            return_dict=False,
-        )[0]
-
-    losses = _denoising("edges", "flat", predict, settings, hinted=True)
+    losses = _denoising("edges", "flat", predictor(unet, text, controlnet), settings, hinted=True)
     _fit("edges", dict(controlnet.named_parameters()), losses, budget, settings)
 
 
