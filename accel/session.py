@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -72,8 +72,6 @@ HEADERS = 256
 
 RECENT_LORA_BYTES = 2 << 30
 """Sizes of LoRA files whose tensors a session keeps in RAM though no engine has them on."""
-
-T = TypeVar("T")
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -182,7 +180,10 @@ class Session:
             return source
         found = source_of(given, config)
         if isinstance(found, FileSource) and key is not None:
-            _keep(self._sources, key, found, HEADERS, self._lock)
+            with self._lock:
+                while len(self._sources) >= HEADERS:
+                    self._sources.pop(next(iter(self._sources)))
+                self._sources[key] = found
         return found
 
     def _lora(self, source: Weightlike, config: UNetConfig) -> Lora:
@@ -527,14 +528,6 @@ def _weights_of_blocks(
         return block_weights(given, known.names, known.attention)
     except InvalidInput as error:
         raise InvalidInput(f"LoRA {lora.name!r}: {error}") from error
-
-
-def _keep(kept: dict[Any, T], key: Any, value: T, most: int, lock: threading.RLock) -> None:
-    """Remember the latest `most` of a kind."""
-    with lock:
-        while len(kept) >= most:
-            kept.pop(next(iter(kept)))
-        kept[key] = value
 
 
 def _require_comparable(key: object) -> None:

@@ -365,8 +365,21 @@ def both(pair: tuple[Any, Any], do: Callable[[Any], Any]) -> None:
         do(pipe)
 
 
-def test_loras_are_followed_through_all_their_states(pair: tuple[Any, Any]) -> None:
+def followed(pair: tuple[Any, Any], steps: list[Callable[[Any], Any]]) -> list[Any]:
+    """The accelerated pipeline's picture after each step, all as the plain one's."""
     plain, ours = pair
+    seen = []
+    for step in steps:
+        both(pair, step)
+        expected, picture = draw(plain), draw(ours)
+        check(picture, expected)
+        seen.append(picture)
+    assert not fallbacks(ours)
+    return seen
+
+
+def test_loras_are_followed_through_all_their_states(pair: tuple[Any, Any]) -> None:
+    _, ours = pair
     one, two = lora_of(1), lora_of(2)
     without = draw(ours)
     steps: list[Callable[[Any], Any]] = [
@@ -387,13 +400,7 @@ def test_loras_are_followed_through_all_their_states(pair: tuple[Any, Any]) -> N
         lambda p: p.fuse_lora(),
         lambda p: p.unload_lora_weights(),
     ]
-    seen = [without]
-    for step in steps:
-        both(pair, step)
-        expected, picture = draw(plain), draw(ours)
-        check(picture, expected)
-        seen.append(picture)
-    assert not fallbacks(ours)
+    seen = [without, *followed(pair, steps)]
     differ(seen[1], without)
     check(seen[-1], seen[-2])  # fused, and still there when the adapters are gone
     differ(seen[-1], without)
@@ -469,7 +476,7 @@ def test_steps_are_told_by_their_timesteps() -> None:
 
 
 def test_dora_is_followed_through_all_its_states(pair: tuple[Any, Any]) -> None:
-    plain, ours = pair
+    _, ours = pair
     without = draw(ours)
     dora, other = lora_of(1, use_dora=True), lora_of(2)
     assert any("magnitude" in name for name in dora)
@@ -487,13 +494,7 @@ def test_dora_is_followed_through_all_its_states(pair: tuple[Any, Any]) -> None:
         ),
         lambda p: p.unload_lora_weights(),
     ]
-    seen = [without]
-    for step in steps:
-        both(pair, step)
-        expected, picture = draw(plain), draw(ours)
-        check(picture, expected)
-        seen.append(picture)
-    assert not fallbacks(ours)
+    seen = [without, *followed(pair, steps)]
     for before, after in itertools.pairwise(seen):
         differ(after, before)
     check(seen[-1], without)
