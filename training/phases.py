@@ -334,13 +334,8 @@ def _base(budget: Budget, settings: Settings) -> None:
 
     learned = {f"unet.{name}": p for name, p in unet.named_parameters()}
     learned |= {f"text.{name}": p for name, p in text.named_parameters()}
-    _fit(
-        "base",
-        learned,
-        _denoising("base", "flat", predictor(unet, text), settings),
-        budget,
-        settings,
-    )
+    losses = _denoising("base", "flat", predictor(unet, text), settings)
+    _fit("base", learned, losses, budget, settings)
 
 
 def _sketch(budget: Budget, settings: Settings) -> None:
@@ -348,13 +343,8 @@ def _sketch(budget: Budget, settings: Settings) -> None:
     text = load_text_encoder(settings)
 
     learned = {f"unet.{name}": p for name, p in unet.named_parameters()}
-    _fit(
-        "sketch",
-        learned,
-        _denoising("sketch", "sketch", predictor(unet, text), settings),
-        budget,
-        settings,
-    )
+    losses = _denoising("sketch", "sketch", predictor(unet, text), settings)
+    _fit("sketch", learned, losses, budget, settings)
 
 
 def _night(budget: Budget, settings: Settings) -> None:
