@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Importable by every part; they import only each other.
-LEAVES = {"cache", "errors", "hardware", "processes", "settings", "tensorfile"}
+LEAVES = {"background", "cache", "errors", "hardware", "processes", "settings", "tensorfile"}
 
 # Part of accel/ (a file or a folder) or folder of hosts' files -> the parts it may import.
 LAYERS: dict[str, set[str]] = {

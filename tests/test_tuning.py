@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from accel import tuning
+from accel import background, tuning
 from accel.cache import DiskCache
 from accel.errors import OutOfMemory
 from accel.hardware import describe
@@ -632,8 +632,8 @@ def test_a_process_that_goes_away_remembers_nothing(
 ) -> None:
     ours = made("ours", launches=lambda *arguments: [Code("ours")])
     monkeypatch.setattr(Code, "compile", lambda self: None)
-    monkeypatch.setattr(compiling, "_closing", threading.Event())
-    compiling._closing.set()
+    monkeypatch.setattr(background, "closing", threading.Event())
+    background.closing.set()
     processes["works"] = False
     processes["go"].set()
     compiler = Compiler(GPU, CUDA, cache)
@@ -808,7 +808,7 @@ def test_who_has_had_enough_ends_what_he_began_and_nothing_else(
         compiling.compile_apart({"mine": variant}, GPU, 1)
     assert set(compiling._processes) == {stays} and stays.poll() is None
     # The end of this process ends all, and none is started any more.
-    monkeypatch.setattr(compiling, "_closing", threading.Event())
+    monkeypatch.setattr(background, "closing", threading.Event())
     compiling._end_those(None)
     other.join(10)
     assert not other.is_alive() and not compiling._processes

@@ -26,7 +26,7 @@ import psutil
 import torch
 import xxhash
 
-from .. import kernels, processes
+from .. import background, kernels, processes
 from ..cache import DiskCache
 from ..hardware import Hardware
 from ..kernels.launch import cache_token, pretend
@@ -63,8 +63,6 @@ _processes: dict[subprocess.Popen[bytes], threading.Event] = {}
 
 _starting = threading.Lock()
 """Held while one is started, so that none starts unseen while others are ended."""
-
-_closing = threading.Event()
 
 _deadly: set[str] = set()
 """What tells code apart whose compilation ended a process, or did not come to an end."""
@@ -153,16 +151,14 @@ class Compiler:
             found = {k: made for k, made in found.items() if k not in self._under_way}
             self._under_way |= found.keys()
         if found:
-            threading.Thread(
-                target=self._work, args=(found,), name="switchyard-compile", daemon=True
-            ).start()
+            background.start("compile", self._work, found)
 
     def _work(self, found: Mapping[str, tuple[Variant, AnyLaunch]]) -> None:
         try:
             wanted = {key: variant for key, (variant, _) in found.items()}
             done = compile_apart(wanted, self.hardware, processors() // 4, NICENESS)
             for key in found.keys() - done - _deadly:  # refused there, or no process could be had
-                if _closing.is_set():
+                if background.closing.is_set():
                     return
                 with torch.cuda.device(self._device), contextlib.suppress(Exception):
                     found[key][1].compile()
@@ -285,7 +281,7 @@ def _compile_share(
             _end(process)
         done.update(*map(str.split, lines))
         count = len(lines) - 1  # behind the first, one for each variant
-        if count in (-1, len(variants)) or stop.is_set() or _closing.is_set():
+        if count in (-1, len(variants)) or stop.is_set() or background.closing.is_set():
             if count < 0:
                 logger.info("a process that compiles kernels ended with %s", process.returncode)
             break
@@ -299,7 +295,7 @@ def _compile_share(
 def _started(stop: threading.Event, low: bool) -> subprocess.Popen[bytes] | None:
     """A process that serves; None where none can be had, or is wanted."""
     with _starting:
-        if stop.is_set() or _closing.is_set():
+        if stop.is_set() or background.closing.is_set():
             return None
         try:
             process = subprocess.Popen(
@@ -350,7 +346,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _end_those(stop: threading.Event | None) -> None:
     """End the processes that `stop` is of; None: all."""
     with _starting:
-        (_closing if stop is None else stop).set()
+        (background.closing if stop is None else stop).set()
         ended = [process for process, own in _processes.items() if stop in (None, own)]
     for process in ended:
         _end(process)

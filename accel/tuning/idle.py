@@ -13,6 +13,7 @@ import time
 from contextlib import AbstractContextManager
 from functools import partial
 
+from .. import background
 from .select import Selector
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,7 @@ class IdleTuner:
         _used = time.monotonic()
         with self._starting:
             if self._thread is None and self._selector.guessed():
-                self._thread = threading.Thread(
-                    target=self._work, name="switchyard-idle", daemon=True
-                )
-                self._thread.start()
+                self._thread = background.start("idle", self._work, stop=self._stopped.set)
 
     def stop(self) -> None:
         """Time nothing more: the session is gone."""

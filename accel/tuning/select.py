@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .. import kernels
+from .. import background, kernels
 from ..errors import OutOfMemory
 from ..hardware import Hardware, describe
 from ..kernels.registry import Call, Config, Kernel
@@ -181,9 +181,7 @@ class Selector:
         with self._lock:
             self._prepared |= {family_of(key)[0] for key in self._choices}
             self._preparing += 1
-        threading.Thread(
-            target=self._prepare, args=(plan, calls), name="switchyard-ahead", daemon=True
-        ).start()
+        background.start("ahead", self._prepare, plan, calls)
 
     def _prepare(self, plan: str, calls: Callable[[], Iterable[Call]]) -> None:
         try:
