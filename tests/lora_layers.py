@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from accel.errors import InvalidLora
 from accel.lora import Lora, read_lora
+from accel.runtime.adapters import InRam, Near, _tensors
+from accel.runtime.transfer import transfer_for
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 LDM_BLOCK = "middle_block.1.transformer_blocks.0"
@@ -80,12 +82,22 @@ SHAPES = {name: tuple(value.shape) for name, value in Net(list(LAYERS)).named_pa
 def assert_merged(
     lora: Lora, net: nn.Module, merged: Merged, tolerance: float = 1e-6, strength: float = 1.0
 ) -> None:
-    """Every parameter of `merged`, and no other, is the net's own plus the LoRA's delta."""
+    """Every parameter of `merged`, and no other, is the net's own plus the LoRA's delta.
+
+    It is the same bit for bit from the copy of its tensors that a device keeps.
+    """
     own = dict(net.named_parameters())
+    near = Near(lora, InRam(lora), transfer_for(torch.device("cpu")))
+    copied, given = (
+        {tensor.data_ptr() for patch in one.patches.values() for tensor in _tensors(patch)}
+        for one in (near, lora)
+    )
+    assert copied and copied.isdisjoint(given), "all of it is copied"
     assert set(lora.patches) == set(merged)
     for name, want in merged.items():
         base = own[name].detach().clone()
         delta = lora.patches[name].delta(base, strength)
+        assert torch.equal(near.patches[name].delta(base, strength), delta)
         assert torch.equal(base, own[name]), f"{name}: the base was written to"
         assert delta.dtype == torch.float32 and delta.shape == base.shape
         assert (want - base).norm() > 0.1 * base.norm(), "the reference hardly differs"

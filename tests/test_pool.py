@@ -24,7 +24,7 @@ from accel.lora import LowRank
 from accel.runtime import weights as weights_module
 from accel.runtime.executable import Executable
 from accel.runtime.lowrank import OPEN_BATCHES, Batch
-from accel.runtime.network import Network
+from accel.runtime.network import _ADAPTER, Network
 from accel.runtime.pool import PINNED, Pool
 from accel.runtime.transfer import READERS, SLOTS, HostBytes, HostCopy, Transfer, transfer_for
 from accel.runtime.weights import Weights
@@ -164,6 +164,28 @@ def test_failed_allocations_shrink_the_pool_until_there_is_room() -> None:
 
     assert pool.put("cpu", None, "hopeless", 10, never) is None
     assert pool.bytes("cpu") == 0
+
+
+def test_only_what_may_goes_for_a_block() -> None:
+    pool = Pool({"cpu": 30}, free=roomy)
+    for what in "abc":
+        fill(pool, what, 10)
+
+    def put(what: str, make: Any) -> Any:
+        return pool.put("cpu", None, what, 10, make, instead_of=lambda other: other in "bd")
+
+    assert put("d", lambda: "data") == "data"
+    assert [pool.holds("cpu", None, what) for what in "abcd"] == [True, False, True, True]
+    attempts = []
+
+    def never() -> None:
+        attempts.append(pool.bytes("cpu"))
+        raise torch.OutOfMemoryError("full")
+
+    assert put("e", never) is None and attempts == [30]
+    assert [pool.holds("cpu", None, what) for what in "acd"] == [True, True, False]
+    fill(pool, "f", 10)
+    assert put("g", lambda: "data") is None, "nothing is there that may go"
 
 
 def test_whatever_else_fails_leaves_no_trace() -> None:
@@ -750,4 +772,5 @@ def test_state_dicts_that_nobody_can_ask_for_again_are_not_kept(
     for state in states:
         engine.load_weights(state)
         engine.set_loras([(make_lora(3, two_levels()), 1.0)])
-        assert engine.report()["pool"]["tiers"]["cpu"]["blocks"] == 1, "for its LoRA alone"
+        kept = [key[2][0] for key in engine.session.pool._blocks]
+        assert len(kept) == 2 and _ADAPTER in kept, "for its LoRA alone, and this"

@@ -212,8 +212,10 @@ class World:
             save_file(state, self.files[name])
         self.cut = folder / "cut.safetensors"
         self.cut.write_bytes(self.files["a"].read_bytes()[:-100])
-        self.loras = [make_lora(seed, config) for seed in (11, 12)]
-        self.bad_lora = {**self.loras[1], "lora_unet_no_such_layer.alpha": torch.tensor(1.0)}
+        first, second = (make_lora(seed, config) for seed in (11, 12))
+        save_file(first, folder / "lora.safetensors")
+        self.loras: list[Path | State] = [folder / "lora.safetensors", second]
+        self.bad_lora = {**second, "lora_unet_no_such_layer.alpha": torch.tensor(1.0)}
         generator = torch.Generator().manual_seed(0)
         self.inputs = {
             "sample": torch.randn(1, 4, 8, 8, generator=generator),
@@ -284,6 +286,7 @@ def test_three_hundred_operations_in_two_threads(small_plans: Path, tmp_path: Pa
     assert report["captures"] == 0 and report["binds"] == 1
     events = report["pool"]["events"]
     assert events["hits_cpu"] > 20 and events["evictions"] > 5 and events["prefetches"] > 2
+    assert events["loras_brought"] > 10
 
 
 def test_two_checkpoints_are_told_apart(small_plans: Path, checkpoints: list[State]) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ MOST = 32
 """Parameters in one batch."""
 
 
-@runtime_checkable
 class LowRankPatch(Protocol):
     """A patch whose change may be up @ down * scale."""
 
@@ -40,7 +39,12 @@ class LowRankPatch(Protocol):
         """What strength 1 multiplies their product by."""
 
 
-Change = tuple[LowRankPatch, float]
+class Change(NamedTuple):
+    """up @ down * scale, its strength included."""
+
+    up: Tensor
+    down: Tensor
+    scale: float
 
 
 def batch_size(shape: Sequence[int], ranks: Sequence[int], device: torch.device) -> int:
@@ -57,17 +61,20 @@ def batch_size(shape: Sequence[int], ranks: Sequence[int], device: torch.device)
 
 def low_rank(changes: Sequence[tuple[object, float]]) -> list[Change] | None:
     """The changes of a parameter if all of them are low-rank and there are some, else None."""
-    found = [
-        (patch, strength)
-        for patch, strength in changes
-        if isinstance(patch, LowRankPatch) and patch.factors is not None
-    ]
-    return found if found and len(found) == len(changes) else None
+    found = []
+    for given, strength in changes:
+        # `isinstance` of a protocol would take longer than all else that is done for a parameter.
+        factors = getattr(given, "factors", None)
+        if factors is None:
+            return None
+        up, down = factors
+        found.append(Change(up, down, cast(LowRankPatch, given).scale * strength))
+    return found or None
 
 
 def ranks(changes: Sequence[Change]) -> tuple[int, ...]:
     """The rank of each change: what parameters of one batch have in common beside their shape."""
-    return tuple(patch.factors[1].shape[0] for patch, _ in changes if patch.factors)
+    return tuple(change.down.shape[0] for change in changes)
 
 
 class Batch:
@@ -92,10 +99,9 @@ class Batch:
         """Every parameter with its changes, in float32. To be asked for once."""
         ups, downs = [], []
         for changes in zip(*self._changes, strict=True):  # one LoRA's on every parameter
-            found = [patch.factors for patch, _ in changes]
-            up = self._stacked([factors[0] for factors in found if factors])
-            down = self._stacked([factors[1] for factors in found if factors])
-            scales = [patch.scale * strength for patch, strength in changes]
+            up = self._stacked([change.up for change in changes])
+            down = self._stacked([change.down for change in changes])
+            scales = [change.scale for change in changes]
             scales += [0.0] * (self._size - len(scales))
             factor = torch.tensor(scales, dtype=torch.float32, device=self._device)
             ups.append(up * factor[:, None, None])

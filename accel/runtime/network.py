@@ -4,7 +4,8 @@ A *seat* is a set of weights that belongs to the structure: a checkpoint and its
 live, that is, in the arena which captured graphs read. What was live is *parked* in the pool, as a
 copy of the arena that is found again by what stands in it, whichever seat asks: a checkpoint that
 comes back, with the LoRAs it had, is one copy on the device, and LoRAs are put on and taken off
-from the copy of the bare checkpoint. What finds no room in the pool is read from its source.
+from the copy of the bare checkpoint. The tensors of LoRAs wait there too, beside such copies and
+never in place of one. What finds no room in the pool is read from its source.
 """
 
 from __future__ import annotations
@@ -26,16 +27,20 @@ import torch
 from ..errors import OutOfMemory, SwitchyardError
 from ..plan.schema import Plan
 from ..tuning import Selector, selector_for
+from .adapters import InRam, Near
 from .arena import Arena
 from .calls import calls_ahead
 from .executable import Executable, PromptState, bind_dims
 from .pool import PINNED, Pool, process_pool
 from .transfer import Combined, HostCopy, Readable, Stageable, Sum, transfer_for
-from .weights import Adapters, Source, SwapReport, Waiting, Weights
+from .weights import Adapter, Adapters, Source, SwapReport, Waiting, Weights
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_ADAPTER = object()
+"""Marks what copies of adapters are in the pool, where others begin with a source's stamp."""
 
 MAX_EXECUTABLES = 64
 """Shapes kept ready. A captured graph of a large UNet takes some 10 MiB beside the shared arena."""
@@ -88,6 +93,7 @@ class Network:
         self.counters = Counters()
         self.live: Seat | None = None
         self._epoch = 0
+        self._watched: dict[int, weakref.ref[Adapter]] = {}
         self._coming: dict[Hashable, Future[None]] = {}
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
         self._prompts: dict[Any, PromptState] = {}
@@ -257,10 +263,55 @@ class Network:
 
         start: a copy of the arena that is brought in first.
         """
+        near = self._near(adapters, names)
         with self._rewriting(seat, source, stamp, adapters):
             whole = None if start is None else self.weights.restore(start)
-            report = self._room_for(lambda: self.weights.write(names, origin, adapters))
+            report = self._room_for(lambda: self.weights.write(names, origin, near))
         return report if whole is None else replace(whole, bytes=whole.bytes + report.bytes)
+
+    def _near(self, adapters: Adapters, names: Collection[str]) -> Adapters:
+        """The adapters that change any of `names`, on the device where the pool has room there."""
+        return tuple(
+            (self._copy_of(adapter), strength)
+            for adapter, strength in adapters
+            if strength != 0.0 and not adapter.patches.keys().isdisjoint(names)
+        )
+
+    def _copy_of(self, adapter: Adapter) -> Adapter:
+        """An adapter's copy on the device; itself where there is no room for one.
+
+        It goes with the adapter: a file's stays while the file is known, a state dict's for as long
+        as that LoRA is on.
+        """
+        what = (_ADAPTER, id(adapter))
+        copy: Near | None = self.pool.get(self._tier, self._owner, what)
+        if copy is not None:
+            return copy
+        in_ram = InRam(adapter)
+        if not in_ram.tensors:
+            return adapter
+
+        def bring() -> Near:
+            self.pool.note("loras_brought")
+            return Near(adapter, in_ram, transfer_for(self.device))
+
+        self._watch(adapter)
+        copy = self.pool.put(
+            *(self._tier, self._owner, what, in_ram.bytes, bring),
+            instead_of=lambda other: other[0] is _ADAPTER,  # all else takes longer to have again
+        )
+        return adapter if copy is None else copy
+
+    def _watch(self, adapter: Adapter) -> None:
+        """Give up an adapter's copy once it is gone: another may come to have its identity."""
+        watched, pool, owner, known = self._watched, self.pool, self._owner, id(adapter)
+
+        def gone(reference: object) -> None:
+            watched.pop(known, None)
+            pool.drop(owner, lambda what: what == (_ADAPTER, known))
+
+        if known not in watched:
+            watched[known] = weakref.ref(adapter, gone)
 
     @contextlib.contextmanager
     def _rewriting(
@@ -524,11 +575,17 @@ def _standing(adapters: Adapters) -> tuple[tuple[int, float], ...]:
 def _differing(names: Iterable[str], before: Adapters, after: Adapters) -> list[str]:
     """The parameters that two LoRA sets do not change alike."""
 
-    def changes(name: str, adapters: Adapters) -> tuple[tuple[int, float], ...]:
-        on = ((a.patches[name], s) for a, s in adapters if s != 0.0 and name in a.patches)
-        return tuple((id(patch), strength) for patch, strength in on)
+    def changes(name: str, adapters: Adapters) -> list[tuple[int, float]]:
+        return [
+            (id(adapter.patches[name]), strength)
+            for adapter, strength in adapters
+            if strength != 0.0 and name in adapter.patches
+        ]
 
-    return [name for name in names if changes(name, before) != changes(name, after)]
+    touched = set[str]().union(*(adapter.patches for adapter, _ in (*before, *after)))
+    return [
+        name for name in names if name in touched and changes(name, before) != changes(name, after)
+    ]
 
 
 _coming_lock = threading.Lock()

@@ -24,6 +24,14 @@ from ..settings import settings
 
 logger = logging.getLogger(__name__)
 
+Which = Callable[[Any], bool]
+"""Of a block by what it is."""
+
+
+def _any(what: object) -> bool:
+    return True
+
+
 PINNED = "pinned"
 """The tier besides those of devices, which go by the device's name. Below both lie the files, which
 are read without being mapped, so that what of them is in RAM is the system's to give and take."""
@@ -64,7 +72,7 @@ class Pool:
         self._free = free or _free
         self._lock = threading.Lock()
         self._blocks: OrderedDict[Key, Block] = OrderedDict()  # the least recently used first
-        self._gone: deque[tuple[Hashable, Callable[[Any], bool]]] = deque()
+        self._gone: deque[tuple[Hashable, Which]] = deque()
         self._counters: Counter[str] = Counter()
 
     def budget(self, tier: str) -> int | None:
@@ -98,8 +106,11 @@ class Pool:
         what: Hashable,
         size: int,
         make: Callable[[], Any],
+        instead_of: Which = _any,
     ) -> Any:
         """Make room for a block of `size` bytes, make its data and keep it; None without room.
+
+        instead_of: which blocks may go for it.
 
         One that is there is kept, and is now the last to go. `make` runs without the pool's lock,
         since pinning memory takes seconds. It may raise `torch.OutOfMemoryError`: the tier then
@@ -108,7 +119,7 @@ class Pool:
         """
         key = (tier, owner, what)
         block = Block(size)
-        if not self._reserve(key, block):
+        if not self._reserve(key, block, instead_of):
             with self._turn():
                 return self._touched(key)
         while True:
@@ -117,7 +128,7 @@ class Pool:
             except torch.OutOfMemoryError:
                 with self._turn():
                     self._counters["out_of_memory"] += 1
-                    if self._evict(tier):
+                    if self._evict(tier, instead_of):
                         continue
                     self._remove(key, block)
                     self._counters["refused"] += 1
@@ -128,7 +139,7 @@ class Pool:
                 raise
             return block.data
 
-    def _reserve(self, key: Key, block: Block) -> bool:
+    def _reserve(self, key: Key, block: Block, instead_of: Which) -> bool:
         """Count a block that is yet to be made, after others have gone as its size needs it."""
         tier = key[0]
         limit = self.budget(tier)
@@ -144,7 +155,7 @@ class Pool:
                 if within and self._free(tier) >= block.bytes + pending:
                     self._blocks[key] = block
                     return True
-                if not self._evict(tier):
+                if not self._evict(tier, instead_of):
                     break
             self._counters["refused"] += 1
             return False
@@ -168,7 +179,7 @@ class Pool:
                 pass
             return before - self._bytes(tier)
 
-    def drop(self, owner: Hashable, which: Callable[[Any], bool] = lambda what: True) -> None:
+    def drop(self, owner: Hashable, which: Which = _any) -> None:
         """Give up an owner's blocks of which `which`, asked with what they are, is true.
 
         A finalizer may call this at any moment, even while its own thread is in the pool.
@@ -237,10 +248,10 @@ class Pool:
             if key[0] == tier and (owner is None or key[1] is owner)
         )
 
-    def _evict(self, tier: str) -> bool:
-        """Give up the tier's least recently used block; whether there was one."""
+    def _evict(self, tier: str, which: Which = _any) -> bool:
+        """Give up the tier's least recently used block of those that may go; whether one did."""
         for key, block in self._blocks.items():
-            if key[0] == tier and block.data is not None:
+            if key[0] == tier and block.data is not None and which(key[2]):
                 del self._blocks[key]
                 self._counters["evictions"] += 1
                 return True

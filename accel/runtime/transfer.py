@@ -144,13 +144,7 @@ class HostCopy:
     """All parameters of a source side by side in (pinned) RAM, as they are stored."""
 
     def __init__(self, names: Sequence[str], source: Stageable, pin: bool) -> None:
-        self.items: dict[str, Item] = {}
-        end = 0
-        for name in names:
-            info = source.stored(name)
-            assert info is not None
-            self.items[name] = Item(name, info, end)
-            end = align(end + info.bytes)
+        self.items, end = _side_by_side(names, source)
         self.host = HostBytes(end, pin)
 
     @staticmethod
@@ -167,6 +161,18 @@ class HostCopy:
     def read(self, name: str) -> Tensor:
         """The value, in the copy."""
         return self.items[name].view(self.host.tensor)
+
+
+def _side_by_side(names: Sequence[str], source: Stageable) -> tuple[dict[str, Item], int]:
+    """Where each value of a source stands in a copy of it, and the end of the last."""
+    items: dict[str, Item] = {}
+    end = 0
+    for name in names:
+        info = source.stored(name)
+        assert info is not None
+        items[name] = Item(name, info, end)
+        end = align(end + info.bytes)
+    return items, end
 
 
 class Slot:
@@ -262,6 +268,21 @@ class Transfer:
         list(self._readers.map(read, names))
         return copy
 
+    def bring(self, names: Sequence[str], source: Stageable) -> dict[str, Tensor]:
+        """A copy of the source on the device, in one allocation, as it is stored.
+
+        On a GPU the work has only been asked for. Raises `torch.OutOfMemoryError`.
+        """
+        items, end = _side_by_side(names, source)
+        with torch.inference_mode(False), torch.no_grad():
+            storage = torch.empty(end, dtype=torch.uint8, device=self.device)
+            with contextlib.closing(self._sent(names, source)) as runs:
+                for run, sent in runs:
+                    assert run is not None
+                    start = items[run[0].name].start  # they lie side by side here and there
+                    storage[start : start + sent.numel()].copy_(sent)
+            return {name: item.view(storage) for name, item in items.items()}
+
     def _direct(self, name: str, source: Readable) -> Tensor:
         # The raw bytes go over the bus; the cast and the transposition happen on the device.
         return source.read(name).detach().to(self.device, non_blocking=True)
@@ -290,6 +311,21 @@ class Transfer:
                 slot.done()
 
     def _staged(self, names: Sequence[str], source: Stageable) -> Iterator[Tensor]:
+        with contextlib.closing(self._sent(names, source)) as runs:
+            for run, sent in runs:
+                if run is None:
+                    yield sent
+                    continue
+                for item in run:
+                    yield item.view(sent)
+
+    def _sent(
+        self, names: Sequence[str], source: Stageable
+    ) -> Generator[tuple[list[Item] | None, Tensor], None, None]:
+        """Runs of values as bytes on the device, valid until the next is asked for.
+
+        What is not staged comes as its value, with None.
+        """
         infos = {name: source.stored(name) for name in names}
         size = self._size([info.bytes for info in infos.values() if info is not None])
         found = list(_batches(infos, size))
@@ -313,13 +349,12 @@ class Transfer:
                         read.result()
                     running.popleft()
                     if isinstance(first, str):
-                        yield self._direct(first, source)
+                        yield None, self._direct(first, source)
                         continue
                     assert filled is not None
                     last = first[-1]
-                    sent = filled.send(filled.host[: last.start + last.bytes], self._stream)
-                    for item in first:
-                        yield item.view(sent)
+                    host = filled.host[: last.start + last.bytes]
+                    yield first, filled.send(host, self._stream)
                     filled.done()
                     free.append(filled)
             finally:

@@ -1,0 +1,93 @@
+"""LoRAs on the device: the tensors of those that were used last need not cross the bus again.
+
+A rank-32 LoRA of SDXL has some 1,500 tensors, 200 to 400 MB, which any change of its strength asks
+for. What is kept is a copy of the adapter whose patches have their tensors on the device; what they
+compute is the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..plan.memory import align
+from ..tensorfile import TensorInfo
+from .transfer import Transfer
+from .weights import Adapter, Patch
+
+
+class InRam:
+    """The tensors of an adapter that are in RAM, each once, as a source.
+
+    Those that are not in one piece are left out: products can depend on how factors lie.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        found: dict[int, Tensor] = {}
+        for patch in adapter.patches.values():
+            for tensor in _tensors(patch):
+                if tensor.device.type == "cpu" and tensor.is_contiguous():
+                    found[id(tensor)] = tensor
+        self.tensors = {str(number): tensor for number, tensor in enumerate(found.values())}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a copy of them."""
+        return sum(align(tensor.nbytes) for tensor in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself."""
+        return self.tensors[name]
+
+    def stored(self, name: str) -> TensorInfo:
+        """Its shape and dtype."""
+        tensor = self.tensors[name]
+        return TensorInfo(tuple(tensor.shape), tensor.dtype)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Copy it into `out`, of its shape and dtype."""
+        out.copy_(self.tensors[name])
+
+
+class Near:
+    """An adapter with a device's copies of its tensors in RAM. It does not keep the adapter alive.
+
+    Raises `torch.OutOfMemoryError`.
+    """
+
+    def __init__(self, adapter: Adapter, in_ram: InRam, transfer: Transfer) -> None:
+        copies = transfer.bring(list(in_ram.tensors), in_ram)
+        moved = {id(tensor): copies[name] for name, tensor in in_ram.tensors.items()}
+        self.name = adapter.name
+        self.patches: Mapping[str, Patch] = {
+            name: _moved(patch, moved) for name, patch in adapter.patches.items()
+        }
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a patch, or of a part of one."""
+    if isinstance(value, Tensor):
+        yield value
+    for part in _parts(value).values():
+        yield from _tensors(part)
+
+
+def _moved(value: Any, moved: Mapping[int, Tensor]) -> Any:
+    """A patch, or a part of one, with other tensors in place of those whose `id` is in `moved`."""
+    if isinstance(value, Tensor):
+        return moved.get(id(value), value)
+    parts = {name: _moved(part, moved) for name, part in _parts(value).items()}
+    if isinstance(value, tuple):
+        return tuple(parts.values())
+    return dataclasses.replace(value, **parts) if parts else value
+
+
+def _parts(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, tuple):
+        return {str(number): part for number, part in enumerate(value)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {}
