@@ -84,7 +84,7 @@ class Batch:
         self._shape, self._size, self._device = tuple(shape), size, device
         self._names: list[str] = []
         self._changes: list[Sequence[Change]] = []
-        self._values = torch.zeros(
+        self._values = torch.empty(
             size, shape[0], prod(shape[1:]), dtype=torch.float32, device=device
         )
 
@@ -97,18 +97,23 @@ class Batch:
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter with its changes, in float32. To be asked for once."""
+        self._values[len(self._names) :].zero_()
         ups, downs = [], []
         for changes in zip(*self._changes, strict=True):  # one LoRA's on every parameter
-            up = self._stacked([change.up for change in changes])
-            down = self._stacked([change.down for change in changes])
-            scales = [change.scale for change in changes]
-            scales += [0.0] * (self._size - len(scales))
-            factor = torch.tensor(scales, dtype=torch.float32, device=self._device)
-            ups.append(up * factor[:, None, None])
-            downs.append(down)
-        self._values.baddbmm_(torch.cat(ups, 2), torch.cat(downs, 1))
+            ups.append(self._scaled(changes))
+            downs.append(self._stacked([change.down for change in changes]))
+        self._values.baddbmm_(_joined(ups, 2), _joined(downs, 1))
         for name, value in zip(self._names, self._values, strict=False):
             yield name, value.view(self._shape)
+
+    def _scaled(self, changes: Sequence[Change]) -> Tensor:
+        """The `up` factors times their scales: that of most LoRAs is the same everywhere."""
+        up = self._stacked([change.up for change in changes])
+        scales = [change.scale for change in changes]
+        if len(set(scales)) == 1:
+            return up * scales[0]
+        scales += [0.0] * (self._size - len(scales))
+        return up * torch.tensor(scales, dtype=torch.float32, device=self._device)[:, None, None]
 
     def _stacked(self, factors: Sequence[Tensor]) -> Tensor:
         """[size, …] in float32 on the device. The raw bytes go over the bus, in one piece."""
@@ -118,8 +123,13 @@ class Batch:
             factors = [factor.to(self._device).float() for factor in factors]
             first = factors[0]
         pinned = self._device.type == "cuda" and first.device.type == "cpu"
-        stacked = torch.zeros(
+        stacked = torch.empty(
             self._size, *first.shape, dtype=first.dtype, device=first.device, pin_memory=pinned
         )
         torch.stack(list(factors), out=stacked[: len(factors)])
+        stacked[len(factors) :].zero_()
         return stacked.to(self._device, non_blocking=True).float()
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
