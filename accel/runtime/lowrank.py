@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import prod
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 BATCH_BYTES = 32 << 20
 """Of float32 weights and factors in one batch: some memory beside the arena, for every shape."""
@@ -59,17 +61,18 @@ def batch_size(shape: Sequence[int], ranks: Sequence[int], device: torch.device)
     return max(1, min(MOST, BATCH_BYTES // (4 * numbers)))
 
 
-def low_rank(changes: Sequence[tuple[object, float]]) -> list[Change] | None:
-    """The changes of a parameter if all of them are low-rank and there are some, else None."""
-    found = []
+def split(changes: Sequence[tuple[T, float]]) -> tuple[list[Change], list[tuple[T, float]]]:
+    """The changes of a parameter that are low-rank, and the others."""
+    found, others = [], []
     for given, strength in changes:
         # `isinstance` of a protocol would take longer than all else that is done for a parameter.
         factors = getattr(given, "factors", None)
         if factors is None:
-            return None
-        up, down = factors
-        found.append(Change(up, down, cast(LowRankPatch, given).scale * strength))
-    return found or None
+            others.append((given, strength))
+        else:
+            up, down = factors
+            found.append(Change(up, down, cast(LowRankPatch, given).scale * strength))
+    return found, others
 
 
 def ranks(changes: Sequence[Change]) -> tuple[int, ...]:
@@ -89,7 +92,7 @@ class Batch:
         )
 
     def add(self, name: str, base: Tensor, changes: Sequence[Change]) -> bool:
-        """Take a copy of a parameter, as it is without any adapter; True once the batch is full."""
+        """Take a copy of a parameter without these changes; True once the batch is full."""
         self._values[len(self._names)].copy_(base.reshape(self._values.shape[1:]))
         self._names.append(name)
         self._changes.append(changes)

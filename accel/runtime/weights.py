@@ -21,7 +21,7 @@ from ..errors import OutOfMemory
 from ..plan.memory import align
 from ..plan.recipe import Literal, places
 from ..plan.schema import Constant, Plan, resolve
-from .lowrank import OPEN_BATCHES, Batch, batch_size, low_rank, ranks
+from .lowrank import OPEN_BATCHES, Batch, batch_size, ranks, split
 from .transfer import Readable, Transfer, transfer_for
 
 
@@ -202,17 +202,17 @@ class Weights:
                 for adapter, s in adapters
                 if name in adapter.patches and s != 0.0
             ]
-            together = low_rank(changes)
-            key = (shape, ranks(together or ()))
+            together, others = split(changes)
+            key = (shape, ranks(together))
             size = batch_size(*key, self.device) if together else 1
-            if together is None or size == 1:
+            if size == 1:
                 yield name, self._value(value, changes)
                 continue
             if key not in batches:
                 if len(batches) == OPEN_BATCHES:  # a LoRA may have a rank of its own in each layer
                     yield from batches.pop(next(iter(batches))).values()
                 batches[key] = Batch(shape, size, self.device)
-            if batches[key].add(name, value.to(self.dtype), together):
+            if batches[key].add(name, self._value(value.to(self.dtype), others), together):
                 yield from batches.pop(key).values()
         for batch in batches.values():
             yield from batch.values()
