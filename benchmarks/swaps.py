@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--commit")
     parser.add_argument("--skip-diffusers", action="store_true")
+    parser.add_argument("--only-loras", action="store_true")
     arguments = parser.parse_args()
     device = enter(arguments.device)
     width, height = (int(side) for side in arguments.size.split("x"))
@@ -82,11 +83,12 @@ def main() -> None:
             Path(folder),
             machine["ceilings"],
             arguments.checkpoints,
-            not arguments.skip_diffusers,
+            not (arguments.skip_diffusers or arguments.only_loras),
+            arguments.only_loras,
         ):
             document["rows"].append(case.facts | row)
             results.save(document, arguments.out)  # what was measured stays, whatever comes
-        if case.model in SUPPORTED:
+        if case.model in SUPPORTED and not arguments.only_loras:
             row = audition_row(Path(folder), (width, height), arguments.device)
             document["rows"].append(case.facts | row)
             results.save(document, arguments.out)
@@ -104,13 +106,14 @@ def measure(
     limits: dict[str, float | None],
     checkpoints: int = 8,
     diffusers: bool = True,
+    only_loras: bool = False,
 ) -> list[Row]:
     """All rows of a case. folder: where the checkpoints are written. limits: `ceilings`."""
     say(f"writing {checkpoints} checkpoints")
     files = write_checkpoints(case, device, folder, checkpoints)
     bench = Bench(case, device, files, limits)
-    rows = [*bench.checkpoints(), *bench.loras(), *bench.schedule(), *bench.mixes()]
-    rows += bench.forwards()
+    rows = [] if only_loras else [*bench.checkpoints(), *bench.mixes()]
+    rows += [*bench.loras(), *bench.schedule(), *bench.forwards()]
     bench.close()
     if diffusers:
         rows += diffusers_rows(case, device, files)

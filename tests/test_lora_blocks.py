@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from accel.errors import InvalidInput
 from accel.lora import block_weights, read_lora
 from accel.models import adapter_names, blocks, parameters
-from accel.runtime.lowrank import BATCH_BYTES, Batch, batch_size
 from accel.session import Engine, Session
 
 State = dict[str, Tensor]
@@ -305,99 +304,6 @@ def test_the_weight_that_is_turned_is_the_rounded_one(plan_cache: Path) -> None:
             have.copy_(place.reshape(want.shape))
             found += 1
         assert found == 1 and torch.equal(have, want)
-
-
-# ---- batches
-
-
-@pytest.fixture
-def batched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Batches of five on the CPU too; how many parameters each had, as they were made."""
-    made: list[tuple[str, int]] = []
-    whole = Batch.values
-
-    def values(self: Batch) -> Iterator[tuple[str, Tensor]]:
-        made.append((str(self._shape), len(self._names)))
-        return whole(self)
-
-    monkeypatch.setattr("accel.runtime.weights.batch_size", lambda *_: 5)
-    monkeypatch.setattr(Batch, "values", values)
-    return made
-
-
-def test_batches_equal_one_at_a_time(
-    engine: Engine, lora: State, batched: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = values(engine)
-    stack: list[Any] = [
-        (lora, 0.7),
-        (make_lora(4, rank=3), -0.4),
-        (make_lora(5), 0.0),
-        (make_lora(6), 0.3, "OUTALL"),
-        (turning(1)[1], 0.5),
-    ]
-    engine.set_loras(stack)
-    together = values(engine).view(torch.float32)
-    sizes = [number for _, number in batched]
-    assert max(sizes) == 5 and min(sizes) < 5, "full batches, and some to fill up"
-    with monkeypatch.context() as patch:
-        patch.setattr("accel.runtime.weights.batch_size", lambda *_: 1)
-        engine.set_loras([])
-        assert torch.equal(values(engine), before)
-        engine.set_loras(stack)
-    alone = values(engine).view(torch.float32)
-    assert float((alone - before.view(torch.float32)).norm()) > 1
-    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
-
-
-def test_a_parameter_does_not_depend_on_its_batch(
-    engine: Engine, tmp_path: Path, batched: list[tuple[str, int]]
-) -> None:
-    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    for seed, path in enumerate(paths, 3):
-        save_file(make_lora(seed), path)
-    engine.set_loras([(paths[0], 0.7), (paths[1], 0.5)])
-    whole = values(engine)
-    sizes = list(batched)
-    numbers = [1.0] * 26
-    for block in ("IN04", "M00", "OUT07"):  # ever other batches, back to where they were
-        numbers[1 + ALL_SD15.index(block)] = 0.5
-        engine.set_loras([(paths[0], 0.7), (paths[1], 0.5, numbers)])
-    batched.clear()
-    engine.set_loras([(paths[0], 0.7), (paths[1], 0.5, "ALL")])
-    assert sum(n for _, n in batched) < sum(n for _, n in sizes)
-    assert torch.equal(values(engine), whole)
-
-
-def test_factors_of_several_kinds_in_one_batch(
-    engine: Engine, batched: list[tuple[str, int]]
-) -> None:
-    """Cores are not batched; half and single precision go into one."""
-    lora = make_lora(3)
-    mixed = {
-        key: value.half() if place % 4 < 2 and "alpha" not in key else value
-        for place, (key, value) in enumerate(lora.items())
-    }
-    assert {value.dtype for value in mixed.values()} == {torch.float16, torch.float32}
-    engine.set_loras([(mixed, 0.7)])
-    have = values(engine).view(torch.float32)
-    assert batched
-    engine.set_loras([({key: value.float() for key, value in mixed.items()}, 0.7)])
-    torch.testing.assert_close(have, values(engine).view(torch.float32), rtol=1e-6, atol=1e-6)
-
-
-def test_batches_hold_no_more_than_they_may() -> None:
-    device = torch.device("cuda")
-    assert batch_size((640, 640), (32,), torch.device("cpu")) == 1
-    for shape in ((320, 320), (1280, 1280), (10240, 1280), (1280, 640, 3, 3)):
-        sizes = []
-        for ranks in ((4,), (32,), (128,) * 5, (128,) * 200):
-            sizes.append(batch_size(shape, ranks, device))
-            columns = torch.Size(shape[1:]).numel()
-            numbers = shape[0] * columns + (shape[0] + columns) * sum(ranks)
-            assert sizes[-1] == 1 or 4 * numbers * sizes[-1] <= BATCH_BYTES
-        assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 1
-    assert batch_size((640, 640), (32,), device) > 10
 
 
 # ---- files that a session knows

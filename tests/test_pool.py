@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from mmap import PAGESIZE
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +19,7 @@ from safetensors.torch import save_file
 from support import make_lora, make_unet, two_levels
 
 from accel.errors import InvalidFile, OutOfMemory, StructureMismatch
-from accel.lora import LowRank
-from accel.runtime import weights as weights_module
 from accel.runtime.executable import Executable
-from accel.runtime.lowrank import OPEN_BATCHES, Batch
 from accel.runtime.network import _ADAPTER, Network
 from accel.runtime.pool import PINNED, Pool
 from accel.runtime.transfer import READERS, SLOTS, HostBytes, HostCopy, Transfer, transfer_for
@@ -719,50 +715,6 @@ def test_what_cannot_be_found_again_is_not_fetched_ahead(
     engine = engine_with(small_plans, small_unet, 6, 6)
     engine.prefetch(states[1]).result(timeout=60)
     assert all(tier["blocks"] == 0 for tier in engine.report()["pool"]["tiers"].values())
-
-
-def test_loras_with_a_rank_of_its_own_in_each_layer_need_no_more_memory(
-    monkeypatch: pytest.MonkeyPatch, small_plans: Path, small_unet: Any
-) -> None:
-    """On a GPU parameters wait to go together; here they are made to."""
-    engine = engine_with(small_plans, small_unet, 0)
-    weights = engine._network.weights
-    generator, targets = torch.Generator().manual_seed(0), []
-    for name, shape in weights.shapes.items():
-        if len(shape) == 2 and "attn" in name and len(targets) < 30:
-            rank = 1 + len(targets)
-            up, down = (
-                torch.randn(*size, generator=generator)
-                for size in ((shape[0], rank), (rank, shape[1]))
-            )
-            targets.append(LowRank(name, up, down, None, 1.0))
-    lora: Any = SimpleNamespace(name="resized", patches={one.target: one for one in targets})
-    waiting, most = set[int](), []
-
-    class Counted(Batch):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
-            waiting.add(id(self))
-            most.append(len(waiting))
-
-        def values(self) -> Iterator[tuple[str, torch.Tensor]]:
-            yield from super().values()
-            waiting.remove(id(self))
-
-    monkeypatch.setattr(weights_module, "batch_size", lambda shape, ranks, device: 4)
-    monkeypatch.setattr(weights_module, "Batch", Counted)
-    read = {name: small_unet.get_parameter(name) for name in weights.shapes}
-    source = StateDictSource(small_unet.state_dict(), two_levels())
-    torch.set_default_dtype(torch.float16)  # as loaders of models do for a while
-    try:
-        weights.write(list(weights.shapes), source, ((lora, 0.5),))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert len(most) == 30 and max(most) == OPEN_BATCHES
-    for one in targets:
-        wanted = read[one.target] + one.delta(read[one.target], 0.5)
-        found = weights.read_place(one.target, weights.storage)
-        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6), one.target
 
 
 def test_state_dicts_that_nobody_can_ask_for_again_are_not_kept(

@@ -38,6 +38,13 @@ class Hadamard:
     cores: tuple[Tensor, Tensor] | None
     scale: float
 
+    @property
+    def products(self) -> list[tuple[Tensor, Tensor]] | None:
+        """The a [O, r] and b [r, I * prod(k)] as they are stored; None with cores between them."""
+        if self.cores is not None:
+            return None
+        return [(a.flatten(1), b.flatten(1)) for a, b in zip(self.a, self.b, strict=True)]
+
     def delta(self, base: Tensor, strength: float = 1.0) -> Tensor:
         """What `strength` adds to the parameter: fp32, of `base`'s shape and on its device."""
         with torch.no_grad():

@@ -40,11 +40,11 @@ class LowRank:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     @property
-    def factors(self) -> tuple[Tensor, Tensor] | None:
+    def products(self) -> list[tuple[Tensor, Tensor]] | None:
         """up [O, r] and down [r, I * prod(k)] as they are stored; None with a core between them."""
         if self.mid is not None:
             return None
-        return self.up.flatten(1), self.down.flatten(1)
+        return [(self.up.flatten(1), self.down.flatten(1))]
 
     def delta(self, base: Tensor, strength: float = 1.0) -> Tensor:
         """What `strength` adds to the parameter: fp32, of `base`'s shape and on its device."""

@@ -8,35 +8,41 @@ compute is the same bit for bit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..plan.memory import align
 from ..tensorfile import TensorInfo
 from .transfer import Transfer
-from .weights import Adapter, Patch
+
+if TYPE_CHECKING:
+    from .weights import Adapter, Patch
 
 
 class InRam:
-    """The tensors of an adapter that are in RAM, each once, as a source.
+    """Those of some tensors that are in RAM, each once, as a source.
 
     Those that are not in one piece are left out: products can depend on how factors lie.
     """
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         found: dict[int, Tensor] = {}
-        for patch in adapter.patches.values():
-            for tensor in _tensors(patch):
-                if tensor.device.type == "cpu" and tensor.is_contiguous():
-                    found[id(tensor)] = tensor
+        for tensor in tensors:
+            if tensor.device.type == "cpu" and tensor.is_contiguous():
+                found[id(tensor)] = tensor
         self.tensors = {str(number): tensor for number, tensor in enumerate(found.values())}
 
     @property
     def bytes(self) -> int:
         """Bytes of a copy of them."""
         return sum(align(tensor.nbytes) for tensor in self.tensors.values())
+
+    def brought(self, transfer: Transfer) -> dict[int, Tensor]:
+        """Copies on the device, by `id` of the tensors. Raises `torch.OutOfMemoryError`."""
+        copies = transfer.bring(list(self.tensors), self)
+        return {id(tensor): copies[name] for name, tensor in self.tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """The tensor itself."""
@@ -59,12 +65,17 @@ class Near:
     """
 
     def __init__(self, adapter: Adapter, in_ram: InRam, transfer: Transfer) -> None:
-        copies = transfer.bring(list(in_ram.tensors), in_ram)
-        moved = {id(tensor): copies[name] for name, tensor in in_ram.tensors.items()}
+        moved = in_ram.brought(transfer)
         self.name = adapter.name
         self.patches: Mapping[str, Patch] = {
             name: _moved(patch, moved) for name, patch in adapter.patches.items()
         }
+
+
+def tensors_of(adapter: Adapter) -> Iterator[Tensor]:
+    """All that its patches hold."""
+    for patch in adapter.patches.values():
+        yield from _tensors(patch)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

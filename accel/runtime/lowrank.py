@@ -1,138 +1,157 @@
-"""Low-rank changes of many parameters in one product.
+"""Low-rank changes of many parameters at once, where a GPU and Triton are.
 
 A LoRA of SDXL has some 700 layers: one at a time, a GPU waits for the host between their small
-operations. Parameters of one shape whose changes have the same ranks go together: all changes of
-all of them are one batched product, accumulated in float32 onto the weights.
-
-A batch always has the size that its shape gives, filled up with zeros, so that the same kernel runs
-whichever parameters share it: what comes out for one never depends on the others.
+operations. All parameters whose changes are products of factors, and whose places in the arena the
+kernel can write, are one launch. What comes out for one depends on its own changes alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import prod
-from typing import NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from .. import kernels
 
-BATCH_BYTES = 32 << 20
-"""Of float32 weights and factors in one batch: some memory beside the arena, for every shape."""
-
-OPEN_BATCHES = 12
-"""That are filled at a time, by shape and ranks."""
-
-MOST = 32
-"""Parameters in one batch."""
+logger = logging.getLogger(__name__)
 
 
 class LowRankPatch(Protocol):
-    """A patch whose change may be up @ down * scale."""
+    """A patch whose change may be the elementwise product of products of factors, times a scale."""
 
     @property
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """up [O, r] and down [r, I * prod(k)], floating point, on any device; None if it is not."""
+    def products(self) -> Sequence[tuple[Tensor, Tensor]] | None:
+        """One or two pairs of left [O, r] and right [r, I * prod(k)], of one floating dtype each
+        pair and on any device; None if the change is something else.
+        """
 
     @property
     def scale(self) -> float:
-        """What strength 1 multiplies their product by."""
+        """What strength 1 multiplies the change by."""
+
+
+class Place(NamedTuple):
+    """Where a parameter lies in the arena, as the kernel's table has it; in elements."""
+
+    offset: int
+    rows: int
+    columns: int
+    stride: int
+    taps: int
 
 
 class Change(NamedTuple):
-    """up @ down * scale, its strength included."""
+    """The elementwise product of left @ right of one pair or two, times a scale."""
 
-    up: Tensor
-    down: Tensor
+    pairs: Sequence[tuple[Tensor, Tensor]]
     scale: float
 
+    @property
+    def factors(self) -> list[Tensor]:
+        """All of them."""
+        return [factor for pair in self.pairs for factor in pair]
 
-def batch_size(shape: Sequence[int], ranks: Sequence[int], device: torch.device) -> int:
-    """How many parameters of `shape` with changes of `ranks` go together; 1 for one by one.
+    @property
+    def row(self) -> tuple[int, ...]:
+        """As the kernel's table has it."""
+        row: tuple[int, ...] = ()
+        for left, right in self.pairs:
+            row += (left.data_ptr(), right.data_ptr(), right.shape[0], _kinds()[left.dtype])
+        return (*row, 0, 0, 0, 0)[:8]
 
-    On the CPU nothing is gained, and of large matrices or dozens of LoRAs few fit into the memory.
+    def with_factors(self, moved: Mapping[int, Tensor]) -> Change:
+        """The same with other factors in place of those whose `id` is in `moved`."""
+        pairs = [(moved.get(id(a), a), moved.get(id(b), b)) for a, b in self.pairs]
+        return Change(pairs, self.scale)
+
+
+@lru_cache(maxsize=16)
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for weights of that dtype there. Compiles it, once a machine."""
+    if device.type != "cuda" or not kernels.load_triton():
+        return False
+    try:
+        with torch.cuda.device(device):
+            some = torch.zeros(8, 8, dtype=torch.int64, device=device)
+            values = torch.zeros(8, dtype=dtype, device=device)
+            numbers = (some.to(torch.int32), some, some, some.to(torch.float32))
+            _kernel().add_products(*numbers, values, values).warm()
+    except Exception as error:  # a GPU or a Triton that it was not made for
+        logger.warning("LoRAs are put on parameter by parameter: %s", error)
+        return False
+    return True
+
+
+def place_of(view: Tensor) -> Place | None:
+    """What the kernel needs to know of a parameter's place; None if it cannot write there.
+
+    view: the place, of the parameter's shape, in the arena as elements of its dtype.
     """
-    if device.type == "cpu":
-        return 1
-    outputs, inputs = shape[0], prod(shape[1:])
-    numbers = outputs * inputs + (outputs + inputs) * sum(ranks)
-    return max(1, min(MOST, BATCH_BYTES // (4 * numbers)))
+    if view.dim() < 2:
+        return None
+    taps = prod(map(int, view.shape[2:]))
+    if view[0].is_contiguous():
+        order = 1
+    elif view[0].movedim(0, -1).is_contiguous():
+        order = taps
+    else:
+        return None
+    rows, inputs = int(view.shape[0]), int(view.shape[1])
+    place = Place(int(view.storage_offset()), rows, inputs * taps, view.stride(0), order)
+    aligned = (place.offset, place.columns, place.stride)
+    return None if any(number % _kernel().ALIGNED for number in aligned) else place
 
 
-def split(changes: Sequence[tuple[T, float]]) -> tuple[list[Change], list[tuple[T, float]]]:
-    """The changes of a parameter that are low-rank, and the others."""
-    found, others = [], []
-    for given, strength in changes:
-        # `isinstance` of a protocol would take longer than all else that is done for a parameter.
-        factors = getattr(given, "factors", None)
-        if factors is None:
-            others.append((given, strength))
-        else:
-            up, down = factors
-            found.append(Change(up, down, cast(LowRankPatch, given).scale * strength))
-    return found, others
+def change_of(patch: Any, strength: float, device: torch.device) -> Change | None:
+    """A patch's change; None if the kernel cannot make it. Its factors may be in RAM as yet."""
+    pairs = getattr(patch, "products", None)
+    if not pairs or len(pairs) > 2:
+        return None
+    for left, right in pairs:
+        alike = left.dtype == right.dtype and left.dtype in _kinds()
+        whole = left.is_contiguous() and right.is_contiguous()
+        reached = all(one.device == device or one.device.type == "cpu" for one in (left, right))
+        if not (alike and whole and reached):
+            return None
+    return Change(pairs, patch.scale * strength)
 
 
-def ranks(changes: Sequence[Change]) -> tuple[int, ...]:
-    """The rank of each change: what parameters of one batch have in common beside their shape."""
-    return tuple(change.down.shape[0] for change in changes)
+def add(base: Tensor, out: Tensor, parameters: Sequence[tuple[Place, Sequence[Change]]]) -> None:
+    """out = base + changes at the place of each parameter.
+
+    base, out: arenas as elements of the places' dtype; may be the same. On a GPU the work has only
+    been asked for, and the factors must stay until it is done.
+    """
+    kernel = _kernel()
+    where = np.array([place for place, _ in parameters], dtype=np.int64)
+    counts = np.array([len(changes) for _, changes in parameters], dtype=np.int64)
+    tiles = -(-where[:, 1] // kernel.ROWS) * -(-where[:, 2] // kernel.COLUMNS)
+    begins = [(np.cumsum(numbers) - numbers)[:, None] for numbers in (tiles, counts)]
+    places = np.concatenate([where, *begins, counts[:, None]], axis=1)
+    all_changes = [change for _, changes in parameters for change in changes]
+    rows = np.array([change.row for change in all_changes], dtype=np.int64).reshape(-1, 8)
+    scales = np.array([change.scale for change in all_changes], dtype=np.float32)
+    numbers = (
+        np.repeat(np.arange(len(tiles), dtype=np.int32), tiles),
+        *(places, rows if len(rows) else np.zeros((1, 8), np.int64)),
+        scales if len(scales) else np.zeros(1, np.float32),
+    )
+    tables = [torch.from_numpy(table).to(out.device) for table in numbers]
+    kernel.add_products(*tables, base, out).run()
 
 
-class Batch:
-    """Up to `size` parameters of one shape and their changes, which have the same ranks."""
+def _kernel() -> Any:
+    from ..kernels import lowrank
 
-    def __init__(self, shape: Sequence[int], size: int, device: torch.device) -> None:
-        self._shape, self._size, self._device = tuple(shape), size, device
-        self._names: list[str] = []
-        self._changes: list[Sequence[Change]] = []
-        self._values = torch.empty(
-            size, shape[0], prod(shape[1:]), dtype=torch.float32, device=device
-        )
-
-    def add(self, name: str, base: Tensor, changes: Sequence[Change]) -> bool:
-        """Take a copy of a parameter without these changes; True once the batch is full."""
-        self._values[len(self._names)].copy_(base.reshape(self._values.shape[1:]))
-        self._names.append(name)
-        self._changes.append(changes)
-        return len(self._names) == self._size
-
-    def values(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter with its changes, in float32. To be asked for once."""
-        self._values[len(self._names) :].zero_()
-        ups, downs = [], []
-        for changes in zip(*self._changes, strict=True):  # one LoRA's on every parameter
-            ups.append(self._scaled(changes))
-            downs.append(self._stacked([change.down for change in changes]))
-        self._values.baddbmm_(_joined(ups, 2), _joined(downs, 1))
-        for name, value in zip(self._names, self._values, strict=False):
-            yield name, value.view(self._shape)
-
-    def _scaled(self, changes: Sequence[Change]) -> Tensor:
-        """The `up` factors times their scales: that of most LoRAs is the same everywhere."""
-        up = self._stacked([change.up for change in changes])
-        scales = [change.scale for change in changes]
-        if len(set(scales)) == 1:
-            return up * scales[0]
-        scales += [0.0] * (self._size - len(scales))
-        return up * torch.tensor(scales, dtype=torch.float32, device=self._device)[:, None, None]
-
-    def _stacked(self, factors: Sequence[Tensor]) -> Tensor:
-        """[size, …] in float32 on the device. The raw bytes go over the bus, in one piece."""
-        first = factors[0]
-        alike = all((f.dtype, f.device) == (first.dtype, first.device) for f in factors)
-        if not alike:
-            factors = [factor.to(self._device).float() for factor in factors]
-            first = factors[0]
-        pinned = self._device.type == "cuda" and first.device.type == "cpu"
-        stacked = torch.empty(
-            self._size, *first.shape, dtype=first.dtype, device=first.device, pin_memory=pinned
-        )
-        torch.stack(list(factors), out=stacked[: len(factors)])
-        stacked[len(factors) :].zero_()
-        return stacked.to(self._device, non_blocking=True).float()
+    return lowrank
 
 
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+@lru_cache(maxsize=1)
+def _kinds() -> dict[torch.dtype, int]:
+    return {dtype: number for number, dtype in enumerate(_kernel().KINDS)}

@@ -27,7 +27,7 @@ import torch
 from ..errors import OutOfMemory, SwitchyardError
 from ..plan.schema import Plan
 from ..tuning import Selector, selector_for
-from .adapters import InRam, Near
+from .adapters import InRam, Near, tensors_of
 from .arena import Arena
 from .calls import calls_ahead
 from .executable import Executable, PromptState, bind_dims
@@ -287,7 +287,7 @@ class Network:
         copy: Near | None = self.pool.get(self._tier, self._owner, what)
         if copy is not None:
             return copy
-        in_ram = InRam(adapter)
+        in_ram = InRam(tensors_of(adapter))
         if not in_ram.tensors:
             return adapter
 

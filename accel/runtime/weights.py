@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
@@ -21,8 +21,15 @@ from ..errors import OutOfMemory
 from ..plan.memory import align
 from ..plan.recipe import Literal, places
 from ..plan.schema import Constant, Plan, resolve
-from .lowrank import OPEN_BATCHES, Batch, batch_size, ranks, split
+from . import lowrank
+from .adapters import InRam
 from .transfer import Readable, Transfer, transfer_for
+
+Together = dict[str, tuple[lowrank.Place, list[lowrank.Change]]]
+"""Parameters that one launch writes: where they lie, and their changes."""
+
+FACTOR_BYTES = 64 << 20
+"""Of LoRAs' factors that are brought to the device for one launch, where the pool has no room."""
 
 
 class Source(Protocol):
@@ -102,6 +109,7 @@ class Weights:
             self.constants: dict[str, torch.Tensor] = {}
             self.shapes: dict[str, tuple[int, ...]] = {}
             self._places: dict[str, list[tuple[str, torch.Tensor]]] = {}
+            self._table: dict[str, lowrank.Place | None] = {}
             for constant, offset in zip(plan.constants, offsets, strict=True):
                 self._place(constant, offset)
 
@@ -166,58 +174,93 @@ class Weights:
         transfer: Transfer,
     ) -> tuple[int, int]:
         """Bytes and constants written."""
-        written, touched = 0, set()
+        parked = source.storage if isinstance(source, Waiting) else None
+        together = self._together(names, adapters, parked is not None)
+        # What is not parked is first written without its changes, which are then added in place.
+        rest = [name for name in names if parked is None or name not in together]
         with (
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast(self.device.type, enabled=False),
-            contextlib.closing(transfer.values(list(names), source)) as values,
+            contextlib.closing(transfer.values(rest, source)) as values,
         ):
-            for name, value in self._values(zip(names, values, strict=True), adapters):
-                for constant, place in self._places[name]:
-                    _same_place(place, storage).copy_(value)
-                    written += place.numel() * place.element_size()
-                    touched.add(constant)
-        return written, len(touched)
+            for name, raw in zip(rest, values, strict=True):
+                value = raw.reshape(self.shapes[name])
+                changed = value if name in together else self._changed(name, value, adapters)
+                for _, place in self._places[name]:
+                    _same_place(place, storage).copy_(changed)
+            if together:
+                self._add(together, storage if parked is None else parked, storage, transfer)
+        written = [place for name in names for place in self._places[name]]
+        total = sum(place.numel() * place.element_size() for _, place in written)
+        return total, len({constant for constant, _ in written})
 
     def read_place(self, name: str, storage: torch.Tensor) -> torch.Tensor:
         """A parameter as it stands in a copy of the arena, at the widest where it has several."""
         places = (place for _, place in self._places[name])
         return _same_place(max(places, key=lambda place: place.element_size()), storage)
 
-    def _values(
-        self, stored: Iterable[tuple[str, torch.Tensor]], adapters: Adapters
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter of those on the device with its adapters.
+    def _together(self, names: Collection[str], adapters: Adapters, parked: bool) -> Together:
+        """The parameters that one launch writes, with their changes.
 
-        In the order given, but for low-rank changes on a GPU, which go together by shape. Of what
-        is `stored`, each is used before the next is asked for.
+        parked: whether their values are parked; those without changes are then copied by it, too.
         """
-        batches: dict[Hashable, Batch] = {}
-        for name, raw in stored:
-            shape = self.shapes[name]
-            value = raw.reshape(shape)
-            changes = [
-                (adapter.patches[name], s)
-                for adapter, s in adapters
-                if name in adapter.patches and s != 0.0
-            ]
-            together, others = split(changes)
-            key = (shape, ranks(together))
-            size = batch_size(*key, self.device) if together else 1
-            if size == 1:
-                yield name, self._value(value, changes)
+        if not (adapters or parked) or not lowrank.available(self.device, self.dtype):
+            return {}
+        found: Together = {}
+        for name in names:
+            changes = _changes(name, adapters)
+            place = self._tabled(name)
+            if place is None or not (changes or parked):
                 continue
-            if key not in batches:
-                if len(batches) == OPEN_BATCHES:  # a LoRA may have a rank of its own in each layer
-                    yield from batches.pop(next(iter(batches))).values()
-                batches[key] = Batch(shape, size, self.device)
-            if batches[key].add(name, self._value(value.to(self.dtype), others), together):
-                yield from batches.pop(key).values()
-        for batch in batches.values():
-            yield from batch.values()
+            tabled = [lowrank.change_of(*change, self.device) for change in changes]
+            known = [change for change in tabled if change is not None]
+            if len(known) == len(changes):
+                found[name] = (place, known)
+        return found
 
-    def _value(self, value: torch.Tensor, changes: Sequence[tuple[Patch, float]]) -> torch.Tensor:
+    def _tabled(self, name: str) -> lowrank.Place | None:
+        """A parameter's place as the kernel takes it; None for what it cannot write."""
+        if name not in self._table:
+            (_, place), *others = self._places[name]
+            alone = not others and place.dtype == self.dtype
+            self._table[name] = lowrank.place_of(place) if alone else None
+        return self._table[name]
+
+    def _add(
+        self, together: Together, base: torch.Tensor, storage: torch.Tensor, transfer: Transfer
+    ) -> None:
+        """Write base + changes. What of the factors is in RAM crosses the bus, some at a time."""
+        for portion in self._portions(together):
+            changes = (change for _, own in portion.values() for change in own)
+            factors = (factor for change in changes for factor in change.factors)
+            away = InRam(factor for factor in factors if factor.device != self.device)
+            if away.tensors:
+                moved = away.brought(transfer)
+                portion = {
+                    name: (place, [change.with_factors(moved) for change in own])
+                    for name, (place, own) in portion.items()
+                }
+            lowrank.add(base.view(self.dtype), storage.view(self.dtype), list(portion.values()))
+
+    def _portions(self, together: Together) -> Iterator[Together]:
+        """Some at a time, whose factors in RAM are no more than `FACTOR_BYTES`."""
+        portion: Together = {}
+        size = 0
+        for name, (place, changes) in together.items():
+            factors = (factor for change in changes for factor in change.factors)
+            own = sum(factor.nbytes for factor in factors if factor.device != self.device)
+            if portion and size + own > FACTOR_BYTES:
+                yield portion
+                portion, size = {}, 0
+            portion[name] = (place, changes)
+            size += own
+        if portion:
+            yield portion
+
+    def _changed(self, name: str, value: torch.Tensor, adapters: Adapters) -> torch.Tensor:
+        """A parameter with its adapters' changes, in float32; as it is without any."""
+        changes = _changes(name, adapters)
         if not changes:
             return value
         base = value.to(self.dtype).to(torch.float32)
@@ -263,11 +306,20 @@ class Waiting:
     """A copy of the arena as a source: the parameters of a checkpoint, cast and on the device."""
 
     def __init__(self, weights: Weights, storage: torch.Tensor) -> None:
-        self._weights, self._storage = weights, storage
+        self._weights, self.storage = weights, storage
 
     def read(self, name: str) -> torch.Tensor:
         """The parameter, in the copy."""
-        return self._weights.read_place(name, self._storage)
+        return self._weights.read_place(name, self.storage)
+
+
+def _changes(name: str, adapters: Adapters) -> list[tuple[Patch, float]]:
+    """What the adapters change of a parameter."""
+    return [
+        (adapter.patches[name], strength)
+        for adapter, strength in adapters
+        if strength != 0.0 and name in adapter.patches
+    ]
 
 
 def _same_place(place: torch.Tensor, storage: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from accel import kernels  # noqa: E402
 from accel.kernels import Call, Config, Launch, TensorSpec  # noqa: E402
+from accel.kernels.lowrank import add_products  # noqa: E402
 from accel.kernels.nvrtc import CudaLaunch  # noqa: E402
 from accel.tuning.compiling import launches_of  # noqa: E402
 
@@ -45,6 +46,9 @@ ALIKE = ((8, 6), (8, 9), (10, 0))
 
 SAME = ((8, 6), (8, 9))
 """Of those the ones for which every form is made alike too."""
+
+WEIGHTS = "weights"
+"""The name of what is launched beside the registered kernels."""
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -94,6 +98,9 @@ def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> 
                 found[call.key if every else kind_of(call)] = call
     seen = set()
     for capability in chips:
+        if not names or WEIGHTS in names:
+            for which, launch in weights_launches():
+                yield capability, WEIGHTS, {}, which, launch
         taken: set[str] = set()
         forms: set[Any] = set()
         for call in found.values():
@@ -113,6 +120,15 @@ def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> 
                     if code not in seen:
                         seen.add(code)
                         yield capability, kernel.name, dict(config), call.key, launch
+
+
+def weights_launches() -> Iterator[tuple[str, Launch]]:
+    """What is launched beside the operators: LoRAs put on, in arenas of every dtype."""
+    some = torch.empty(8, 8, dtype=torch.int64, device="meta")
+    tables = (some.to(torch.int32), some, some, some.to(torch.float32))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        arena = torch.empty(64, dtype=dtype, device="meta")
+        yield str(dtype), add_products(*tables, arena, arena)
 
 
 def compile_one(capability: tuple[int, int], launch: Launch | CudaLaunch) -> dict[str, Any]:
