@@ -110,12 +110,13 @@ template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
 
 // Rows of 128 bytes (64 columns) in shared memory, swizzled by 128 bytes; the next 64 columns are
 // NEXT_COLUMNS bytes further. `at` and what is `beyond` it: bytes, multiples of 1024. 32 bytes more
-// are 16 columns on, 16 * 128 more 16 rows; a sixteenth of it is added to what this returns.
+// are 16 columns on, 16 * 128 more 16 rows; a sixteenth of it is added to what this returns. (An
+// address also has the block's rank in its cluster, which is none of a matrix's business.)
 template <int NEXT_COLUMNS> __device__ __forceinline__ uint64 matrix(uint32 at, int beyond) {
   constexpr uint64 SWIZZLED = uint64(1) << 62;
   constexpr uint64 EIGHT_ROWS = uint64(1024 >> 4) << 32;
   constexpr uint64 NEXT = uint64((NEXT_COLUMNS >> 4) & 0x3fff) << 16;
-  return (SWIZZLED | EIGHT_ROWS | NEXT) + (at >> 4) + (beyond >> 4);
+  return (SWIZZLED | EIGHT_ROWS | NEXT) + ((at & 0x3ffff) >> 4) + (beyond >> 4);
 }
 
 // d += a . b by one warp: 16 rows, 8 columns, 16 products each.

@@ -67,7 +67,7 @@ inline thread_local Index threadIdx, blockIdx, gridDim;
 constexpr uint32 SHARED_BYTES = 227 << 10;
 constexpr uint32 DYNAMIC = 1040;  // where it starts: behind what kernels declare
 thread_local char shared[1];  // known by its address alone
-constexpr uint32 WINDOW = 1 << 24;  // of addresses of one block's shared memory in a cluster
+constexpr int WINDOW_BITS = 24;  // of an address; those above are the rank of the block in a cluster
 
 namespace machine {
 
@@ -249,6 +249,12 @@ inline void wait(Waiting what) {
   swapcontext(&fiber().context, &here->scheduler);
 }
 
+// Others may go on first, whom this thread has just made able to.
+inline void give_way() {
+  warp().priority = int(here->lot() % 1024);
+  wait(NOTHING);
+}
+
 // All lanes come to the same place; the last does the work.
 template <class Work> void meet(const void* place, Work work) {
   Warp& all = warp();
@@ -268,6 +274,11 @@ inline void inside(uint32 at, uint32 bytes) {
   if (at < DYNAMIC || at + bytes > DYNAMIC + here->dynamic || at % std::min(bytes, 16u))
     fail("%u bytes at %u, of shared memory from %u to %u", bytes, at, DYNAMIC,
          DYNAMIC + here->dynamic);
+}
+// Of an instruction's address of shared memory, which must be this block's.
+inline uint32 own(uint32 address) {
+  if (address >> WINDOW_BITS != uint32(block())) fail("%#x is of another block", address);
+  return address & ((1 << WINDOW_BITS) - 1);
 }
 // As ordinary instructions see it.
 inline char* ordinary(uint32 at, uint32 bytes, int of = block()) {
@@ -577,12 +588,14 @@ inline void __syncthreads() {
   for (int i = block() * here->threads; i < (block() + 1) * here->threads; i++)
     if (here->fibers[i].waiting == BLOCK) here->fibers[i].waiting = NOTHING;
 }
-inline uint64 __cvta_generic_to_shared(const char*) { return DYNAMIC; }
+inline uint64 __cvta_generic_to_shared(const char*) {
+  return DYNAMIC | machine::block() << WINDOW_BITS;
+}
 // What a kernel declares is spoiled too, before anyone in the block can use it.
 template <class T, size_t N> uint64 __cvta_generic_to_shared(T (&array)[N]) {
   using namespace machine;
   char* where = reinterpret_cast<char*>(array);
-  if (where == shared) return DYNAMIC;
+  if (where == shared) return DYNAMIC | block() << WINDOW_BITS;
   if (here->blocks.size() > 1) fail("a kernel for clusters declares shared memory");
   for (auto& known : here->declared)
     if (known.second.first == where) return known.first;
@@ -639,6 +652,7 @@ template <int LEFT> void products_done() {
 template <int N> void pin(float (&)[N]) {}
 
 template <int NEXT_COLUMNS> uint64 matrix(uint32 at, int beyond) {
+  at = machine::own(at);
   if ((at + beyond) % 1024) machine::fail("a matrix starts at %u", at + beyond);
   return (uint64(1) << 62 | uint64(1024 >> 4) << 32 | uint64(NEXT_COLUMNS >> 4 & 0x3fff) << 16) +
          ((at + beyond) >> 4);
@@ -670,38 +684,47 @@ inline void warp_product(float* d, const uint32 (&a)[4], const uint32 (&b)[2]) {
 }
 
 inline void barrier_init(uint32 at, int arrivals) {
-  machine::here->blocks[machine::block()].barriers[at] = {0, arrivals, arrivals, 0, false, false};
-  machine::fiber().barriers.push_back(at);
+  using namespace machine;
+  at = own(at);
+  here->blocks[block()].barriers[at] = {0, arrivals, arrivals, 0, false, false};
+  fiber().barriers.push_back(at);
 }
 inline void barriers_ready() {
   for (uint32 at : machine::fiber().barriers) machine::barrier(at).ready = true;
 }
 inline void barrier_expect(uint32 at, int bytes) {
-  machine::barrier(at).bytes += bytes;
-  machine::barrier(at).left--;
-  machine::settle(at, machine::block());
+  using namespace machine;
+  at = own(at);
+  barrier(at).bytes += bytes;
+  barrier(at).left--;
+  settle(at, block());
 }
 inline void barrier_arrive(uint32 at, uint32 rank) {
   using namespace machine;
   if (rank >= here->blocks.size()) fail("there is no block of rank %u", rank);
+  at = own(at);
   barrier(at, rank).left--;
   settle(at, rank);
+  give_way();
 }
 inline void barrier_wait(uint32 at, int parity) {
   using namespace machine;
   if (parity != 0 && parity != 1) fail("a parity of %d", parity);
+  at = own(at);
   fiber().barrier = at;
   fiber().parity = parity;
   if (barrier(at).parity == parity) wait(BARRIER);
 }
 inline void copy_box(uint32 to, const Descriptor* from, uint32 barrier, int x, int y, int z,
                      int w) {
-  machine::copy(machine::block(), to, from, barrier, x, y, z, w);
+  using namespace machine;
+  copy(block(), own(to), from, own(barrier), x, y, z, w);
 }
 inline void copy_box_to_both(uint32 to, const Descriptor* from, uint32 barrier, int x, int y, int z,
                              int w) {
-  if (machine::here->blocks.size() != 2) machine::fail("a copy to two blocks, of another cluster");
-  for (int block = 0; block < 2; block++) machine::copy(block, to, from, barrier, x, y, z, w);
+  using namespace machine;
+  if (here->blocks.size() != 2) fail("a copy to two blocks, of another cluster");
+  for (int rank = 0; rank < 2; rank++) copy(rank, own(to), from, own(barrier), x, y, z, w);
 }
 inline void stores_follow() {
   using namespace machine;
@@ -711,6 +734,7 @@ inline void stores_follow() {
 }
 inline void store_box(const Descriptor* to, uint32 from, int x, int y, int z, int w) {
   using namespace machine;
+  from = own(from);
   aligned(*to, from);
   fiber().stores.push_back({to, from, {x, y, z, w}, box_at(*to, from), fiber().stored});
 }
@@ -734,7 +758,7 @@ template <class Visit> void each_part(machine::Warp& all, Visit visit) {
 }
 inline void store_matrices(uint32 to, const uint32 (&words)[4]) {
   using namespace machine;
-  warp().words[lane()] = to;
+  warp().words[lane()] = own(to);
   warp().places[lane()][0] = const_cast<uint32*>(words);
   meet(&kind_of_meeting[7], [](Warp& all) {
     int first = here->current / 32 * 32;
@@ -746,7 +770,7 @@ inline void store_matrices(uint32 to, const uint32 (&words)[4]) {
 }
 inline void load_matrices(uint32 from, uint32 (&words)[4]) {
   using namespace machine;
-  warp().words[lane()] = from;
+  warp().words[lane()] = own(from);
   warp().places[lane()][0] = words;
   meet(&kind_of_meeting[8], [](Warp& all) {
     each_part(all, [&](int i, int matrix, uint32 at) {
@@ -756,7 +780,7 @@ inline void load_matrices(uint32 from, uint32 (&words)[4]) {
 }
 inline uint32 load_shared(uint32 from) {
   uint32 word;
-  std::memcpy(&word, machine::ordinary(from, 4), 4);
+  std::memcpy(&word, machine::ordinary(machine::own(from), 4), 4);
   return word;
 }
 inline uint32 count_up(uint32 counter, uint32 last) {
