@@ -161,6 +161,10 @@ __device__ __forceinline__ void barrier_wait(uint32 barrier, int parity) {
 __device__ __forceinline__ void barriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
+// That it is used soon.
+__device__ __forceinline__ void fetch_ahead(const Descriptor* which) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(which) : "memory");
+}
 // A box of a tensor of four dimensions, from there on; zeros outside of it. Its bytes count.
 __device__ __forceinline__ void copy_box(uint32 to, const Descriptor* from, uint32 barrier, int x,
                                          int y, int z, int w) {

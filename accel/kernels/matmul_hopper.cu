@@ -12,6 +12,7 @@
 //   two tiles at a time, nor operands of its own, as it would if each had a tile for itself.
 // - What is read from L2 costs time and power. Blocks of a CLUSTER have the same columns: each
 //   sends for half of the weight's step, to both of them.
+// - Where launches OVERLAP, the first of the weight is there when the launch before has ended.
 // - Bias and residual are on their way while products are made. Results leave through the copy
 //   engine, box by box, each warp by itself.
 //
@@ -117,25 +118,58 @@ struct Tiles {
 
 // ---- The warp that sends for operands -----------------------------------------------------------
 
-__device__ __forceinline__ void send(const Shared& memory, Tiles tiles, int steps,
-                                     const Descriptor* x, const Descriptor* weight) {
-  Ring ring = {0, 0};
-  for (; tiles.there(); tiles.next()) {
-    for (int step = 0; step < steps; step++, ring.next()) {
-      uint32 stage = memory.stage(ring.stage), full = memory.full(ring.stage);
-      barrier_wait(memory.empty(ring.stage), ring.turn ^ 1);
-      barrier_expect(full, STAGE_BYTES);
-      copy_box(stage, x, full, step * STEP, tiles.row, 0, 0);
-#pragma unroll
-      for (int part = 0; part < 2; part++) {
-        uint32 to = stage + X_BYTES + part * PART_BYTES;
-        int first = tiles.column + (GEGLU ? 0 : part * PART), half = GEGLU ? part : 0;
-        if (CLUSTER == 1)
-          copy_box(to, weight, full, step * STEP, first, half, 0);
-        else if (part == tiles.rank)
-          copy_box_to_both(to, weight, full, step * STEP, first, half, 0);
-      }
+// All steps of all tiles.
+struct Steps {
+  Tiles tiles;
+  int step, count;
+
+  __device__ __forceinline__ void next() {
+    if (++step == count) {
+      step = 0;
+      tiles.next();
     }
+  }
+};
+
+struct Sender {
+  const Shared& memory;
+  const Descriptor *x, *weight;
+
+  __device__ __forceinline__ void send_rows(const Steps& at, int stage) const {
+    copy_box(memory.stage(stage), x, memory.full(stage), at.step * STEP, at.tiles.row, 0, 0);
+  }
+  // The first to be sent of a stage, whose barrier learns of all that is to come.
+  __device__ __forceinline__ void send_weight(const Steps& at, int stage) const {
+    uint32 full = memory.full(stage);
+    barrier_expect(full, STAGE_BYTES);
+#pragma unroll
+    for (int part = 0; part < 2; part++) {
+      uint32 to = memory.stage(stage) + X_BYTES + part * PART_BYTES;
+      int first = at.tiles.column + (GEGLU ? 0 : part * PART), half = GEGLU ? part : 0;
+      if (CLUSTER == 1)
+        copy_box(to, weight, full, at.step * STEP, first, half, 0);
+      else if (part == at.tiles.rank)
+        copy_box_to_both(to, weight, full, at.step * STEP, first, half, 0);
+    }
+  }
+};
+
+__device__ __forceinline__ void send(const Sender& sender, Steps at) {
+  int ahead = 0;
+  if (OVERLAP) {  // no launch before this one has written the weight
+    for (Steps early = at; ahead < STAGES && early.tiles.there(); early.next())
+      sender.send_weight(early, ahead++);
+    launches_overlap();
+  }
+  Ring ring = {0, 0};
+  for (; at.tiles.there(); at.next(), ring.next()) {
+    if (ahead > 0) {
+      ahead--;
+    } else {
+      barrier_wait(sender.memory.empty(ring.stage), ring.turn ^ 1);
+      sender.send_weight(at, ring.stage);
+    }
+    sender.send_rows(at, ring.stage);
   }
 }
 
@@ -332,18 +366,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   int steps = (depth + STEP - 1) / STEP;
   Shared memory = {(uint32(__cvta_generic_to_shared(shared)) + 1023) & ~1023u};
   Tiles tiles(rows, columns);
-  if (threadIdx.x == 0) memory.init();
+  if (threadIdx.x == 0) {
+    memory.init();
+    fetch_ahead(&x);
+    fetch_ahead(&weight);
+    fetch_ahead(&out);
+    if (RESIDUAL) fetch_ahead(&residual);
+  }
   if (CLUSTER > 1)
     cluster_meet();
   else
     __syncthreads();
-  if (OVERLAP) launches_overlap();
-
   if (warp >= WARPS) {
     fewer_registers<FEW_REGISTERS>();
-    if (warp == WARPS && lane == 0) send(memory, tiles, steps, &x, &weight);
+    if (warp == WARPS && lane == 0) send({memory, &x, &weight}, {tiles, 0, steps});
   } else {
     more_registers<REGISTERS>();
+    if (OVERLAP) launches_overlap();
     multiply(memory, tiles, steps, &residual, &out, bias, columns, warp, lane);
   }
   // Others still free stages here, or copy to them.

@@ -102,13 +102,21 @@ def variant(
 
 
 def _configs(call: Call, hardware: Hardware) -> Sequence[Config]:
-    activation = call.attrs["activation"]
+    activation, pdl = call.attrs["activation"], _reads_ahead(call)
     found = [
-        variant(width, cluster, Tile(width, activation).stages, _programs(cluster, hardware))
+        variant(
+            width, cluster, Tile(width, activation).stages, _programs(cluster, hardware), pdl=pdl
+        )
         for width in WIDTHS[activation]
         for cluster in (2, 1)
     ]
     return sorted(found, key=lambda config: _columns_of_busiest(call, config))[:CONFIGS]
+
+
+def _reads_ahead(call: Call) -> bool:
+    """Whether the weight is one, which a launch may read before the one ahead has ended."""
+    weight = call.tensors[1]
+    return weight is not None and weight.constant
 
 
 def _programs(cluster: int, hardware: Hardware) -> int:
@@ -130,6 +138,7 @@ def _fits(call: Call, config: Config, hardware: Hardware) -> bool:
         tile = Tile(int(config["width"]), activation)
         stages, lag = int(config["stages"]), int(config["lag"])
         cluster, programs = int(config["cluster"]), int(config["programs"])
+        pdl = bool(config["pdl"])
     except KeyError:  # of another version
         return False
     return (
@@ -138,6 +147,7 @@ def _fits(call: Call, config: Config, hardware: Hardware) -> bool:
         and tile.slots(stages) > 0
         and cluster in (1, 2)
         and programs == _programs(cluster, hardware)
+        and (_reads_ahead(call) or not pdl)
     )
 
 

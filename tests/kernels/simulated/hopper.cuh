@@ -715,6 +715,7 @@ inline void barrier_wait(uint32 at, int parity) {
   fiber().parity = parity;
   if (barrier(at).parity == parity) wait(BARRIER);
 }
+inline void fetch_ahead(const Descriptor*) {}
 inline void copy_box(uint32 to, const Descriptor* from, uint32 barrier, int x, int y, int z,
                      int w) {
   using namespace machine;
