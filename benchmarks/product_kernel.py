@@ -92,13 +92,16 @@ def variants(call: Call, hardware: Hardware, many: bool) -> list[Config]:
     found = [dict(config) for config in kernel.configs(call, hardware)]
     if many:
         first = dict(found[0])
-        found[1:1] = [{**first, **change} for change in ({"lag": 0}, {"lag": 3}, {"pdl": False})]
-        activation = call.attrs["activation"]
-        found += [
-            dict(family.variant(width, cluster, family.Tile(width, activation).stages, 132))
-            for width in family.WIDTHS[activation]
-            for cluster in (2, 1)
-        ]
+        changes: list[Config] = [{"lag": 0}, {"lag": 3}, {"pdl": False}]
+        found[3:3] = [{**first, **change} for change in changes]
+    activation = call.attrs["activation"]
+    for width in family.WIDTHS[activation]:
+        for cluster in family.CLUSTERS if many else (2,):
+            stages, blocks = (
+                family.Tile(width, activation).stages,
+                family.programs_of(cluster, hardware),
+            )
+            found.append(dict(family.variant(width, cluster, stages, blocks)))
     distinct = {json.dumps(config, sort_keys=True): config for config in found}
     return [config for config in distinct.values() if kernel.fits(call, config, hardware)]
 

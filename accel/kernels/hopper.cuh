@@ -174,13 +174,14 @@ __device__ __forceinline__ void copy_box(uint32 to, const Descriptor* from, uint
       "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
       : "memory");
 }
-// The same box to the same place in every block of a cluster of two; counts at the barrier of each.
-__device__ __forceinline__ void copy_box_to_both(uint32 to, const Descriptor* from, uint32 barrier,
-                                                 int x, int y, int z, int w) {
+// The same box to the same place in several blocks of the cluster: those whose ranks' bits are in
+// `blocks`. Counts at the barrier of each.
+__device__ __forceinline__ void copy_box_to(uint32 blocks, uint32 to, const Descriptor* from,
+                                            uint32 barrier, int x, int y, int z, int w) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;\n" ::"r"(to), "l"(from),
-      "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(uint16(3))
+      "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier), "h"(uint16(blocks))
       : "memory");
 }
 // To stand between ordinary writes to shared memory and store_box, in each thread that wrote.

@@ -10,14 +10,15 @@
 //   ends a tile, the second has so many steps to go, and the next tile's are there for the first
 //   when the second is at its own end. Neither needs further registers for that, as it would for
 //   two tiles at a time, nor operands of its own, as it would if each had a tile for itself.
-// - What is read from L2 costs time and power. Blocks of a CLUSTER have the same columns: each
-//   sends for half of the weight's step, to both of them.
+// - What is read from L2 costs time and power. In a CLUSTER of two, blocks have the same columns:
+//   each sends for half of the weight's step, to both of them. In one of four, two and two have the
+//   same rows as well, and each sends for half of those.
 // - Where launches OVERLAP, the first of the weight is there when the launch before has ended.
 // - Bias and residual are on their way while products are made. Results leave through the copy
 //   engine, box by box, each warp by itself.
 //
 // Compiled with WIDTH, STAGES, SLOTS (boxes of a warp that shared memory has room for), CLUSTER
-// (1 or 2), LAG, GROUP, GEGLU, BIAS, RESIDUAL, OVERLAP, BF16.
+// (1, 2 or 4), LAG, GROUP, GEGLU, BIAS, RESIDUAL, OVERLAP, BF16.
 
 #include "hopper.cuh"
 
@@ -28,6 +29,7 @@ constexpr int WARPS = 8;  // that multiply
 // A further warpgroup, whose first warp sends for operands, leaves its registers to the others.
 constexpr int THREADS = 32 * (WARPS + 4);
 constexpr int REGISTERS = 232, FEW_REGISTERS = 40;  // of a thread
+constexpr int DOWN = CLUSTER > 1 ? 2 : 1, ACROSS = CLUSTER / DOWN;  // blocks of a cluster
 constexpr int PART = WIDTH / 2;
 constexpr int X_BYTES = ROWS * ROW_BYTES;
 constexpr int PART_BYTES = PART * ROW_BYTES;
@@ -66,7 +68,7 @@ struct Shared {
   __device__ __forceinline__ void init() const {
     for (int i = 0; i < STAGES; i++) {
       barrier_init(full(i), 1);
-      barrier_init(empty(i), WARPS * CLUSTER);
+      barrier_init(empty(i), WARPS * (DOWN + ACROSS - 1));
     }
     for (int i = 0; i < WARPS * SLOTS; i++) barrier_init(added(0, i), 1);
     barrier_init(ahead(), 1);
@@ -86,16 +88,19 @@ struct Ring {
   }
 };
 
-// All tiles that this block makes, with the others of its cluster: side by side in rows. Groups of
-// GROUP of them, within a group column by column, so that L2 has what is read at one time.
+// All tiles that this block makes, of rectangles of them that its cluster makes. Groups of GROUP
+// rows of those, within a group column by column, so that L2 has what is read at one time.
 struct Tiles {
-  int tile, count, stride, down, across, rank;
-  int row, column;  // the first ones of the tile, GEGLU: of the values
+  int tile, count, stride, down, across;  // of rectangles
+  int down_rank, across_rank;             // this block's place in them
+  int row, column;                        // the first ones of the tile, GEGLU: of the values
 
   __device__ __forceinline__ Tiles(int rows, int columns) {
-    rank = CLUSTER > 1 ? cluster_rank() : 0;
-    down = (rows + ROWS * CLUSTER - 1) / (ROWS * CLUSTER);
-    across = (columns + OUT - 1) / OUT;
+    int rank = CLUSTER > 1 ? cluster_rank() : 0;
+    down_rank = rank % DOWN;
+    across_rank = rank / DOWN;
+    down = (rows + ROWS * DOWN - 1) / (ROWS * DOWN);
+    across = (columns + OUT * ACROSS - 1) / (OUT * ACROSS);
     count = down * across;
     tile = blockIdx.x / CLUSTER;
     stride = gridDim.x / CLUSTER;
@@ -111,8 +116,8 @@ struct Tiles {
     int left = down - group * GROUP;
     int height = left < GROUP ? left : GROUP;
     height = height < 1 ? 1 : height;  // beyond the last tile
-    row = ((group * GROUP + within % height) * CLUSTER + rank) * ROWS;
-    column = within / height * OUT;
+    row = ((group * GROUP + within % height) * DOWN + down_rank) * ROWS;
+    column = (within / height * ACROSS + across_rank) * OUT;
   }
 };
 
@@ -136,7 +141,13 @@ struct Sender {
   const Descriptor *x, *weight;
 
   __device__ __forceinline__ void send_rows(const Steps& at, int stage) const {
-    copy_box(memory.stage(stage), x, memory.full(stage), at.step * STEP, at.tiles.row, 0, 0);
+    uint32 to = memory.stage(stage), full = memory.full(stage);
+    int first = at.tiles.row, share = at.tiles.across_rank * (ROWS / 2);
+    if (ACROSS == 1)
+      copy_box(to, x, full, at.step * STEP, first, 0, 0);
+    else
+      copy_box_to(5 << at.tiles.down_rank, to + share * ROW_BYTES, x, full, at.step * STEP,
+                  first + share, 0, 0);
   }
   // The first to be sent of a stage, whose barrier learns of all that is to come.
   __device__ __forceinline__ void send_weight(const Steps& at, int stage) const {
@@ -146,10 +157,11 @@ struct Sender {
     for (int part = 0; part < 2; part++) {
       uint32 to = memory.stage(stage) + X_BYTES + part * PART_BYTES;
       int first = at.tiles.column + (GEGLU ? 0 : part * PART), half = GEGLU ? part : 0;
-      if (CLUSTER == 1)
+      if (DOWN == 1)
         copy_box(to, weight, full, at.step * STEP, first, half, 0);
-      else if (part == at.tiles.rank)
-        copy_box_to_both(to, weight, full, at.step * STEP, first, half, 0);
+      else if (part == at.tiles.down_rank)
+        copy_box_to(3 << (DOWN * at.tiles.across_rank), to, weight, full, at.step * STEP, first,
+                    half, 0);
     }
   }
 };
@@ -316,9 +328,13 @@ struct Slots {
   }
 };
 
-// After the products of a stage, of a whole warp: to every block that sends something there.
-__device__ __forceinline__ void free_stage(const Shared& memory, int stage, int lane) {
-  if (lane < CLUSTER) barrier_arrive(memory.empty(stage), lane);
+// After the products of a stage, of a whole warp: to every block that sends something there, which
+// are this one and those beside it.
+__device__ __forceinline__ void free_stage(const Shared& memory, const Tiles& tiles, int stage,
+                                           int lane) {
+  int rank = tiles.down_rank + DOWN * tiles.across_rank;
+  if (lane < CLUSTER && (CLUSTER < 4 || lane != (rank ^ 3)))
+    barrier_arrive(memory.empty(stage), lane);
 }
 
 __device__ __forceinline__ void multiply(const Shared& memory, Tiles tiles, int steps,
@@ -340,18 +356,18 @@ __device__ __forceinline__ void multiply(const Shared& memory, Tiles tiles, int 
       result.multiply(x + stage, weight + stage, step > 0);
       if (step > 0) {
         products_done<1>();
-        free_stage(memory, before, lane);
+        free_stage(memory, tiles, before, lane);
       } else {  // what has time till the end
         slots.begin(first, tiles.column);
         if (BIAS) result.load_bias(bias, tiles.column, columns, lane);
       }
       before = ring.stage;
       if (LAG > 0 && alone > 0 && --alone == 0 && warp == 0 && lane == 0)
-        barrier_arrive(memory.ahead(), tiles.rank);
+        barrier_arrive(memory.ahead(), tiles.down_rank + DOWN * tiles.across_rank);
     }
     products_done<0>();
     pin(result.sums);
-    free_stage(memory, before, lane);
+    free_stage(memory, tiles, before, lane);
     slots.leave(result, first, tiles.column);
   }
   if (lane == 0) stores_read<0>();

@@ -32,6 +32,9 @@ LAG = 2
 WIDTHS = {"none": (256, 192, 160, 128, 240), "geglu": (256, 160, 192, 128)}
 """Columns of a tile, of values and gates together; of equals the one to prefer comes first."""
 
+CLUSTERS = {1: (1, 1), 2: (2, 1), 4: (2, 2)}
+"""Tiles down and across that the blocks of a cluster make at one time."""
+
 CONFIGS = 6
 
 _WARPS = 8
@@ -86,10 +89,10 @@ def variant(
 ) -> Config:
     """Tiles of `width` columns of the weight.
 
-    cluster: blocks that share what they read of the weight. stages: of operands that are there or
-    on their way. programs: blocks, each of which makes one tile after another. lag: steps that the
-    second warpgroup keeps behind the first. pdl: whether the launch may begin while the one before
-    still runs.
+    cluster: blocks that share what they read, two of the weight, four of x as well. stages: of
+    operands that are there or on their way. programs: blocks at most, each of which makes one tile
+    after another. lag: steps that the second warpgroup keeps behind the first. pdl: whether the
+    launch may begin while the one before still runs.
     """
     return {
         "width": width,
@@ -105,10 +108,10 @@ def _configs(call: Call, hardware: Hardware) -> Sequence[Config]:
     activation, pdl = call.attrs["activation"], _reads_ahead(call)
     found = [
         variant(
-            width, cluster, Tile(width, activation).stages, _programs(cluster, hardware), pdl=pdl
+            width, cluster, Tile(width, activation).stages, programs_of(cluster, hardware), pdl=pdl
         )
         for width in WIDTHS[activation]
-        for cluster in (2, 1)
+        for cluster in (2, 4, 1)
     ]
     return sorted(found, key=lambda config: _columns_of_busiest(call, config))[:CONFIGS]
 
@@ -119,17 +122,25 @@ def _reads_ahead(call: Call) -> bool:
     return weight is not None and weight.constant
 
 
-def _programs(cluster: int, hardware: Hardware) -> int:
-    return hardware.multiprocessors // cluster * cluster
+def programs_of(cluster: int, hardware: Hardware) -> int:
+    """Blocks that run at one time. Clusters of four leave a few multiprocessors out."""
+    alike = {1: 1, 2: 2, 4: 32}[cluster]
+    return hardware.multiprocessors // alike * alike
 
 
 def _columns_of_busiest(call: Call, config: Config) -> int:
     """Columns of products that some block has to make, one tile after another."""
     width, cluster, programs = (int(config[name]) for name in ("width", "cluster", "programs"))
-    down = ceil(call.out.rows / (ROWS * cluster))
-    across = ceil(call.out.shape[-1] / Tile(width, call.attrs["activation"]).columns)
+    tile = Tile(width, call.attrs["activation"])
+    count = _rectangles(call.out.rows, call.out.shape[-1], tile, cluster)
     # A narrow product reads more of shared memory for what it computes.
-    return ceil(down * across / (programs // cluster)) * (width + 16)
+    return ceil(count / (programs // cluster)) * (width + 16)
+
+
+def _rectangles(rows: int, columns: int, tile: Tile, cluster: int) -> int:
+    """Of as many tiles as the blocks of a cluster make at one time."""
+    down, across = CLUSTERS[cluster]
+    return ceil(rows / (ROWS * down)) * ceil(columns / (tile.columns * across))
 
 
 def _fits(call: Call, config: Config, hardware: Hardware) -> bool:
@@ -145,8 +156,8 @@ def _fits(call: Call, config: Config, hardware: Hardware) -> bool:
         tile.width in WIDTHS[activation]
         and lag < stages <= _MOST_STAGES
         and tile.slots(stages) > 0
-        and cluster in (1, 2)
-        and programs == _programs(cluster, hardware)
+        and cluster in CLUSTERS
+        and programs == programs_of(cluster, hardware)
         and (_reads_ahead(call) or not pdl)
     )
 
@@ -179,7 +190,8 @@ def matmul(
     tile, geglu = Tile(int(config["width"]), activation), activation == "geglu"
     cluster, stages, lag = (int(config[name]) for name in ("cluster", "stages", "lag"))
     pdl, slots = bool(config["pdl"]), tile.slots(stages)
-    tiles = ceil(rows / (ROWS * cluster)) * cluster * ceil(columns / tile.columns)
+    blocks = min(int(config["programs"]), cluster * _rectangles(rows, columns, tile, cluster))
+    down, across = CLUSTERS[cluster]
     halves = 2 if geglu else 1
     weights = TileMap(
         weight,
@@ -190,17 +202,17 @@ def matmul(
     launch = CudaLaunch(
         source="matmul_hopper.cu",
         architecture="sm_90a",
-        grid=(min(int(config["programs"]), tiles), 1, 1),
+        grid=(blocks, 1, 1),
         threads=_THREADS,
         shared=tile.shared(stages, slots) + 1024,
         defines={
             **{"WIDTH": tile.width, "STAGES": stages, "SLOTS": slots, "CLUSTER": cluster},
-            **{"LAG": lag, "GROUP": GROUP // cluster, "GEGLU": int(geglu)},
+            **{"LAG": lag, "GROUP": GROUP // down, "GEGLU": int(geglu)},
             **{"BIAS": int(bias is not None), "RESIDUAL": int(residual is not None)},
             **{"OVERLAP": int(pdl), "BF16": int(x.dtype == torch.bfloat16)},
         },
         arguments=(
-            _rows_of(x, rows, (STEP, ROWS)),
+            _rows_of(x, rows, (STEP, ROWS // across)),
             weights,
             _rows_of(out if residual is None else residual, rows, (tile.box, 16)),
             _rows_of(out, rows, (tile.box, 16)),
@@ -209,6 +221,7 @@ def matmul(
         ),
         cluster=cluster,
         overlaps=pdl,
+        takes_turns=True,
     )
     return [launch]
 

@@ -16,7 +16,7 @@ import re
 import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ _DRIVER: dict[str, list[Any]] = {
     "cuModuleLoadData": [_POINTER, _POINTER],
     "cuModuleGetFunction": [_POINTER, _POINTER, ctypes.c_char_p],
     "cuFuncSetAttribute": [_POINTER, _INT, _INT],
+    "cuOccupancyMaxActiveClusters": [_POINTER, _POINTER, _POINTER],
     # configuration, function, arguments, extra
     "cuLaunchKernelEx": [_POINTER, _POINTER, _POINTER, _POINTER],
     # map, type, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill
@@ -131,6 +132,8 @@ class CudaLaunch:
     shared: bytes beside what the kernel declares. defines: the numbers that it is compiled with.
     cluster: blocks side by side in x that run at one time, near each other. overlaps: whether it
     may begin while the launch before still runs, for which the kernel then waits itself.
+    takes_turns: fewer blocks in x do too, each of them more; so that those are launched which find
+    place at one time.
     """
 
     source: str
@@ -142,13 +145,18 @@ class CudaLaunch:
     arguments: Sequence[Argument] = field(default=(), repr=False, compare=False)
     cluster: int = 1
     overlaps: bool = False
+    takes_turns: bool = False
 
     def run(self) -> None:
         """Launch on the current stream. Raises RuntimeError where that fails."""
         function = _loaded(torch.cuda.current_device(), self)
         kept = [_passed(argument) for argument in self.arguments]
         pointers = (_POINTER * len(kept))(*map(ctypes.addressof, kept))
-        _driver("cuLaunchKernelEx", ctypes.byref(self._config()), function, pointers, None)
+        config = self._config()
+        if self.takes_turns and self.cluster > 1:
+            most = self.cluster * _clusters_at_once(torch.cuda.current_device(), self)
+            config.grid[0] = min(config.grid[0], most)
+        _driver("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
 
     def _config(self) -> _LaunchConfig:
         """Grid, stream and attributes, as the driver takes them."""
@@ -303,6 +311,21 @@ def _loaded(device: int, launch: CudaLaunch) -> Any:
             _driver("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared)
             _functions[key] = function
     return _functions[key]
+
+
+_clusters: dict[tuple[int, str, int], int] = {}
+"""Of each device, code and size of shared memory, how many clusters run at one time."""
+
+
+def _clusters_at_once(device: int, launch: CudaLaunch) -> int:
+    """At least one: where none finds place the launch says so."""
+    key = (device, launch.key(), launch.shared)
+    if key not in _clusters:
+        found, function = _INT(), _loaded(device, launch)
+        config = replace(launch, overlaps=False)._config()
+        _driver("cuOccupancyMaxActiveClusters", ctypes.byref(found), function, ctypes.byref(config))
+        _clusters[key] = max(1, found.value)
+    return _clusters[key]
 
 
 def _take_context(device: int) -> None:

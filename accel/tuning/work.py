@@ -211,15 +211,16 @@ def _matmul_hopper(chip: Chip, call: Call, config: Config) -> Work:
     width, cluster, stages, programs = _numbers(config, "width", "cluster", "stages", "programs")
     rows, step = 128, 64
     tile = Tile(rows, (width,), step, 8, stages, programs=programs)
-    down = ceil(problem.rows / (rows * cluster)) * cluster
-    across, steps = ceil(problem.columns / width), ceil(problem.depth / step)
+    high, wide = min(cluster, 2), max(1, cluster // 2)  # of a cluster, in blocks
+    down = ceil(problem.rows / (rows * high)) * high
+    across, steps = ceil(problem.columns / (width * wide)) * wide, ceil(problem.depth / step)
     work = product(chip, problem, tile, down, across, steps, bool(config["pdl"]))
     # One warpgroup multiplies while the other finishes its part, but for the last tile.
     work.fixed["step"] = 0.0
     for term in {"epilogue", "added", "gate"} & work.fixed.keys():
         work.fixed[term] /= ceil(down * across / programs)
     # What blocks share is read once.
-    work.overlapped["l2"] *= (rows + width / cluster) / (rows + width)
+    work.overlapped["l2"] *= (rows / wide + width / high) / (rows + width)
     return work
 
 

@@ -721,11 +721,12 @@ inline void copy_box(uint32 to, const Descriptor* from, uint32 barrier, int x, i
   using namespace machine;
   copy(block(), own(to), from, own(barrier), x, y, z, w);
 }
-inline void copy_box_to_both(uint32 to, const Descriptor* from, uint32 barrier, int x, int y, int z,
-                             int w) {
+inline void copy_box_to(uint32 blocks, uint32 to, const Descriptor* from, uint32 barrier, int x,
+                        int y, int z, int w) {
   using namespace machine;
-  if (here->blocks.size() != 2) fail("a copy to two blocks, of another cluster");
-  for (int rank = 0; rank < 2; rank++) copy(rank, own(to), from, own(barrier), x, y, z, w);
+  if (blocks == 0 || blocks >> here->blocks.size()) fail("a copy to blocks that are not there");
+  for (size_t rank = 0; rank < here->blocks.size(); rank++)
+    if (blocks >> rank & 1) copy(int(rank), own(to), from, own(barrier), x, y, z, w);
 }
 inline void stores_follow() {
   using namespace machine;
