@@ -5,11 +5,13 @@ On a Hopper those of the GPU; everywhere those of the same source with simulated
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import offline
 import pytest
 import simulator
 import test_kernel_matmul
@@ -150,6 +152,22 @@ def test_a_launch_is_data() -> None:
     assert isinstance(other, CudaLaunch) and other.grid == (2 * 2 * 20, 1, 1)
     (plain,) = launches_of(find(NAME), config, layer(2048, 5120, 1280))
     assert plain.key() != launch.key()
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("case", SIMULATED, ids=str)
+def test_accumulators_stay_in_registers(case: Case) -> None:
+    """And products run into each other: a compiler that fears for them has each waited for."""
+    tensors, attrs = case.operands(16, 16, 16)
+    (launch,) = launches_of(find(NAME), case.config(4), call_of("linear", tensors, attrs)[0])
+    assert isinstance(launch, CudaLaunch)
+    code = launch.compile()
+    found = offline.usage(code)
+    assert found["LOCAL"] == found["STACK"] == 0
+    assert found["REG"] * launch.threads <= 64 << 10
+    instructions = offline.tool("-sass", code)
+    products = len(re.findall(r"HGMMA\.64x\d+x16", instructions))
+    assert 0 < len(re.findall(r"WARPGROUP\.DEPBAR", instructions)) < products
 
 
 # Without a GPU.
