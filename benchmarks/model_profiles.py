@@ -24,7 +24,7 @@ from accel.tuning.chips import KNOWN, Chip
 from accel.tuning.cost import Fit
 from accel.tuning.profile import SHIPPED
 
-HOPPER_ALONE = ("triton.matmul_tma", "triton.conv2d_tma", "cuda.attention")
+HOPPER_ALONE = ("triton.matmul_tma", "triton.conv2d_tma", "cuda.attention", "cuda.matmul")
 """Kernels that want at least sm_90."""
 
 TENSOR_CORES = ("triton.matmul", "triton.conv2d", "triton.attention")

@@ -42,7 +42,16 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_TRITON = ("norm", "matmul", "gemv", "attention", "attention_hopper", "conv", "pointwise")
+_TRITON = (
+    "norm",
+    "matmul",
+    "gemv",
+    "attention",
+    "attention_hopper",
+    "matmul_hopper",
+    "conv",
+    "pointwise",
+)
 """Modules whose kernels need Triton (one only its cache), which costs a second to import and may be
 missing."""
 

@@ -880,7 +880,7 @@ def _ranked(call: Call, hardware: Hardware, tma: bool) -> list[_Variant]:
     return ranked
 
 
-def _supports(call: Call, hardware: Hardware) -> bool:
+def supports(call: Call, hardware: Hardware) -> bool:
     """Products of half precision, of more rows than the kernel for few takes well."""
     x = call.tensors[0]
     return (
@@ -905,7 +905,7 @@ def _has_tma(hardware: Hardware) -> bool:
 
 
 def _supports_tma(call: Call, hardware: Hardware) -> bool:
-    return _has_tma(hardware) and _supports(call, hardware)
+    return _has_tma(hardware) and supports(call, hardware)
 
 
 def _reads_ahead(call: Call) -> bool:
@@ -968,7 +968,7 @@ def matmul_tma(
 @compiled_kernel(
     "linear",
     name="triton.matmul",
-    supports=_supports,
+    supports=supports,
     configs=_configs_pointer,
     workspace=_workspace,
     priority=3,

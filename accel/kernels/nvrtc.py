@@ -16,7 +16,7 @@ import re
 import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,29 @@ _POINTER, _INT, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
 
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_…
 _TENSOR_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_…
-_SWIZZLE_128B, _PROMOTION_L2_128B = 3, 2
+_SWIZZLES = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_…, by the bytes of a box's row
+_PROMOTION_L2_128B = 2
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CU_LAUNCH_ATTRIBUTE_…
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute"""
+
+    _fields_ = [("name", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint32 * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig"""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
 
 _NVRTC: dict[str, list[Any]] = {
     "nvrtcVersion": [_POINTER, _POINTER],
@@ -57,8 +79,9 @@ _DRIVER: dict[str, list[Any]] = {
     "cuModuleLoadData": [_POINTER, _POINTER],
     "cuModuleGetFunction": [_POINTER, _POINTER, ctypes.c_char_p],
     "cuFuncSetAttribute": [_POINTER, _INT, _INT],
-    # function, grid, block, bytes of shared memory, stream, arguments, extra
-    "cuLaunchKernel": [_POINTER, *(ctypes.c_uint,) * 7, _POINTER, _POINTER, _POINTER],
+    "cuOccupancyMaxActiveClusters": [_POINTER, _POINTER, _POINTER],
+    # configuration, function, arguments, extra
+    "cuLaunchKernelEx": [_POINTER, _POINTER, _POINTER, _POINTER],
     # map, type, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill
     "cuTensorMapEncodeTiled": [_POINTER, _INT, ctypes.c_uint32, *(_POINTER,) * 5, *(_INT,) * 4],
 }
@@ -66,10 +89,11 @@ _DRIVER: dict[str, list[Any]] = {
 
 @dataclass(frozen=True)
 class TileMap:
-    """What the copy engine needs to know to bring boxes of a tensor, swizzled by 128 bytes.
+    """What the copy engine needs to know to bring boxes of a tensor, or to take them there.
 
     sizes, box: elements, the innermost dimension first. strides: elements, of all but the
-    innermost. What of a box lies outside comes as zeros.
+    innermost. A box's rows have 32, 64 or 128 bytes, and are swizzled by as many. What of a box
+    lies outside comes as zeros, and is not written.
     """
 
     tensor: torch.Tensor
@@ -90,7 +114,7 @@ class TileMap:
             (ctypes.c_uint64 * (rank - 1))(*(width * stride for stride in self.strides)),
             (ctypes.c_uint32 * rank)(*self.box),
             (ctypes.c_uint32 * rank)(*(1,) * rank),
-            *(0, _SWIZZLE_128B, _PROMOTION_L2_128B, 0),
+            *(0, _SWIZZLES[width * self.box[0]], _PROMOTION_L2_128B, 0),
         )
         return found
 
@@ -106,6 +130,10 @@ class CudaLaunch:
     it includes lies here too.
     architecture: what it is compiled for ("sm_90a"). grid, threads: blocks, and threads of each.
     shared: bytes beside what the kernel declares. defines: the numbers that it is compiled with.
+    cluster: blocks side by side in x that run at one time, near each other. overlaps: whether it
+    may begin while the launch before still runs, for which the kernel then waits itself.
+    takes_turns: fewer blocks in x do too, each of them more; so that those are launched which find
+    place at one time.
     """
 
     source: str
@@ -115,16 +143,34 @@ class CudaLaunch:
     shared: int
     defines: Mapping[str, int]
     arguments: Sequence[Argument] = field(default=(), repr=False, compare=False)
+    cluster: int = 1
+    overlaps: bool = False
+    takes_turns: bool = False
 
     def run(self) -> None:
         """Launch on the current stream. Raises RuntimeError where that fails."""
         function = _loaded(torch.cuda.current_device(), self)
         kept = [_passed(argument) for argument in self.arguments]
         pointers = (_POINTER * len(kept))(*map(ctypes.addressof, kept))
-        stream = torch.cuda.current_stream().cuda_stream
-        _driver(
-            "cuLaunchKernel",
-            *(function, *self.grid, self.threads, 1, 1, self.shared, stream, pointers, None),
+        config = self._config()
+        if self.takes_turns and self.cluster > 1:
+            most = self.cluster * _clusters_at_once(torch.cuda.current_device(), self)
+            config.grid[0] = min(config.grid[0], most)
+        _driver("cuLaunchKernelEx", ctypes.byref(config), function, pointers, None)
+
+    def _config(self) -> _LaunchConfig:
+        """Grid, stream and attributes, as the driver takes them."""
+        attributes = []
+        if self.cluster > 1:
+            size = (ctypes.c_uint32 * 16)(self.cluster, 1, 1)
+            attributes.append(_Attribute(_CLUSTER_DIMENSION, 0, size))
+        if self.overlaps:
+            allowed = (ctypes.c_uint32 * 16)(1)
+            attributes.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, allowed))
+        return _LaunchConfig(
+            *(self.grid, (self.threads, 1, 1), self.shared),
+            torch.cuda.current_stream().cuda_stream,
+            *((_Attribute * len(attributes))(*attributes), len(attributes)),
         )
 
     def compile(self) -> bytes:
@@ -265,6 +311,21 @@ def _loaded(device: int, launch: CudaLaunch) -> Any:
             _driver("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared)
             _functions[key] = function
     return _functions[key]
+
+
+_clusters: dict[tuple[int, str, int], int] = {}
+"""Of each device, code and size of shared memory, how many clusters run at one time."""
+
+
+def _clusters_at_once(device: int, launch: CudaLaunch) -> int:
+    """At least one: where none finds place the launch says so."""
+    key = (device, launch.key(), launch.shared)
+    if key not in _clusters:
+        found, function = _INT(), _loaded(device, launch)
+        config = replace(launch, overlaps=False)._config()
+        _driver("cuOccupancyMaxActiveClusters", ctypes.byref(found), function, ctypes.byref(config))
+        _clusters[key] = max(1, found.value)
+    return _clusters[key]
 
 
 def _take_context(device: int) -> None:

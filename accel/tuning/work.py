@@ -206,6 +206,24 @@ def _matmul(tma: bool) -> Callable[[Chip, Call, Config], Work]:
     return describe
 
 
+def _matmul_hopper(chip: Chip, call: Call, config: Config) -> Work:
+    problem = _linear(call)
+    width, cluster, stages, programs = _numbers(config, "width", "cluster", "stages", "programs")
+    rows, step = 128, 64
+    tile = Tile(rows, (width,), step, 8, stages, programs=programs)
+    high, wide = min(cluster, 2), max(1, cluster // 2)  # of a cluster, in blocks
+    down = ceil(problem.rows / (rows * high)) * high
+    across, steps = ceil(problem.columns / (width * wide)) * wide, ceil(problem.depth / step)
+    work = product(chip, problem, tile, down, across, steps, bool(config["pdl"]))
+    # One warpgroup multiplies while the other finishes its part, but for the last tile.
+    work.fixed["step"] = 0.0
+    for term in {"epilogue", "added", "gate"} & work.fixed.keys():
+        work.fixed[term] /= ceil(down * across / programs)
+    # What blocks share is read once.
+    work.overlapped["l2"] *= (rows / wide + width / high) / (rows + width)
+    return work
+
+
 def _conv(call: Call) -> tuple[Product, int, int]:
     """As a product; with its taps and input channels."""
     x, weight, _, _, residual = call.tensors
@@ -519,6 +537,7 @@ Describe = Callable[[Chip, Call, Config], Work | list[Work]]
 FORMS: Mapping[str, Describe] = {
     "triton.matmul_tma": _matmul(True),
     "triton.matmul": _matmul(False),
+    "cuda.matmul": _matmul_hopper,
     "triton.conv2d_tma": _conv2d,
     "triton.conv2d": _conv2d,
     "triton.conv2d_few_in": _few_in,

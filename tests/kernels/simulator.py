@@ -49,7 +49,7 @@ class Simulator:
         words = ctypes.create_string_buffer(_ERROR_BYTES)
         x, y, _ = launch.grid
         about = (launch.threads, launch.shared, pointers, words, ctypes.c_size_t(_ERROR_BYTES))
-        if library.run(x, y, *about):
+        if library.run(x, y, launch.cluster, *about):
             raise RuntimeError(words.value.decode())
         for given, used in zip(launch.arguments, guarded, strict=True):
             if given is not used:
