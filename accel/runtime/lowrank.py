@@ -73,18 +73,55 @@ class Change(NamedTuple):
 
 @lru_cache(maxsize=16)
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for weights of that dtype there. Compiles it, once a machine."""
+    """Whether there is a kernel for weights of that dtype there, that is right where it is tried.
+
+    Compiles it, once a machine.
+    """
     if device.type != "cuda" or not kernels.load_triton():
         return False
     try:
-        with torch.cuda.device(device):
-            some = torch.zeros(8, 8, dtype=torch.int64, device=device)
-            values = torch.zeros(8, dtype=dtype, device=device)
-            numbers = (some.to(torch.int32), some, some, some.to(torch.float32))
-            _kernel().add_products(*numbers, values, values).warm()
+        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+            problem = None if is_right(device, dtype) else "the kernel's results are wrong here"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a GPU or a Triton that it was not made for
-        logger.warning("LoRAs are put on parameter by parameter: %s", error)
-        return False
+        problem = str(error)
+    if problem:
+        logger.warning("LoRAs are put on parameter by parameter: %s", problem)
+    return problem is None
+
+
+def is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel changes a matrix and an image kernel as float64 does, rounded once."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device)
+
+    arena = random(72 * 136 + 40 * 9 * 72).to(dtype)
+    views = [
+        arena[: 72 * 136].view(72, 136),
+        arena[72 * 136 :].view(40, 3, 3, 72).movedim(-1, 1),
+    ]
+    changes = [
+        [Change([(random(72, 20), random(20, 136))], 0.7)],
+        [
+            Change([(random(40, 4).to(dtype), random(4, 648).to(dtype))], -0.4),
+            Change([(random(40, 5), random(5, 648)), (random(40, 5), random(5, 648))], 0.2),
+        ],
+    ]
+    out = torch.zeros_like(arena)
+    places = [place_of(view) for view in views]
+    add(arena, out, [(p, own) for p, own in zip(places, changes, strict=True) if p is not None])
+    for view, own in zip(views, changes, strict=True):
+        want = view.double()
+        for change in own:
+            factors = [left.double() @ right.double() for left, right in change.pairs]
+            want = want + (torch.stack(factors).prod(0) * change.scale).view(view.shape)
+        have = out.as_strided(view.shape, view.stride(), view.storage_offset()).double()
+        bound = torch.finfo(dtype).eps * want.abs() + 1e-5 * want.abs().max()
+        if not bool(((have - want).abs() <= bound).all()):
+            return False
     return True
 
 

@@ -243,6 +243,19 @@ def test_a_parameter_does_not_depend_on_what_is_launched_with_it(
     assert torch.equal(values(engine), whole)
 
 
+@pytest.mark.parametrize("dtype", ARENAS, ids=str)
+def test_it_is_tried_before_it_is_used(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lowrank.is_right(DEVICE, dtype)
+    whole = kernel.add_products
+
+    def wrong(tiles: Any, places: Any, changes: Any, scales: Any, base: Any, out: Any) -> Any:
+        scales[2] = 0.0  # the last change is lost
+        return whole(tiles, places, changes, scales, base, out)
+
+    monkeypatch.setattr(kernel, "add_products", wrong)
+    assert not lowrank.is_right(DEVICE, dtype)
+
+
 def test_without_a_gpu_there_is_no_kernel() -> None:
     assert not lowrank.available(torch.device("cpu"), torch.float32)
     assert kernel.KINDS == ARENAS
