@@ -38,7 +38,7 @@ from accel.tuning.select import model_of
 from .random_sizes import SEED, drawn
 
 FAMILIES = ("sd15", "sdxl")
-SIZES = 6
+SIZES = 12
 
 
 def main() -> None:
