@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from accel import kernels
+from accel.bench import machine
 from accel.cli.predict import _plan
 from accel.hardware import Hardware
 from accel.kernels import Call, Config, Kernel
@@ -37,7 +38,7 @@ from accel.tuning.select import model_of
 from .random_sizes import SEED, drawn
 
 FAMILIES = ("sd15", "sdxl")
-SIZES = 6
+SIZES = 12
 
 
 def main() -> None:
@@ -45,11 +46,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("gpu", help="the name of one with a measured profile")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", default=machine.commit())
     options = parser.parse_args()
     hardware = profiled()[options.gpu]
     rows = [row for family in FAMILIES for row in rows_of(family, hardware)]
     command = f"python -m benchmarks.ahead '{options.gpu}'"
-    meta = {**identity(hardware), "date": time.strftime("%Y-%m-%d"), "command": command}
+    meta = {**identity(hardware), "commit": options.commit}
+    meta |= {"date": time.strftime("%Y-%m-%d"), "command": command}
     meta["note"] = "offline: times are those that the performance model predicts"
     ceilings: dict[str, float] = {}  # nothing runs here
     if options.out:
@@ -66,11 +69,7 @@ def rows_of(family: str, hardware: Hardware) -> list[dict[str, Any]]:
     model = model_of(hardware, Profile(hardware, None))
     assert model is not None, f"{hardware.name} has no constants"
     dims = dims_at(plan, 512, 512, 2)
-    chosen = ahead.covering(
-        calls_ahead(plan, dims, torch.float16),
-        hardware,
-        lambda call, found: predicted(model, call, found),
-    )
+    chosen = ahead.covering(calls_ahead(plan, dims, torch.float16), hardware, model)
     have = {key for variant in chosen for key in launch_keys(variant)}
     lent: dict[str, list[tuple[Kernel, Config]]] = defaultdict(list)
     for kernel, config, call in chosen:
@@ -86,7 +85,7 @@ def rows_of(family: str, hardware: Hardware) -> list[dict[str, Any]]:
         for call in calls_of(plan, dims_at(plan, width, height, 2), torch.float16):
             found = [
                 *kernels.candidates(call, hardware)[:-1],
-                *(p for p in lent[family_of(call.key)[0]] if ahead.fits(*p, call, hardware)),
+                *ahead.fitting(lent[family_of(call.key)[0]], call, hardware),
             ]
             times = predicted(model, call, [(kernel.name, config) for kernel, config in found])
             known = [(*pair, us) for pair, us in zip(found, times, strict=True) if us is not None]

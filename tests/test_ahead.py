@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
+import pickle
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,17 @@ import torch
 from test_cost import GPU, resized, shipped
 
 from accel.cache import DiskCache
+from accel.compiler import SHIPPED
 from accel.kernels import Call, Kernel, candidates, load_triton
-from accel.tuning import ahead, compiling
-from accel.tuning.ahead import covering
-from accel.tuning.compiling import Compiler, launch_keys
+from accel.plan.schema import Plan
+from accel.runtime.calls import calls_ahead, dims_at
+from accel.tuning import ahead, compiling, select
+from accel.tuning.ahead import covering, named_covering
+from accel.tuning.compiling import Compiler, launch_keys, made_apart
+from accel.tuning.cost import Model
 from accel.tuning.keys import call_of
 from accel.tuning.profile import Profile, family_of
-from accel.tuning.select import Choice, Selector
+from accel.tuning.select import Choice, Selector, model_of
 
 CUDA = torch.device("cuda")
 ROWS = (2048, 8192, 18432)
@@ -60,21 +67,21 @@ def calls(rows: Iterable[int] = ROWS) -> list[Call]:
     return [call_of(key.format(m=m)) for m in rows for key in KEYS]
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process of its own, which would know nothing of such code."""
+    monkeypatch.setattr(select, "made_apart", lambda job, hardware: job())
+
+
 def chooser(profile: Profile | None = None, cache: DiskCache | None = None) -> Selector:
     return Selector(Compiler(GPU, CUDA, cache), CUDA, profile or Profile(GPU, None), False)
 
 
-def predicted(call: Call, candidates: Sequence[Any]) -> list[float | None]:
-    return chooser_for_times()._times(call, candidates)
-
-
-_chooser: list[Selector] = []
-
-
-def chooser_for_times() -> Selector:
-    if not _chooser:
-        _chooser.append(chooser())
-    return _chooser[0]
+@cache
+def model() -> Model:
+    found = model_of(GPU, Profile(GPU, None))
+    assert found is not None
+    return found
 
 
 # Which.
@@ -83,8 +90,8 @@ def chooser_for_times() -> Selector:
 def cost(call: Call, have: set[str]) -> float:
     """Microseconds with what is compiled and the libraries."""
     found = [pair for pair in candidates(call, GPU)[:-1] if launch_keys((*pair, call)) <= have]
-    times = predicted(call, [(kernel.name, config) for kernel, config in found])
-    return min(us for us in times if us is not None)
+    times = model().predictions(call, [(kernel.name, config) for kernel, config in found])
+    return min(time.us for time in times if time is not None)
 
 
 def test_a_few_pieces_of_code_serve_sizes_that_are_not_among_those_asked() -> None:
@@ -92,7 +99,7 @@ def test_a_few_pieces_of_code_serve_sizes_that_are_not_among_those_asked() -> No
     between = calls((4096, 9216))
     spent = []
     for most in (0, 4, 12):
-        chosen = covering(calls(), GPU, predicted, most)
+        chosen = covering(calls(), GPU, model(), most)
         have = set().union(*(launch_keys(variant) for variant in chosen))
         assert len(have) <= most
         spent.append(sum(cost(call, have) for call in between))
@@ -116,8 +123,9 @@ def test_a_kernel_of_two_launches_needs_both() -> None:
     assert ahead._greedy([], times, [{}, {}], 4) == []
 
 
-def test_nothing_is_chosen_of_what_nobody_can_predict() -> None:
-    assert covering(calls((64,)), GPU, lambda call, found: [None] * len(found)) == []
+def test_nothing_is_chosen_of_what_nobody_can_predict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "predictions", lambda self, call, found: [None] * len(found))
+    assert covering(calls((64,)), GPU, model()) == []
 
 
 # What a new size runs.
@@ -154,6 +162,7 @@ def first_size(selector: Selector) -> list[Choice]:
     return choices
 
 
+@pytest.mark.usefixtures("here")
 def test_a_new_size_compiles_nothing_once_the_plan_is_prepared(
     compiled: list[set[str]],
     tmp_path: Path,
@@ -196,6 +205,7 @@ def test_a_new_size_compiles_nothing_once_the_plan_is_prepared(
     }
 
 
+@pytest.mark.usefixtures("here")
 def test_what_was_measured_but_is_not_compiled_is_not_waited_for_and_comes_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -227,6 +237,7 @@ def test_what_was_measured_but_is_not_compiled_is_not_waited_for_and_comes_later
     assert family_of(other.key)[0] not in selector._prepared
 
 
+@pytest.mark.usefixtures("here")
 def test_what_is_under_way_gives_a_provisional_choice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -261,6 +272,7 @@ def test_without_a_model_nothing_changes(compiled: list[set[str]]) -> None:
     assert selector.settled and not selector._prepared
 
 
+@pytest.mark.usefixtures("here")
 def test_a_failure_costs_no_picture(
     compiled: list[set[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -274,6 +286,99 @@ def test_a_failure_costs_no_picture(
     assert "not compiled ahead: no sizes" in caplog.text
     for choice in selector.select(calls((9216,))):
         assert choice.kernel.launches is None
+
+
+# In a process of its own.
+
+NOTHING = "import sys; sys.stdin.buffer.read()"
+HALF = "import sys; sys.stdin.buffer.read(); print(); print('[[', end='', flush=True)"
+HANGS = "import time; print(flush=True); time.sleep(60)"
+"""In place of a process that answers."""
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not load_triton():
+        pytest.skip("there is no Triton here")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.usefixtures("triton")
+def test_the_few_are_found_elsewhere_once_a_machine(
+    compiled: list[set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*rest: Any) -> Any:
+        raise AssertionError("not here")
+
+    monkeypatch.setattr(ahead, "covering", never)
+    monkeypatch.setattr(
+        compiling.pickle, "dumps", lambda job, dumps=pickle.dumps: renamed(dumps(job, protocol=0))
+    )
+    for _ in range(2):
+        selector = chooser(cache=DiskCache(tmp_path, 1 << 20, "test"))
+        selector.select(calls((8192,)))
+        selector.prepare("a plan", partial(list, calls()))
+        wait_for(lambda one=selector: one.settled)
+        found = {family: len(pairs) for family, pairs in selector._ahead.items()}
+        assert found.keys() == {family_of(call.key)[0] for call in calls()}
+        monkeypatch.setattr(compiling, "_BOOT", NOTHING)  # the second finds them on disk
+    (file,) = tmp_path.rglob("ahead/*.json")
+    file.write_bytes(file.read_bytes()[:-9])
+    monkeypatch.setattr(ahead, "covering", lambda *rest: [])
+    damaged = chooser(cache=DiskCache(tmp_path, 1 << 20, "test"))
+    damaged.select(calls((8192,)))
+    damaged.prepare("a plan", partial(list, calls()))
+    wait_for(lambda: damaged.settled)
+    assert not damaged._ahead, "found anew, by what answers here now"
+
+
+def renamed(pickled: bytes) -> bytes:
+    """As it is pickled where ComfyUI imports the pack under its folder's name."""
+    assert b"caccel." in pickled
+    return pickled.replace(b"caccel.", b"c/pack's/folder.accel.")
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.skipif(os.name != "posix", reason="other systems set the priority from outside")
+def test_it_has_low_priority_and_no_gpu() -> None:
+    assert made_apart(partial(os.nice, 0), GPU) == min(os.nice(0) + compiling.NICENESS, 19)
+    assert made_apart(partial(os.getenv, "CUDA_VISIBLE_DEVICES"), GPU) == ""
+    assert not compiling._processes
+
+
+@pytest.mark.parametrize("boot", [NOTHING, HALF, HANGS, "no Python", None])
+def test_without_an_answer_it_is_done_here(
+    boot: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "PATIENCE", 1.0)
+    if boot is None:
+        monkeypatch.setattr(compiling, "PROCESS_BYTES", 1 << 60)
+    else:
+        monkeypatch.setattr(compiling, "_BOOT", boot)
+    assert made_apart(os.getpid, GPU) == os.getpid()
+    assert not compiling._processes
+
+
+def test_a_program_that_ends_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_BOOT", HANGS)
+    monkeypatch.setattr(compiling, "_closing", threading.Event())
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(made_apart(os.getpid, GPU)))
+    thread.start()
+    wait_for(lambda: bool(compiling._processes))
+    compiling._end_those(None)
+    thread.join(10)
+    assert answers == [None] and not compiling._processes
+    assert made_apart(os.getpid, GPU) is None, "none is started any more"
+
+
+def test_what_is_asked_for_can_be_sent() -> None:
+    """A plan's calls and the model, at a network's first size."""
+    plan = Plan.from_json(json.loads((SHIPPED / "sd15.json").read_text()))
+    dims = dims_at(plan, 512, 512, 2)
+    job = partial(named_covering, partial(calls_ahead, plan, dims, torch.float16), GPU, model())
+    sent = pickle.loads(pickle.dumps(job))
+    assert sent.args[0].args[0] == plan and isinstance(sent.args[2], Model)
 
 
 # How good they are.

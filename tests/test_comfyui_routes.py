@@ -18,19 +18,22 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+import torch
 from comfyui.server import installations, why_not
 from sparse import ldm_shapes, sparse_file
 from support import family_config
 
 from accel import __version__
 from accel.cache import DiskCache
-from accel.compiler import open_cache
-from accel.hardware import Hardware
+from accel.compiler import _shipped, open_cache, shipped_plan
+from accel.hardware import Hardware, describe
 from accel.hosts.comfyui import catalog, routes
 from accel.hosts.comfyui.builder import Builder, BuildRefused
 from accel.hosts.comfyui.journal import Journal
 from accel.hosts.comfyui.routes import Panel
 from accel.runtime import calls
+from accel.runtime.predict import forecast, predict_at
+from accel.structure import structure_of
 from accel.tuning import profile
 
 web = pytest.importorskip("aiohttp.web")
@@ -235,6 +238,112 @@ def test_what_is_not_there_is_not_found(panel: Panel, action: str) -> None:
     assert status == 404 and "no such" in data["error"]
 
 
+# What a sampling will take.
+
+SAMPLING: dict[str, Any] = {
+    **{"folder": "checkpoints", "name": "one.safetensors", "width": 712, "height": 904},
+    **{"batch": 1, "steps": 20, "sampler": "euler", "guided": True, "controlnet": False},
+}
+UNKNOWN = {"seconds": None, "bytes": None}
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """The GPU that the host computes on, of those with a profile; None: a CPU."""
+
+    def use(gpu: str | None) -> None:
+        found = describe(torch.device("cpu")) if gpu is None else profile.profiled()[gpu]
+        monkeypatch.setattr(routes, "_hardware", lambda: (found.name, found, None))
+
+    return use
+
+
+def test_a_sampling_is_predicted_before_it_is_queued(panel: Panel, on: Any) -> None:
+    on("NVIDIA H200")
+
+    def predicted(**changes: Any) -> tuple[float, int]:
+        status, found = answer(panel, "predict", SAMPLING | changes)
+        assert status == 200
+        return found["seconds"], found["bytes"]
+
+    seconds, size = predicted()
+    times = forecast(profile.profiled()["NVIDIA H200"])
+    plan = shipped_plan(structure_of(panel._locate("checkpoints", "one.safetensors")))  # type: ignore[arg-type]
+    assert plan is not None
+    found = predict_at(plan, 712, 904, 2, times)
+    assert found.step_ms is not None and found.prompt_ms is not None
+    assert seconds == pytest.approx(1.07 * (found.prompt_ms + 20 * found.step_ms) / 1e3)
+    assert size == found.weights_bytes + found.activation_bytes
+    each = 1.07 * found.step_ms / 1e3
+    assert predicted(steps=40)[0] - seconds == pytest.approx(20 * each)
+    assert predicted(sampler="heun")[0] - seconds == pytest.approx(19 * each)
+    assert predicted(guided=False)[0] < 0.75 * seconds
+    assert predicted(batch=2)[0] > 1.4 * seconds and predicted(batch=2)[1] > size
+    assert predicted(controlnet=True)[0] > seconds
+    assert predicted() == (seconds, size)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes"),
+    [
+        (None, {}),
+        ("NVIDIA H200", {"sampler": "dpm_adaptive"}),  # chooses its steps itself
+        ("NVIDIA H200", {"sampler": "of another pack"}),
+        ("NVIDIA H200", {"name": "two.safetensors"}),  # not listed
+        ("NVIDIA H200", {"name": "../one.safetensors"}),
+        ("NVIDIA H200", {"folder": "diffusion_models"}),
+    ],
+)
+def test_what_is_not_known_is_not_predicted(
+    panel: Panel, on: Any, gpu: str | None, changes: dict[str, Any]
+) -> None:
+    on(gpu)
+    assert answer(panel, "predict", SAMPLING | changes) == (200, UNKNOWN)
+
+
+def test_a_structure_is_predicted_once_it_has_a_plan(
+    panel: Panel, tmp_path: Path, on: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on("NVIDIA H200")
+    path = tmp_path / "one.safetensors"
+    path.write_bytes(b"")
+    assert answer(panel, "predict", SAMPLING) == (200, UNKNOWN)
+    # Of no published family: the file alone does not fix the graph, a build before it did.
+    shapes = ldm_shapes("sd15", "model.diffusion_model.")
+    shapes["model.diffusion_model.input_blocks.0.0.weight"] = (320, 5, 3, 3)
+    path.unlink()
+    sparse_file(path, shapes)
+    structure = structure_of(str(path))
+    assert structure.graph_key is None
+    assert answer(panel, "predict", SAMPLING) == (200, UNKNOWN)
+    found = _shipped("sd15")
+    assert found is not None
+    own = {**found.structure, "graph_key": KEY, "shape_key": structure.shape_key}
+    panel.builder.cache.put(KEY, "plan", replace(found, structure=own).to_json())
+    assert answer(panel, "predict", SAMPLING)[1]["seconds"] > 0.1
+
+
+@pytest.mark.parametrize("field", list(SAMPLING))
+@pytest.mark.parametrize("wrong", [None, [], "", 0, -8, 1e300, 2**70, True, "x" * 20, {"a": 1}])
+def test_a_sampling_that_is_none_is_refused(panel: Panel, on: Any, field: str, wrong: Any) -> None:
+    on(None)
+    status, data = answer(panel, "predict", SAMPLING | {field: wrong})
+    right = type(wrong) is type(SAMPLING[field]) and field in ("name", "sampler", "guided")
+    if right or (field, wrong) == ("controlnet", True):
+        assert (status, data) == (200, UNKNOWN)
+    else:
+        assert status == 400 and data["error"].startswith(field) and len(data) == 1
+
+
+@pytest.mark.parametrize("body", [[], 7, "text", None, {}, {"width": 512}])
+def test_what_lacks_a_field_is_refused(panel: Panel, body: Any) -> None:
+    status, data = answer(panel, "predict", json=body)
+    assert status == 400 and data["error"]
+
+
+# Builds.
+
+
 def test_builds_are_cancelled_and_retried(
     panel: Panel, builder: Builder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,7 +513,7 @@ def test_routes_are_registered_once(panel: Panel) -> None:
     routes.register(server, panel)
     paths = [route.path for route in server.routes]
     assert sorted(paths) == sorted(
-        f"/switchyard/{name}" for name in ("state", "checkpoints", "runs", *ACTIONS)
+        f"/switchyard/{name}" for name in ("state", "checkpoints", "runs", "predict", *ACTIONS)
     )
 
 

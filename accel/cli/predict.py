@@ -58,11 +58,9 @@ def run(options: argparse.Namespace) -> int:
     plan = _plan(options.target)
     hardware = _gpu(options.gpu)
 
-    from ..runtime.predict import predict_at
-    from ..tuning.forecast import Forecast
-    from ..tuning.profile import Profile, profile_cache
+    from ..runtime.predict import forecast, predict_at
 
-    times = Forecast(hardware, Profile(hardware, profile_cache()))
+    times = forecast(hardware)
     rows = []
     for width, height in options.size or [_size(size) for size in SIZES]:
         found = predict_at(

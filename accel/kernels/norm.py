@@ -36,11 +36,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton import cdiv, next_power_of_2
 
 from ..hardware import Hardware
 from . import overlap
-from .launch import Launch, interpreted
+from .launch import Launch, cdiv, interpreted, next_power_of_2
 from .registry import Call, Config, TensorSpec, compiled_kernel
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -790,7 +789,7 @@ def _split_configs(image: _Image, multiprocessors: int) -> list[dict[str, Any]]:
         (wide, 32, 4, 5),
     ]
     names = ("scheme", "channels", "rows", "warps", "grid")
-    found = [
+    found: list[dict[str, Any]] = [
         dict(zip(names, ("split", *shape, each * multiprocessors), strict=True))
         for *shape, each in dict.fromkeys(shapes)
     ]
@@ -819,7 +818,7 @@ def _whole_configs(image: _Image) -> list[dict[str, Any]]:
         for count in dict.fromkeys(chosen):
             size = image.tall * next_power_of_2(count * image.group_width)
             warps = min(16, next_power_of_2(cdiv(size, 32 * each)))
-            config = {"scheme": "whole", "groups": count, "warps": warps}
+            config: dict[str, Any] = {"scheme": "whole", "groups": count, "warps": warps}
             if image.fits(config) and config not in found:
                 found.append(config)
     return found

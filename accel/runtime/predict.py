@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from ..hardware import Hardware
 from ..plan.schema import Plan
 from ..tuning.forecast import MEASURED, PREDICTED, Forecast
+from ..tuning.profile import Profile, profile_cache
 from .arena import Arena
 from .calls import dims_at
 from .executable import Executable, PromptState
@@ -36,6 +38,11 @@ class Prediction:
     measured: int
     predicted: int
     unknown: int
+
+
+def forecast(hardware: Hardware) -> Forecast:
+    """What calls take on a GPU, by all that is known of it on this machine."""
+    return Forecast(hardware, Profile(hardware, profile_cache()))
 
 
 def predict(plan: Plan, dims: Mapping[str, int], dtype: torch.dtype, times: Forecast) -> Prediction:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,14 @@ from numpy.typing import NDArray
 from .. import kernels
 from ..hardware import Hardware
 from ..kernels.registry import Call, Config, Kernel
-from .compiling import Variant, launch_keys
+from .compiling import Variant, launch_keys, named
+from .cost import Model
 from .profile import family_of
 
-SIZES = ((520, 616), (776, 712), (904, 1160), (1024, 1024), (1320, 1000), (1496, 1240))
+SIZES = (
+    *((520, 616), (776, 712), (696, 1064), (904, 1160), (632, 1480)),
+    *((1176, 872), (1320, 1000), (1496, 1240), (1432, 1432)),
+)
 """Image sizes in pixels that stand for the others: odd ones, whose pixels no tile of a convolution
 covers evenly, since most sizes are such. What a plan's first image wants is compiled anyway."""
 
@@ -30,17 +35,24 @@ MOST = 120
 SLOW = 1.5
 """Where no library runs a call, what stands in for ours is taken to be so many times as slow."""
 
-Predict = Callable[[Call, Sequence[tuple[str, Config]]], Sequence[float | None]]
-"""Microseconds of a call's candidates, by kernels' names; None where they are not known."""
+NOTHING = 1e-3
+"""Microseconds: a code that would save no more is left out."""
+
+
+def named_covering(
+    calls: Callable[[], Iterable[Call]], hardware: Hardware, model: Model
+) -> list[list[Any]]:
+    """`covering`, of calls that are still to be made, as another process may answer it."""
+    return named(covering(calls(), hardware, model))
 
 
 def covering(
-    calls: Iterable[Call], hardware: Hardware, predict: Predict, most: int = MOST
+    calls: Iterable[Call], hardware: Hardware, model: Model, most: int = MOST
 ) -> list[Variant]:
     """Variants of at most `most` pieces of code that serve the calls, and others between, well.
 
-    calls: of one plan at several image sizes. Of each piece of code there is a variant for every
-    kind of call that it can serve.
+    calls: of one plan at several image sizes. model: predicts their times. Of each piece of code
+    there is a variant for every kind of call that it can serve.
     """
     found = list(calls)
     lent = _by_family(found, hardware)
@@ -50,31 +62,43 @@ def covering(
     times: list[dict[int, float]] = []
     for place, call in enumerate(found):
         family = family_of(call.key)[0]
-        offered = lent[family]
-        own = [pair for pair in offered if pair[0].launches is None or fits(*pair, call, hardware)]
-        predicted = predict(call, [(kernel.name, config) for kernel, config in own])
-        known = [(*pair, us) for pair, us in zip(own, predicted, strict=True) if us is not None]
+        own = fitting(lent[family], call, hardware)
+        predicted = model.predictions(call, [(kernel.name, config) for kernel, config in own])
+        known = [(*pair, p.us) for pair, p in zip(own, predicted, strict=True) if p is not None]
+        libraries = [us for kernel, _, us in known if kernel.launches is None]
+        compiled = [(k, config, us) for k, config, us in known if k.launches is not None]
+        slowest = max((us for *_, us in compiled), default=0.0)
+        best[place] = min(libraries, default=SLOW * slowest)
         ours: dict[int, float] = {}
-        for kernel, config, us in known:
+        for kernel, config, us in compiled:
+            if us >= best[place]:  # never run
+                continue
             keys = frozenset(launch_keys((kernel, config, call)))
             if keys:
                 code = codes.setdefault(keys, len(codes))
                 if us < ours.get(code, np.inf):
                     ours[code] = us
                     variants[code].setdefault(family, (kernel, config, call))
-        libraries = [us for kernel, _, us in known if kernel.launches is None]
-        best[place] = min(libraries, default=SLOW * max(ours.values(), default=0.0))
         times.append(ours)
     chosen = _greedy(list(codes), best, times, most)
     return [variant for code in chosen for variant in variants[code].values()]
 
 
-def fits(kernel: Kernel, config: Config, call: Call, hardware: Hardware) -> bool:
-    """Whether a configuration of another size can serve this call."""
-    try:
-        return kernel.supports(call, hardware) and kernel.fits(call, config, hardware)
-    except (KeyError, ValueError, TypeError, ArithmeticError):  # of another version, or damaged
-        return False
+def fitting(
+    offered: Iterable[tuple[Kernel, Config]], call: Call, hardware: Hardware
+) -> list[tuple[Kernel, Config]]:
+    """Of other sizes' kernels and configurations those that can serve this call."""
+    supported: dict[str, bool] = {}
+
+    def fits(kernel: Kernel, config: Config) -> bool:
+        try:
+            if kernel.name not in supported:
+                supported[kernel.name] = kernel.supports(call, hardware)
+            return supported[kernel.name] and kernel.fits(call, config, hardware)
+        except (KeyError, ValueError, TypeError, ArithmeticError):  # of another version, or damaged
+            return False
+
+    return [(kernel, config) for kernel, config in offered if fits(kernel, config)]
 
 
 def _by_family(
@@ -100,15 +124,24 @@ def _greedy(
     for call, ours in enumerate(options):
         for code, us in ours.items():
             table[code, call] = us
+    times = times.copy()
+
+    def savings(calls: NDArray[np.intp]) -> NDArray[np.float64]:
+        """Microseconds that each code would save of these calls."""
+        return np.asarray(np.maximum(times[calls] - table[:, calls], 0.0).sum(axis=1))
+
+    saved = savings(np.arange(len(times)))
     have: set[str] = set()
     taken: list[int] = []
     while True:
         costs = np.array([len(keys - have) for keys in codes])
-        saved = np.maximum(times[None, :] - table, 0.0).sum(axis=1)
         worth = np.where(len(have) + costs <= most, saved / np.maximum(costs, 0.5), 0.0)
         code = int(worth.argmax()) if len(codes) else 0
-        if not len(codes) or worth[code] <= 0:
+        if not len(codes) or worth[code] <= NOTHING:
             return taken
         taken.append(code)
         have |= codes[code]
-        times = np.minimum(times, table[code])
+        changed = np.flatnonzero(table[code] < times)
+        saved -= savings(changed)
+        times[changed] = table[code, changed]
+        saved += savings(changed)

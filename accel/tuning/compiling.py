@@ -2,7 +2,8 @@
 
 Compiling takes a third of a second a kernel, most of it in Python, whose lock lets one thread work
 at a time. So many kernels are compiled by several processes, which leave what they made in Triton's
-cache on disk, where this process finds it. They need no GPU, but are told which one is meant.
+cache on disk, where this process finds it. They need no GPU, but are told which one is meant. Which
+kernels are compiled ahead is found out in such a process, too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -102,22 +103,15 @@ class Compiler:
     def remembered(self, plan: str) -> list[Variant] | None:
         """The variants that `remember` kept of a plan; None if it kept none that can be had."""
         found = None if self._cache is None else self._cache.get(self._plan_key(plan), AHEAD)
-        if found is None:
-            return None
-        registered = {kernel.name: kernel for kernel in kernels.kernels()}
         try:
-            return [
-                (registered[name], dict(config), call_of(key))
-                for name, config, key in found["variants"]
-            ]
+            return None if found is None else variants_of(found["variants"])
         except (LookupError, TypeError, ValueError):  # of another version, or damaged
             return None
 
     def remember(self, plan: str, variants: Iterable[Variant]) -> None:
         """Keep which variants a plan has ahead, for later processes."""
         if self._cache is not None:
-            kept = [[kernel.name, dict(config), call.key] for kernel, config, call in variants]
-            self._cache.put(self._plan_key(plan), AHEAD, {"variants": kept})
+            self._cache.put(self._plan_key(plan), AHEAD, {"variants": named(variants)})
 
     def _plan_key(self, plan: str) -> str:
         return xxhash.xxh3_64_hexdigest(f"{self._key} {self.hardware.name} {plan}".encode())
@@ -205,6 +199,17 @@ def _launches(variants: Iterable[Variant]) -> Mapping[str, tuple[Variant, AnyLau
     return found
 
 
+def named(variants: Iterable[Variant]) -> list[list[Any]]:
+    """The variants as JSON holds them."""
+    return [[kernel.name, dict(config), call.key] for kernel, config, call in variants]
+
+
+def variants_of(found: Iterable[Any]) -> list[Variant]:
+    """What `named` made JSON of. Raises LookupError, TypeError or ValueError for anything else."""
+    registered = {kernel.name: kernel for kernel in kernels.kernels()}
+    return [(registered[name], dict(config), call_of(key)) for name, config, key in found]
+
+
 def launch_keys(variant: Variant) -> set[str]:
     """What tells the code of its launches apart; nothing for what is not compiled here."""
     return set(_launches((variant,)))
@@ -258,6 +263,26 @@ def compile_apart(
         _end_those(stop)
         raise
     return done
+
+
+def made_apart(job: Callable[[], Any], hardware: Hardware) -> Any:
+    """What a job that needs no GPU returns, from a process of its own at low priority.
+
+    job: may be pickled; its result may be JSON, and is not None. Where no process can be had, or
+    one that was killed or hung gave no answer, it is done here; None if this process is to end.
+    """
+    question = pickle.dumps((NICENESS, sys.path, hardware.capability, job))
+    free = psutil.virtual_memory().available >= PROCESS_BYTES
+    process = _started(threading.Event(), low=True) if free else None
+    if process is not None:
+        try:
+            lines = _answers(process, question)
+        finally:
+            _end(process)
+        with contextlib.suppress(IndexError, ValueError):  # it ended before, or in the midst of it
+            return json.loads(lines[1])
+        logger.info("a process that chooses kernels ended with %s", process.returncode)
+    return None if _closing.is_set() else job()
 
 
 def deadly(variant: Variant) -> bool:
@@ -364,22 +389,25 @@ class _Unpickler(pickle.Unpickler):
 
 
 def serve() -> None:
-    """Compile what the standard input names, without a GPU.
+    """Compile what the standard input names, or do a job that it holds, without a GPU.
 
-    Answers a line when it begins and one for each variant, with the keys of what it compiled. Ends
-    when nobody listens any more.
+    Answers a line when it begins and one for each variant, with the keys of what it compiled, or
+    one with what the job returns. Ends when nobody listens any more.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer
-    niceness, paths, capability, share = _Unpickler(sys.stdin.buffer).load()
+    niceness, paths, capability, asked = _Unpickler(sys.stdin.buffer).load()
     with contextlib.suppress(AttributeError, OSError):  # Windows: the parent has set the priority
         os.nice(niceness)
     sys.path += [path for path in paths if path not in sys.path]
     pretend(capability)
     kernels.load_triton()
-    registered = {kernel.name: kernel for kernel in kernels.kernels()}
     print(file=answers, flush=True)
-    for name, config, call in share:
+    if callable(asked):
+        print(json.dumps(asked()), file=answers, flush=True)
+        return
+    registered = {kernel.name: kernel for kernel in kernels.kernels()}
+    for name, config, call in asked:
         stored: list[str] = []
         for key, (_, launch) in _launches([(registered[name], config, call)]).items():
             with contextlib.suppress(Exception):

@@ -28,9 +28,9 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -195,7 +195,7 @@ class Model:
         self, call: Call, candidates: Sequence[tuple[str, Config]]
     ) -> list[Prediction | None]:
         """Of several candidates of one call."""
-        options = [self._options(call, name, config) for name, config in candidates]
+        options = self._options(call, candidates)
         known = [place for place, logs in enumerate(options) if logs.size]
         found: list[Prediction | None] = [None] * len(candidates)
         if known:
@@ -248,11 +248,24 @@ class Model:
         chosen = {(r.kernel.name, _text(r.config)) for r in kept}
         return [c for c in candidates if (c[0].name, _text(c[1])) in chosen]
 
-    def _options(self, call: Call, name: str, config: Config, chip: Chip | None = None) -> Array:
-        """Logarithms of the times of all tiles that a kernel may have."""
-        found = works(chip or self.chip, call, name, config)
-        factor = self.fitted.tiles.get(_tile_of(name, config), 1.0)
-        return _logs(self.fitted.constants.get(name, {}), found) + math.log(factor)
+    def _options(
+        self, call: Call, candidates: Sequence[tuple[str, Config]], chip: Chip | None = None
+    ) -> list[Array]:
+        """Of each candidate, logarithms of the times of all tiles that its kernel may have."""
+        chip = chip or self.chip
+        found = [works(chip, call, name, config) for name, config in candidates]
+        forms: dict[str, list[int]] = defaultdict(list)
+        for place, (name, _) in enumerate(candidates):
+            forms[name].append(place)
+        options = [np.empty(0)] * len(candidates)
+        for form, places in forms.items():  # all of a form at once: each alone takes as long
+            constants = self.fitted.constants.get(form, {})
+            logs = _logs(constants, [work for place in places for work in found[place]])
+            ends = np.cumsum([len(found[place]) for place in places])[:-1]
+            for place, own in zip(places, np.split(logs, ends), strict=True):
+                factor = self.fitted.tiles.get(_tile_of(form, candidates[place][1]), 1.0)
+                options[place] = own + math.log(factor)
+        return options
 
     def _group(self, key: str) -> _Group:
         """What was measured of calls of the same weights."""
@@ -261,17 +274,21 @@ class Model:
             points: list[_Point] = []
             own = self._measured.get(name, {})
             for other, times in {**self._carried.get(name, {}), **own}.items():
-                for kernel, config, us in times:
-                    try:
-                        call = call_of(other)
-                        options = self._options(call, kernel, config)
-                        if other not in own and options.size:
-                            there = self._options(call, kernel, config, self._origin)
-                            us = us * math.exp(float(options.min() - there.min()))
-                        made = _points(other, [(kernel, config)], [options], [us])
-                    except ValueError:  # of another version, or damaged
-                        continue
-                    points += [point for point in made if point.options.size]
+                named = [(kernel, config) for kernel, config, _ in times]
+                us = [us for *_, us in times]
+                try:
+                    call = call_of(other)
+                    options = self._options(call, named)
+                    if other not in own:
+                        there = self._options(call, named, self._origin)
+                        us = [
+                            time * math.exp(float(here.min() - gone.min())) if here.size else time
+                            for time, here, gone in zip(us, options, there, strict=True)
+                        ]
+                    made = _points(other, named, options, us)
+                except ValueError:  # of another version, or damaged
+                    continue
+                points += [point for point in made if point.options.size]
             self._groups[name] = _Group(points)
         return self._groups[name]
 
@@ -303,13 +320,80 @@ class _Point:
     options: Array
     time: float = 0.0  # the logarithm of microseconds, where measured
 
+    def common(self) -> tuple[str, ...]:
+        """What it may have in common with others."""
+        return self.family, self.kernel, self.tile, self.config, self.call
+
 
 @dataclass
 class _Group:
-    """What was measured of calls that are alike. inverse: of their times' covariance, made once."""
+    """What was measured of calls that are alike, and what follows from it, made once."""
 
     points: list[_Point]
-    inverse: Array | None = None
+
+    @cached_property
+    def traits(self) -> _Traits:
+        """Of the points."""
+        return _Traits.of(self.points, self.ids)
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Numbers for what the points may have in common."""
+        texts = (text for point in self.points for text in point.common())
+        return {text: number for number, text in enumerate(dict.fromkeys(texts))}
+
+    @cached_property
+    def inverse(self) -> Array:
+        """Of the times' covariance."""
+        noise = _NOISE**2 * np.eye(len(self.points))
+        return np.asarray(np.linalg.inv(_covariance(self.traits, self.traits) + noise))
+
+    @cached_property
+    def hidden(self) -> dict[str, _Hidden]:
+        """The points of which the tile is not known, by kernel."""
+        places: dict[str, list[int]] = defaultdict(list)
+        for place, point in enumerate(self.points):
+            if point.options.size > 1:
+                places[point.kernel].append(place)
+        return {
+            kernel: _Hidden(
+                np.array(own),
+                np.array([self.points[place].options for place in own]),
+                np.array([_evidence(self.points[place]) for place in own]),
+            )
+            for kernel, own in places.items()
+        }
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """Points of one kernel: their places, their options and what their times tell of these."""
+
+    places: NDArray[np.int64]
+    options: Array
+    evidence: Array
+
+
+@dataclass(frozen=True)
+class _Traits:
+    """Of several points: logarithms of rows, whether tiles are not known, and what is in common.
+
+    common: one number each for the family, kernel, tile, configuration and call, in this order.
+    """
+
+    rows: Array
+    hidden: NDArray[np.bool_]
+    common: NDArray[np.int64]
+
+    @staticmethod
+    def of(points: Sequence[_Point], ids: Mapping[str, int]) -> _Traits:
+        """ids: numbers for texts; those of others are not told apart."""
+        common = [[ids.get(text, -1) for text in point.common()] for point in points]
+        return _Traits(
+            np.array([point.rows for point in points]),
+            np.array([point.kernel in HIDDEN for point in points]),
+            np.array(common, dtype=np.int64).reshape(len(points), 5).T,
+        )
 
 
 def _points(
@@ -330,80 +414,96 @@ def _points(
 
 
 def _carried(group: _Group, wanted: Sequence[_Point]) -> tuple[Array, Array]:
-    """Logarithms of the times of points and their spreads, by those that are measured."""
-    measured = group.points
-    points = [*measured, *wanted]
-    count = len(measured)
-    means, spreads = _inferred(measured, wanted)
-    ids: dict[str, int] = {}
-    common = [(p.family, p.kernel, p.tile, p.config, p.call) for p in points]
-    tables = [
-        np.array([ids.setdefault(text, len(ids)) for text in texts])
-        for texts in zip(*common, strict=True)
-    ]
-    family, kernel, tile, config, call = (table[:, None] == table[None, :] for table in tables)
-    rows = np.array([p.rows for p in points])
-    apart = np.abs(rows[:, None] - rows[None, :])
-    hidden = np.array([p.kernel in HIDDEN for p in points])[:, None]
-    likeness = np.where(family, 1.0, _SIBLING)
-    shared = np.exp(-apart / _RANGE) * (
+    """Logarithms of the times of points of one call and their spreads, by those measured."""
+    traits = _Traits.of(wanted, group.ids)
+    means, expected, spreads = _inferred(group, wanted)
+    same = np.array(True)
+    own = _alike(0.0, traits.hidden, same, same, same, same, same) + _NOISE**2
+    if not group.points:
+        return expected, np.sqrt(own) + spreads
+    across = _covariance(traits, group.traits)
+    residuals = np.array([point.time for point in group.points]) - means
+    weights = across @ group.inverse
+    left = own - np.einsum("ij,ij->i", weights, across)
+    return expected + weights @ residuals, np.sqrt(np.maximum(left, 0.0)) + spreads
+
+
+def _covariance(some: _Traits, others: _Traits) -> Array:
+    apart = np.abs(some.rows[:, None] - others.rows)
+    same = some.common[:, :, None] == others.common[:, None, :]
+    return _alike(apart, some.hidden[:, None], *same)
+
+
+def _alike(
+    apart: Array | float,
+    hidden: NDArray[np.bool_],
+    family: NDArray[np.bool_],
+    kernel: NDArray[np.bool_],
+    tile: NDArray[np.bool_],
+    config: NDArray[np.bool_],
+    call: NDArray[np.bool_],
+) -> Array:
+    """Covariances of logarithms of times, by how far rows are apart and what is the same."""
+    shared = np.exp(-np.asarray(apart) / _RANGE) * (
         _ANY**2
         + _KERNEL**2 * kernel
         + np.where(hidden, 0.0, _TILE**2) * tile
         + np.where(hidden, _INDEX**2, _CONFIG**2) * config
     )
-    shared += np.exp(-apart / _NEAR) * np.where(hidden, _INDEX_NEAR**2, _CONFIG_NEAR**2) * config
-    covariance = likeness * shared + _CALL**2 * call
-    own = np.diag(covariance)[count:] + _NOISE**2
-    if count == 0:
-        return means, np.sqrt(own) + spreads
-    across = covariance[count:, :count]
-    residuals = np.array([p.time for p in measured]) - means[:count]
-    if group.inverse is None:
-        group.inverse = np.linalg.inv(covariance[:count, :count] + _NOISE**2 * np.eye(count))
-    weights = across @ group.inverse
-    left = own - np.einsum("ij,ij->i", weights, across)
-    return means[count:] + weights @ residuals, np.sqrt(np.maximum(left, 0.0)) + spreads
+    near = np.where(hidden, _INDEX_NEAR**2, _CONFIG_NEAR**2) * config
+    shared += np.exp(-np.asarray(apart) / _NEAR) * near
+    return np.asarray(np.where(family, 1.0, _SIBLING) * shared + _CALL**2 * call)
 
 
-def _inferred(measured: Sequence[_Point], wanted: Sequence[_Point]) -> tuple[Array, Array]:
-    """Means over the tiles that kernels may have, of all points, and spreads, of the wanted.
+def _inferred(group: _Group, wanted: Sequence[_Point]) -> tuple[Array, Array, Array]:
+    """Means over the tiles that kernels may have: of what is measured and of what is wanted.
 
-    Of a kernel that has one tile that is its time.
+    And the spreads of the latter. Of a kernel that has one tile the mean is its time.
     """
-    learned: dict[str, Array] = {}
-    means, spreads = [], []
-    for point in (*wanted, *measured):
-        if point.options.size > 1 and point.config not in learned:
-            told = np.zeros(point.options.size)
-            for other in measured:
-                if other.kernel == point.kernel:
-                    told += _likeness(other, wanted[0], point.config) * _evidence(other)
-            learned[point.config] = told
-    for place, point in enumerate((*measured, *wanted)):
+    means = np.array([float(point.options[0]) for point in group.points])
+    told = {kernel: _told(group, kernel, wanted[0]) for kernel in group.hidden}
+    for kernel, hidden in group.hidden.items():
+        configs = group.traits.common[3][hidden.places]
+        for config in np.unique(configs):
+            own = configs == config
+            weights = _softmax(told[kernel](config))
+            means[hidden.places[own]] = hidden.options[own] @ weights
+    expected, spreads = [], []
+    for point in wanted:
         if point.options.size == 1:
-            means.append(float(point.options[0]))
+            expected.append(float(point.options[0]))
             spreads.append(0.0)
             continue
-        told = learned[point.config]
-        if place >= len(measured):  # the library will choose well at this size, too
-            slower = point.options - point.options.min()
-            told = told - slower / _CHOOSES[_library(point.kernel)]
-        weights = np.exp(told - told.max())
-        weights /= weights.sum()
+        known = told.get(point.kernel)
+        tells = 0.0 if known is None else known(group.ids.get(point.config, -1))
+        # The library will choose well at this size, too.
+        slower = point.options - point.options.min()
+        weights = _softmax(tells - slower / _CHOOSES[_library(point.kernel)])
         mean = float(weights @ point.options)
-        means.append(mean)
+        expected.append(mean)
         spreads.append(math.sqrt(float(weights @ (point.options - mean) ** 2)))
-    return np.array(means), np.array(spreads[len(measured) :])
+    return means, np.array(expected), np.array(spreads)
 
 
-def _likeness(other: _Point, wanted: _Point, config: str) -> float:
-    """What a measured time tells of the tile of another size."""
-    weight = _TELLS[_library(other.kernel)] * math.exp(
-        -abs(other.rows - wanted.rows) / _TELLS_RANGE
+def _told(group: _Group, kernel: str, wanted: _Point) -> Callable[[int], Array]:
+    """What the measured times of a kernel tell of its tile at another size, by configuration."""
+    traits, hidden = group.traits, group.hidden[kernel]
+    family, _, _, configs, _ = traits.common[:, hidden.places]
+    weight = _TELLS[_library(kernel)] * np.exp(
+        -np.abs(traits.rows[hidden.places] - wanted.rows) / _TELLS_RANGE
     )
-    weight *= 1.0 if other.family == wanted.family else _SIBLING
-    return weight * (1.0 if other.config == config else _TELLS_OTHER)
+    weight = weight * np.where(family == group.ids.get(wanted.family, -1), 1.0, _SIBLING)
+
+    def of(config: int) -> Array:
+        alike = np.where(configs == config, 1.0, _TELLS_OTHER)
+        return np.asarray((weight * alike) @ hidden.evidence)
+
+    return of
+
+
+def _softmax(logs: Array) -> Array:
+    weights = np.exp(logs - logs.max())
+    return np.asarray(weights / weights.sum())
 
 
 def _evidence(point: _Point) -> Array:

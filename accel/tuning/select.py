@@ -15,6 +15,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from ..kernels.registry import Call, Config, Kernel
 from ..settings import settings
 from . import ahead
 from .chips import chip_of, named
-from .compiling import Compiler, Variant, deadly, launches_of
+from .compiling import Compiler, Variant, deadly, launches_of, made_apart, variants_of
 from .cost import NUMBERED, Fit, Model, Ranked, numbered
 from .measure import WRONG, Measurement, measure
 from .profile import OTHERS, Entry, Profile, family_of, profile_cache
@@ -172,7 +173,7 @@ class Selector:
         serve every size well, which are compiled in the background.
 
         plan: what tells the plan from others, also in later processes, which find the few in the
-        cache. calls: those of the plan at the sizes of `ahead.SIZES`; called in another thread.
+        cache. calls: those of the plan at the sizes of `ahead.SIZES`; called in another process.
         """
         if self._model is None or not self._waiting or self.device.type != "cuda":
             return
@@ -191,7 +192,13 @@ class Selector:
             about = f"{plan} {json.dumps(tables, sort_keys=True)}"
             variants = self.compiler.remembered(about)
             if variants is None:
-                variants = ahead.covering(calls(), self.hardware, self._times)
+                model = model_of(self.hardware, self.profile)
+                assert model is not None, "there was one"
+                job = partial(ahead.named_covering, calls, self.hardware, model)
+                found = made_apart(job, self.hardware)
+                if found is None:
+                    return
+                variants = variants_of(found)
                 self.compiler.remember(about, variants)
             with self._lock:
                 for kernel, config, call in variants:
@@ -243,12 +250,6 @@ class Selector:
         candidates = kernels.candidates(call, self.hardware)[:-1]
         with self._lock:
             return [] if self._model is None else self._model.prune(call, candidates, LIKELY)
-
-    def _times(self, call: Call, candidates: Sequence[tuple[str, Config]]) -> list[float | None]:
-        """Microseconds that the performance model predicts."""
-        with self._lock:  # for one call only: the pictures of the meantime choose kernels, too
-            found = None if self._model is None else self._model.predictions(call, candidates)
-        return [None if p is None else p.us for p in found or [None] * len(candidates)]
 
     def _postponed(
         self, calls: Mapping[str, Call], found: Mapping[str, Choice | None]
@@ -378,7 +379,7 @@ class Selector:
         lent = [] if near is None else [near]
         if prepared:
             others = self._ahead.get(family_of(call.key)[0], ())
-            lent += [pair for pair in others if ahead.fits(*pair, call, self.hardware)]
+            lent += ahead.fitting(others, call, self.hardware)
         for pair in lent:
             if not any(_same(pair, other) for other in offered):
                 offered.append(pair)
@@ -584,8 +585,8 @@ def _adopted(
         return _first_of(entry, call, candidates)
     for kernel, _ in candidates:
         if kernel.name == entry.kernel:
-            found = _to_be_had(kernel, entry.config, call)
-            return found if found and ahead.fits(kernel, entry.config, call, hardware) else None
+            fitting = ahead.fitting([(kernel, entry.config)], call, hardware)
+            return _to_be_had(*fitting[0], call) if fitting else None
     return None
 
 

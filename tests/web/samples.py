@@ -154,7 +154,8 @@ CHECKPOINTS: list[dict[str, Any]] = [
 class Routes:
     """Answers the pack's routes in a page in place of the server.
 
-    state, checkpoints: what is answered; a test may change them. posts: what was asked for.
+    state, checkpoints, prediction: what is answered; a test may change them. posts: what was to be
+    done. asked: the samplings of which a prediction was asked.
     """
 
     def __init__(self, page: Any) -> None:
@@ -167,6 +168,8 @@ class Routes:
         self.reads = 0
         self.posts: list[tuple[str, Any]] = []
         self.refusal: str | None = None
+        self.prediction: dict[str, Any] = {"seconds": 1.62, "bytes": 5.04 * 2**30}
+        self.asked: list[dict[str, Any]] = []
         page.route("**/switchyard/*", self._answer)
         page.route("**/switchyard/*/*", self._answer)
 
@@ -178,6 +181,10 @@ class Routes:
         path = request.url.split("/switchyard/", 1)[1]
         if request.method == "POST":
             body = json.loads(request.post_data)
+            if path == "predict":
+                self.asked.append(body)
+                route.fulfill(json=self.prediction)
+                return
             self.posts.append((path, body))
             if self.refusal:
                 route.fulfill(status=409, json={"error": self.refusal})

@@ -88,9 +88,11 @@ NEVER_SHOWN = {
     },
     "requests that only another program would send": {
         "the body is no JSON",
+        "the body is no JSON object",
         "the body is too long",
         "the body must be application/json",
         'the body must be {"id": …} with 32 hexadecimal digits',
+        "{} is missing, or no such thing",
     },
     "for users of the package alone": {
         "the state dict is of no known family, and names and shapes alone do not fix the network: "

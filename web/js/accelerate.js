@@ -1,7 +1,7 @@
 /** "Accelerate this workflow": the node after every loader's MODEL output. */
 
 import { app } from "../../../scripts/app.js";
-import { rootGraph } from "./graph.js";
+import { getLink, rootGraph } from "./graph.js";
 import { t } from "./i18n.js";
 import { toast } from "./notify.js";
 
@@ -179,11 +179,6 @@ function freePlace(loader, node) {
         y = covered.pos[1] - title - GAP / 2 - node.size[1];
     }
     return [x, y];
-}
-
-/** @param {any} graph @param {any} id @returns {any} */
-function getLink(graph, id) {
-    return graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id];
 }
 
 /**

@@ -12,3 +12,8 @@ export function rootGraph() {
     const graph = app.canvas?.graph;
     return graph?.rootGraph ?? graph;
 }
+
+/** @param {any} graph @param {any} id @returns {any} */
+export function getLink(graph, id) {
+    return graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id];
+}

@@ -1,10 +1,14 @@
-/** The sidebar panel: this GPU, time saved, builds, the last run, engines and checkpoints. */
+/**
+ * The sidebar panel: this GPU, what the workflow will take, time saved, builds, the last run,
+ * engines and checkpoints.
+ */
 
 import { accelerateWorkflow } from "./accelerate.js";
 import { advice } from "./advice.js";
 import { button, h, refill } from "./dom.js";
 import { ago, dimensions, duration, number, percent, size } from "./format.js";
 import { loadTexts, onSetting, t } from "./i18n.js";
+import { samplings } from "./next.js";
 import { confirmDelete, toast } from "./notify.js";
 import { said } from "./said.js";
 import { listen, server } from "./server.js";
@@ -13,9 +17,14 @@ import { listen, server } from "./server.js";
 /** @typedef {import("./server.js").Engine} Engine */
 /** @typedef {import("./server.js").Run} Run */
 /** @typedef {import("./server.js").Checkpoint} Checkpoint */
+/** @typedef {import("./server.js").Sampling} Sampling */
+/** @typedef {import("./server.js").Prediction} Prediction */
 
 /** Milliseconds between looks at a list that the server is still filling. */
 const SCAN_INTERVAL = 1500;
+
+/** Milliseconds between looks at the workflow: front ends tell of changes in many ways. */
+const LOOK_INTERVAL = 700;
 
 /** Fewer checkpoints than this are found by eye. */
 const FILTER_FROM = 8;
@@ -43,6 +52,12 @@ export class Panel {
         this.undo = [];
         /** @type {ReturnType<typeof setTimeout> | undefined} */
         this.timer = undefined;
+        /** @type {ReturnType<typeof setInterval> | undefined} */
+        this.looking = undefined;
+        /** The workflow's samplings that the server was asked about last, as text. */
+        this.asked = "[]";
+        /** @type {{sampling: Sampling, prediction: Prediction}[]} */
+        this.predicted = [];
     }
 
     /**
@@ -62,6 +77,7 @@ export class Panel {
             listen("reconnected", again),
             onSetting("Comfy.Locale", () => this.layout()),
         ];
+        this.looking = setInterval(() => void this.lookAhead(), LOOK_INTERVAL);
         void loadTexts().then(() => {
             this.layout();
             again();
@@ -73,6 +89,7 @@ export class Panel {
         for (const stop of this.undo) stop();
         this.undo = [];
         clearTimeout(this.timer);
+        clearInterval(this.looking);
         this.root?.remove();
         this.root = null;
     }
@@ -94,9 +111,33 @@ export class Panel {
         // The panel may have been closed, or opened anew, while the server answered.
         if (this.root !== root) return;
         this.fill();
+        this.asked = ""; // a new engine may be there
         if (this.scanning && !this.error) {
             this.timer = setTimeout(() => void this.refresh(), SCAN_INTERVAL);
         }
+    }
+
+    /** Ask the server what the workflow will take, if it has changed. */
+    async lookAhead() {
+        const { root } = this;
+        /** @type {Sampling[]} */
+        let found = [];
+        try {
+            found = samplings();
+        } catch (error) {
+            console.debug("Switchyard: the workflow could not be read.", error);
+        }
+        const asked = JSON.stringify(found);
+        if (!this.state || this.asked === asked) return;
+        this.asked = asked;
+        const predicted = [];
+        for (const sampling of found) {
+            const prediction = await server.predict(sampling).catch(() => null);
+            if (this.root !== root || this.asked !== asked) return; // it has changed again
+            if (prediction?.seconds != null) predicted.push({ sampling, prediction });
+        }
+        this.predicted = predicted;
+        this.put("next", this.next());
     }
 
     /** @param {Build} build */
@@ -167,7 +208,8 @@ export class Panel {
             ),
             h("div", { "data-part": "error" }),
             h("div", { class: "sy-gpu", "data-part": "gpu" }),
-            h("div", { class: "sy-saved", "data-part": "saved" }),
+            h("div", { "data-part": "next" }),
+            h("div", { class: "sy-box", "data-part": "saved" }),
             button({
                 key: "accelerate",
                 label: t("accelerate.label"),
@@ -229,6 +271,7 @@ export class Panel {
         if (!state) return;
         this.put("version", state.version);
         this.put("gpu", this.gpu());
+        this.put("next", this.next());
         this.put("saved", this.saved());
         this.fillBuilds();
         this.put("run", this.run(state.last_run));
@@ -280,6 +323,38 @@ export class Panel {
                     .join(" · "),
             ),
         ];
+    }
+
+    /** @returns {import("./dom.js").Child} nothing where nothing is known */
+    next() {
+        if (!this.predicted.length) return null;
+        return h(
+            "div",
+            { class: "sy-box" },
+            h("span", { class: "sy-dim" }, t("next.title")),
+            this.predicted.map(({ sampling, prediction }) => [
+                h(
+                    "span",
+                    { class: "sy-strong" },
+                    t("next.about", {
+                        time: duration(prediction.seconds),
+                        size: size(prediction.bytes),
+                    }),
+                ),
+                h(
+                    "span",
+                    { class: "sy-dim" },
+                    [
+                        dimensions(sampling),
+                        t("next.steps", { n: sampling.steps }),
+                        sampling.controlnet && t("next.controlnet"),
+                    ]
+                        .filter(Boolean)
+                        .join(" · "),
+                ),
+            ]),
+            h("span", { class: "sy-dim" }, t("next.rest")),
+        );
     }
 
     /** @returns {HTMLElement[]} */

@@ -70,6 +70,19 @@ import { api } from "../../../scripts/api.js";
  * @property {"ready" | "build" | "unsupported" | "unreadable"} badge
  * @property {string | null} why
  *
+ * @typedef {Object} Sampling what is about to be sampled
+ * @property {string} folder of the model's file: "checkpoints" or "diffusion_models"
+ * @property {string} name
+ * @property {number} width pixels
+ * @property {number} height
+ * @property {number} batch images at once
+ * @property {number} steps
+ * @property {string} sampler
+ * @property {boolean} guided whether the network also answers without the prompt
+ * @property {boolean} controlnet
+ *
+ * @typedef {{seconds: number | null, bytes: number | null}} Prediction null: not known
+ *
  * @typedef {{node_id: string, state: "build" | "engine" | "host" | "off", text: string}} Status
  */
 
@@ -104,6 +117,8 @@ export const server = {
     cancelBuild: (id) => call("builds/cancel", { id }),
     /** @param {string} id */
     retryBuild: (id) => call("builds/retry", { id }),
+    /** @param {Sampling} sampling @returns {Promise<Prediction>} */
+    predict: (sampling) => call("predict", sampling),
 };
 
 /**

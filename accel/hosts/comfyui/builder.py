@@ -117,14 +117,18 @@ class Builder:
 
     def find(self, structure: Structure) -> Plan | None:
         """The plan at hand: in memory, shipped or cached. Builds nothing."""
-        key = _key(structure)
+        return self.kept(_key(structure), structure)
+
+    def kept(self, graph_key: str, structure: Structure | None = None) -> Plan | None:
+        """The plan in memory or in the cache, or that is shipped with the structure."""
         with self._lock:
-            plan = self._plans.get(key)
+            plan = self._plans.get(graph_key)
         if plan is None:
-            plan = shipped_plan(structure) or self._cached(key)
+            plan = None if structure is None else shipped_plan(structure)
+            plan = plan or self._cached(graph_key)
             if plan is not None:
                 with self._lock:
-                    plan = self._plans.setdefault(key, plan)
+                    plan = self._plans.setdefault(graph_key, plan)
         return plan
 
     def request(

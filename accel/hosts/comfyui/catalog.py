@@ -26,6 +26,7 @@ from ...cache import Entry
 from ...compiler import SHIPPED
 from ...errors import InvalidFile, SwitchyardError
 from ...models import UNetConfig
+from ...plan.schema import Plan
 from ...structure import Structure, structure_of
 from .builder import PLAN, Builder, shipped_families, title_of
 from .journal import GRAPH_KEY
@@ -121,6 +122,20 @@ class Catalog:
                 entry = self._entry(facts, badges, shapes)
                 entries.append({"name": name, "folder": folder, **entry})
         return entries, scanning
+
+    def plan(self, folder: str, name: str) -> Plan | None:
+        """The plan at hand of a listed file's network; None without one.
+
+        Raises SwitchyardError for a file that cannot be read.
+        """
+        path = self._find(folder, name) if name in self._list(folder) else None
+        if path is None:
+            return None
+        structure = structure_of(path)
+        if structure.graph_key is not None:
+            return self._builder.find(structure)
+        key = self._builder.known_shapes().get(structure.shape_key)  # of no published family
+        return None if key is None else self._builder.kept(key)
 
     def _list(self, folder: str) -> list[str]:
         try:

@@ -6,6 +6,7 @@
     POST engines/delete   {"id"}: a built engine's file, never one that came with the pack
     POST builds/cancel    {"id"}
     POST builds/retry     {"id"}
+    POST predict          a sampling (`predict.Sampling`): its seconds and bytes before it is queued
 
 What cannot be done is answered with {"error": "one line"} and 400 (bad request), 404 (no such
 thing) or 409 (not in this state). An id is a graph key and never becomes part of a path before it
@@ -20,7 +21,7 @@ import logging
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
@@ -34,12 +35,13 @@ if TYPE_CHECKING:  # torch and the compiler are not imported before they are nee
     from ...hardware import Hardware
     from .builder import Builder
     from .catalog import Catalog, Engines, Prefetcher
+    from .predict import Predictor
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "/switchyard"
 WEB = Path(__file__).parents[3] / "web"
-LONGEST_BODY = 1024
+LONGEST_BODY = 4096
 
 QUEUED_SECONDS = 1.0
 """After this time a prompt that has arrived is in the queue."""
@@ -76,6 +78,7 @@ class Panel:
         self._lock = threading.Lock()
         self._catalog: Catalog | None = None
         self._engines: Engines | None = None
+        self._predictor: Predictor | None = None
 
     @property
     def journal(self) -> Journal:
@@ -108,6 +111,17 @@ class Panel:
             if self._engines is None:
                 self._engines = Engines(self.builder, self._networks)
             return self._engines
+
+    @property
+    def predictor(self) -> Predictor:
+        """What samplings will take."""
+        from .predict import Predictor
+
+        catalog = self.catalog
+        with self._lock:
+            if self._predictor is None:
+                self._predictor = Predictor(catalog)
+            return self._predictor
 
     def state(self) -> dict[str, Any]:
         """The answer to GET state. A cache that cannot be read leaves its part empty."""
@@ -150,6 +164,16 @@ class Panel:
         self.builder.retry(key)
         return {"retried": True}
 
+    def predict(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The answer to POST predict. Raises BadRequest."""
+        from .predict import Sampling
+
+        try:
+            sampling = Sampling.of(asked)
+        except ValueError as error:
+            raise BadRequest(f"{error} is missing, or no such thing") from None
+        return self.predictor.predict(sampling, _hardware()[1])
+
     def _known(self, key: str) -> None:
         if self.builder.status(key)["state"] == "unknown":
             raise LookupError("there is no such build")
@@ -184,7 +208,8 @@ def add_routes(routes: web.RouteTableDef, panel: Panel) -> None:
         "builds/retry": panel.retry,
     }
     for name, action in actions.items():
-        routes.post(f"{PREFIX}/{name}")(_acting(action))
+        routes.post(f"{PREFIX}/{name}")(_acting(partial(_on_id, action)))
+    routes.post(f"{PREFIX}/predict")(_acting(panel.predict))
 
 
 def networks() -> list[Mapping[str, Any]]:
@@ -309,13 +334,13 @@ def _reading(read: Callable[[], dict[str, Any]]) -> Handler:
     return handle
 
 
-def _acting(action: Callable[[str], dict[str, Any]]) -> Handler:
+def _acting(action: Callable[[dict[str, Any]], dict[str, Any]]) -> Handler:
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
-            key = await _id_of(request)
+            body = await _body_of(request)
         except BadRequest as error:
             return _error(400, str(error))
-        return await _answer(lambda: action(key))
+        return await _answer(lambda: action(body))
 
     return handle
 
@@ -333,6 +358,8 @@ def _attempt(work: Callable[[], dict[str, Any]]) -> tuple[int, dict[str, Any]]:
 
     try:
         return 200, work()
+    except BadRequest as error:
+        return 400, {"error": str(error)}
     except EngineRefused as error:
         return (404 if error.missing else 409), {"error": str(error)}
     except BuildRefused as error:
@@ -346,8 +373,8 @@ def _attempt(work: Callable[[], dict[str, Any]]) -> tuple[int, dict[str, Any]]:
         return 500, {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
 
 
-async def _id_of(request: web.Request) -> str:
-    """The id in a request's body. Raises BadRequest."""
+async def _body_of(request: web.Request) -> dict[str, Any]:
+    """The object in a request's body. Raises BadRequest."""
     # A page of another site may send a form or plain text unasked, but not this.
     if request.content_type != "application/json":
         raise BadRequest("the body must be application/json")
@@ -361,7 +388,18 @@ async def _id_of(request: web.Request) -> str:
         data = json.loads(body)
     except (RecursionError, ValueError):
         raise BadRequest("the body is no JSON") from None
-    key = data.get("id") if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        raise BadRequest("the body is no JSON object")
+    return data
+
+
+def _on_id(action: Callable[[str], dict[str, Any]], body: dict[str, Any]) -> dict[str, Any]:
+    return action(_id_of(body))
+
+
+def _id_of(body: dict[str, Any]) -> str:
+    """The id in a request's body. Raises BadRequest."""
+    key = body.get("id")
     if not isinstance(key, str) or not GRAPH_KEY.fullmatch(key):
         raise BadRequest('the body must be {"id": …} with 32 hexadecimal digits')
     return key
