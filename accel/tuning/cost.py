@@ -25,10 +25,11 @@ better than those are known.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -195,13 +196,14 @@ class Model:
         self, call: Call, candidates: Sequence[tuple[str, Config]]
     ) -> list[Prediction | None]:
         """Of several candidates of one call."""
-        options = [self._options(call, name, config) for name, config in candidates]
+        options = self._options(call, candidates)
         known = [place for place, logs in enumerate(options) if logs.size]
         found: list[Prediction | None] = [None] * len(candidates)
         if known:
-            named = [candidates[place] for place in known]
-            wanted = _points(call.key, named, [options[place] for place in known])
-            times, doubts = _carried(self._group(call.key), wanted)
+            wanted = _points(
+                call.key, [candidates[place] for place in known], [options[p] for p in known]
+            )
+            times, doubts = self._group(call.key).carried(wanted)
             for place, time, doubt in zip(known, times, doubts, strict=True):
                 found[place] = Prediction(math.exp(time), float(doubt))
         return found
@@ -248,11 +250,29 @@ class Model:
         chosen = {(r.kernel.name, _text(r.config)) for r in kept}
         return [c for c in candidates if (c[0].name, _text(c[1])) in chosen]
 
-    def _options(self, call: Call, name: str, config: Config, chip: Chip | None = None) -> Array:
-        """Logarithms of the times of all tiles that a kernel may have."""
-        found = works(chip or self.chip, call, name, config)
-        factor = self.fitted.tiles.get(_tile_of(name, config), 1.0)
-        return _logs(self.fitted.constants.get(name, {}), found) + math.log(factor)
+    def _options(
+        self, call: Call, candidates: Sequence[tuple[str, Config]], chip: Chip | None = None
+    ) -> list[Array]:
+        """Logarithms of the times of all tiles that each of a call's candidates may have."""
+        # Those of one form in one go, and algorithms that differ in their number alone once.
+        alike: dict[tuple[str, str], Sequence[Work]] = {}
+        forms: dict[str, list[str]] = defaultdict(list)
+        labels = [_labels(name, tuple(config.items())) for name, config in candidates]
+        for (name, config), label in zip(candidates, labels, strict=True):
+            if (name, label.described) not in alike:
+                alike[name, label.described] = works(chip or self.chip, call, name, config)
+                forms[name].append(label.described)
+        logs: dict[tuple[str, str], Array] = {}
+        for name, described in forms.items():
+            found = [alike[name, text] for text in described]
+            flat = _logs(self.fitted.constants.get(name, {}), [w for ws in found for w in ws])
+            ends = np.cumsum([len(ws) for ws in found])[:-1]
+            logs |= zip([(name, text) for text in described], np.split(flat, ends), strict=True)
+        factors = [math.log(self.fitted.tiles.get(label.fitted, 1.0)) for label in labels]
+        return [
+            logs[name, label.described] + factor
+            for (name, _), label, factor in zip(candidates, labels, factors, strict=True)
+        ]
 
     def _group(self, key: str) -> _Group:
         """What was measured of calls of the same weights."""
@@ -261,19 +281,27 @@ class Model:
             points: list[_Point] = []
             own = self._measured.get(name, {})
             for other, times in {**self._carried.get(name, {}), **own}.items():
-                for kernel, config, us in times:
-                    try:
-                        call = call_of(other)
-                        options = self._options(call, kernel, config)
-                        if other not in own and options.size:
-                            there = self._options(call, kernel, config, self._origin)
-                            us = us * math.exp(float(options.min() - there.min()))
-                        made = _points(other, [(kernel, config)], [options], [us])
-                    except ValueError:  # of another version, or damaged
-                        continue
-                    points += [point for point in made if point.options.size]
+                points += self._measured_points(other, times, here=other in own)
             self._groups[name] = _Group(points)
         return self._groups[name]
+
+    def _measured_points(self, key: str, times: Times, here: bool) -> list[_Point]:
+        """here: whether these are times of this chip."""
+        named = [(kernel, config) for kernel, config, _ in times]
+        try:
+            call = call_of(key)
+            options = self._options(call, named)
+            us = [us for *_, us in times]
+            if not here:
+                there = self._options(call, named, self._origin)
+                us = [
+                    time * math.exp(float(one.min() - other.min())) if one.size else time
+                    for time, one, other in zip(us, options, there, strict=True)
+                ]
+            made = _points(key, named, options, us)
+        except ValueError:  # of another version, or damaged
+            return []
+        return [point for point in made if point.options.size]
 
 
 def numbered(kernel: str, config: Config) -> bool:
@@ -304,14 +332,6 @@ class _Point:
     time: float = 0.0  # the logarithm of microseconds, where measured
 
 
-@dataclass
-class _Group:
-    """What was measured of calls that are alike. inverse: of their times' covariance, made once."""
-
-    points: list[_Point]
-    inverse: Array | None = None
-
-
 def _points(
     key: str,
     candidates: Sequence[tuple[str, Config]],
@@ -319,101 +339,145 @@ def _points(
     times: Sequence[float] | None = None,
 ) -> list[_Point]:
     family, rows = family_of(key)
+    labels = [_labels(name, tuple(config.items())) for name, config in candidates]
     return [
         _Point(
-            *(family, math.log(max(rows, 1)), name, _tile_of(name, config, exact=True)),
-            *(f"{name} {_text(config)}", key, logs),
-            time=math.log(times[place]) if times is not None else 0.0,
+            *(family, math.log(max(rows, 1)), name, label.tile, f"{name} {label.config}"),
+            *(key, logs, math.log(times[place]) if times is not None else 0.0),
         )
-        for place, ((name, config), logs) in enumerate(zip(candidates, options, strict=True))
+        for place, ((name, _), label, logs) in enumerate(
+            zip(candidates, labels, options, strict=True)
+        )
     ]
 
 
-def _carried(group: _Group, wanted: Sequence[_Point]) -> tuple[Array, Array]:
-    """Logarithms of the times of points and their spreads, by those that are measured."""
-    measured = group.points
-    points = [*measured, *wanted]
-    count = len(measured)
-    means, spreads = _inferred(measured, wanted)
-    ids: dict[str, int] = {}
-    common = [(p.family, p.kernel, p.tile, p.config, p.call) for p in points]
-    tables = [
-        np.array([ids.setdefault(text, len(ids)) for text in texts])
-        for texts in zip(*common, strict=True)
-    ]
-    family, kernel, tile, config, call = (table[:, None] == table[None, :] for table in tables)
-    rows = np.array([p.rows for p in points])
-    apart = np.abs(rows[:, None] - rows[None, :])
-    hidden = np.array([p.kernel in HIDDEN for p in points])[:, None]
-    likeness = np.where(family, 1.0, _SIBLING)
-    shared = np.exp(-apart / _RANGE) * (
-        _ANY**2
-        + _KERNEL**2 * kernel
-        + np.where(hidden, 0.0, _TILE**2) * tile
-        + np.where(hidden, _INDEX**2, _CONFIG**2) * config
-    )
-    shared += np.exp(-apart / _NEAR) * np.where(hidden, _INDEX_NEAR**2, _CONFIG_NEAR**2) * config
-    covariance = likeness * shared + _CALL**2 * call
-    own = np.diag(covariance)[count:] + _NOISE**2
-    if count == 0:
-        return means, np.sqrt(own) + spreads
-    across = covariance[count:, :count]
-    residuals = np.array([p.time for p in measured]) - means[:count]
-    if group.inverse is None:
-        group.inverse = np.linalg.inv(covariance[:count, :count] + _NOISE**2 * np.eye(count))
-    weights = across @ group.inverse
-    left = own - np.einsum("ij,ij->i", weights, across)
-    return means[count:] + weights @ residuals, np.sqrt(np.maximum(left, 0.0)) + spreads
+class _Columns:
+    """What points have in common, as numbers: by `ids`, which learns what it does not have."""
+
+    def __init__(self, points: Sequence[_Point], ids: dict[str, int]) -> None:
+        def numbers(texts: Iterable[str]) -> NDArray[np.int64]:
+            return np.array([ids.setdefault(text, len(ids)) for text in texts], dtype=np.int64)
+
+        self.family = numbers(point.family for point in points)
+        self.kernel = numbers(point.kernel for point in points)
+        self.tile = numbers(point.tile for point in points)
+        self.config = numbers(point.config for point in points)
+        self.call = numbers(point.call for point in points)
+        self.rows = np.array([point.rows for point in points])
+        self.hidden = np.array([point.kernel in HIDDEN for point in points], dtype=bool)
 
 
-def _inferred(measured: Sequence[_Point], wanted: Sequence[_Point]) -> tuple[Array, Array]:
-    """Means over the tiles that kernels may have, of all points, and spreads, of the wanted.
-
-    Of a kernel that has one tile that is its time.
-    """
-    learned: dict[str, Array] = {}
-    means, spreads = [], []
-    for point in (*wanted, *measured):
-        if point.options.size > 1 and point.config not in learned:
-            told = np.zeros(point.options.size)
-            for other in measured:
-                if other.kernel == point.kernel:
-                    told += _likeness(other, wanted[0], point.config) * _evidence(other)
-            learned[point.config] = told
-    for place, point in enumerate((*measured, *wanted)):
-        if point.options.size == 1:
-            means.append(float(point.options[0]))
-            spreads.append(0.0)
-            continue
-        told = learned[point.config]
-        if place >= len(measured):  # the library will choose well at this size, too
-            slower = point.options - point.options.min()
-            told = told - slower / _CHOOSES[_library(point.kernel)]
-        weights = np.exp(told - told.max())
-        weights /= weights.sum()
-        mean = float(weights @ point.options)
-        means.append(mean)
-        spreads.append(math.sqrt(float(weights @ (point.options - mean) ** 2)))
-    return np.array(means), np.array(spreads[len(measured) :])
+def _covariance(one: _Columns, other: _Columns) -> Array:
+    """Of the logarithms of the times of points of two kinds, without the noise of measuring."""
+    apart = np.abs(one.rows[:, None] - other.rows)
+    hidden = one.hidden[:, None]
+    config = one.config[:, None] == other.config
+    shared = _ANY**2 + _KERNEL**2 * (one.kernel[:, None] == other.kernel)
+    shared = shared + np.where(hidden, 0.0, _TILE**2) * (one.tile[:, None] == other.tile)
+    shared += np.where(hidden, _INDEX**2, _CONFIG**2) * config
+    shared *= np.exp(-apart / _RANGE)
+    near = np.where(hidden, _INDEX_NEAR**2, _CONFIG_NEAR**2) * config
+    shared += np.exp(-apart / _NEAR) * near
+    shared *= np.where(one.family[:, None] == other.family, 1.0, _SIBLING)
+    return np.asarray(shared + _CALL**2 * (one.call[:, None] == other.call))
 
 
-def _likeness(other: _Point, wanted: _Point, config: str) -> float:
-    """What a measured time tells of the tile of another size."""
-    weight = _TELLS[_library(other.kernel)] * math.exp(
-        -abs(other.rows - wanted.rows) / _TELLS_RANGE
-    )
-    weight *= 1.0 if other.family == wanted.family else _SIBLING
-    return weight * (1.0 if other.config == config else _TELLS_OTHER)
+class _Group:
+    """What was measured of calls that are alike, and what it tells of others."""
+
+    def __init__(self, points: Sequence[_Point]) -> None:
+        self._ids: dict[str, int] = {}
+        self._columns = _Columns(points, self._ids)
+        self._times = np.array([point.time for point in points])
+        self._means = np.array([point.options[0] for point in points])  # of a tile that is known
+        self._libraries = {
+            kernel: _Library([(place, p) for place, p in enumerate(points) if p.kernel == kernel])
+            for kernel in {p.kernel for p in points if p.options.size > 1}
+        }
+        covariance = _covariance(self._columns, self._columns)
+        self._inverse = np.linalg.inv(covariance + _NOISE**2 * np.eye(len(points)))
+
+    def carried(self, wanted: Sequence[_Point]) -> tuple[Array, Array]:
+        """Logarithms of the times of one call's candidates and their spreads."""
+        measured = self._means.copy()
+        means = np.array([point.options[0] for point in wanted])
+        spreads = np.zeros(len(wanted))
+        for kernel in {p.kernel for p in wanted if p.options.size > 1} | self._libraries.keys():
+            places = [place for place, point in enumerate(wanted) if point.kernel == kernel]
+            options = [wanted[place] for place in places]
+            library = self._libraries.get(kernel)
+            if library is None:
+                means[places], spreads[places] = _unknown(kernel, options)
+            else:
+                found = library.inferred(kernel, wanted[0], options)
+                measured[library.places], means[places], spreads[places] = found
+        columns = _Columns(wanted, dict(self._ids))
+        across = _covariance(columns, self._columns)
+        weights = across @ self._inverse
+        own = np.diag(_covariance(columns, columns)) + _NOISE**2
+        left = own - np.einsum("ij,ij->i", weights, across)
+        times = means + weights @ (self._times - measured)
+        return times, np.sqrt(np.maximum(left, 0.0)) + spreads
 
 
-def _evidence(point: _Point) -> Array:
-    """The logarithm of each tile's likelihood, by the point's time."""
-    missed = ((point.time - point.options) / _MISS) ** 2 / 2
-    return np.asarray(-np.minimum(missed, _MISS_MOST))
+class _Library:
+    """What was measured of a kernel whose tiles are not known. points: with their places."""
+
+    def __init__(self, points: Sequence[tuple[int, _Point]]) -> None:
+        self.places = [place for place, _ in points]
+        measured = [point for _, point in points]
+        self._family = np.array([point.family for point in measured])
+        self._rows = np.array([point.rows for point in measured])
+        self._options = np.array([point.options for point in measured])
+        self._configs = {config: n for n, config in enumerate({p.config for p in measured})}
+        self._config = np.array([self._configs[p.config] for p in measured], dtype=np.int64)
+        # The logarithm of each tile's likelihood, by the time.
+        times = np.array([point.time for point in measured])
+        missed = ((times[:, None] - self._options) / _MISS) ** 2 / 2
+        self._evidence = -np.minimum(missed, _MISS_MOST)
+
+    def inferred(
+        self, kernel: str, wanted: _Point, candidates: Sequence[_Point]
+    ) -> tuple[Array, Array, Array]:
+        """Means over the tiles, of what is measured and of candidates, and spreads of these.
+
+        wanted: any point of the candidates' call, of which this kernel may have none.
+        """
+        library = _library(kernel)
+        # What a measured time tells of the tile at the size that is wanted.
+        tells = _TELLS[library] * np.exp(-np.abs(self._rows - wanted.rows) / _TELLS_RANGE)
+        tells *= np.where(self._family == wanted.family, 1.0, _SIBLING)
+        told = tells[:, None] * self._evidence
+        of_any = _TELLS_OTHER * told.sum(axis=0)
+        of_config = np.zeros((len(self._configs) + 1, told.shape[1]))
+        np.add.at(of_config, self._config, (1 - _TELLS_OTHER) * told)
+        measured, _ = _averaged(of_any + of_config[self._config], self._options)
+        if not candidates:
+            return measured, np.empty(0), np.empty(0)
+        options = np.array([point.options for point in candidates])
+        known = [self._configs.get(point.config, -1) for point in candidates]
+        # The library will choose well at this size, too.
+        slower = options - options.min(axis=1, keepdims=True)
+        return measured, *_averaged(of_any + of_config[known] - slower / _CHOOSES[library], options)
+
+
+def _unknown(kernel: str, candidates: Sequence[_Point]) -> tuple[Array, Array]:
+    """The same of a kernel of which nothing was measured: it chooses well."""
+    options = np.array([point.options for point in candidates])
+    slower = options - options.min(axis=1, keepdims=True)
+    return _averaged(-slower / _CHOOSES[_library(kernel)], options)
 
 
 def _library(kernel: str) -> str:
     return "cublas" if kernel.startswith("cublas") else "cudnn"
+
+
+def _averaged(told: Array, options: Array) -> tuple[Array, Array]:
+    """Means and spreads of the options in each row, by logarithms of their likelihoods."""
+    weights = np.exp(told - told.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    means = (weights * options).sum(axis=1)
+    return means, np.sqrt((weights * (options - means[:, None]) ** 2).sum(axis=1))
 
 
 _WEIGHT = re.compile(r"\d+(?:x\d+)+(?=:\w+!?c)")
@@ -451,6 +515,28 @@ def _tile_of(name: str, config: Config, exact: bool = False) -> str:
         if key not in _OF_A_TILE
     }
     return f"{name} {_text(kept)}"
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Texts of a configuration: all of it; without a library's number; of the tile, exactly and as
+    factors are fitted for it."""
+
+    config: str
+    described: str
+    tile: str
+    fitted: str
+
+
+@lru_cache(maxsize=1 << 14)
+def _labels(name: str, items: tuple[tuple[str, int | str | bool], ...]) -> _Labels:
+    config = dict(items)
+    numbers = NUMBERED.values()
+    described = {key: value for key, value in config.items() if key not in numbers}
+    return _Labels(
+        *(_text(config), json.dumps(described, sort_keys=True)),
+        *(_tile_of(name, config, exact=True), _tile_of(name, config)),
+    )
 
 
 # Fitting.
