@@ -74,6 +74,7 @@ _INDEX = 0.05  # of a library's algorithm of one number
 _RANGE = 1.0
 _CONFIG_NEAR, _INDEX_NEAR, _NEAR = 0.03, 0.1, 0.1  # the same, of sizes close by alone
 _NOISE = 0.015  # of measuring
+_ELSEWHERE = 0.06  # of carrying a time over from another GPU: so far an H100 and an H200 differ
 _SIBLING = 0.85  # likeness of calls of the same weights with another epilogue
 
 # How a library's tile is inferred.
@@ -96,6 +97,19 @@ RENUMBERED = 0.05
 """Logarithm of a time by which such a kernel counts as slower when one is chosen: at a size that
 was not measured the number may be another algorithm's, which is the worst that held-out sizes got.
 """
+
+WORTH = 0.003
+"""Expected gain, as a share of its time, for which a candidate is timed in idle time. At sizes that
+were held out the choice is within a tenth of the best once all such were timed, and hardly any time
+is lost on average (`benchmarks.tuning_regret`)."""
+
+AT_ONCE = 3
+"""Candidates that are timed together, beside the best so far, before the next are named."""
+
+FAT = 0.8
+"""Predictions miss, by their standard deviations, as Student's t of four degrees of freedom times
+this: one in four by more than one, as normal ones would, but one in fifty by more than three. So it
+was at sizes that were held out of the times of an H100 and an H200, of any kind of kernel."""
 
 REACH = 1.25
 """How much slower than the best prediction a kernel's own best may be and still be timed."""
@@ -196,15 +210,10 @@ class Model:
         self, call: Call, candidates: Sequence[tuple[str, Config]]
     ) -> list[Prediction | None]:
         """Of several candidates of one call."""
-        options = self._options(call, candidates)
-        known = [place for place, logs in enumerate(options) if logs.size]
+        known, carried = self._carried_to(call, candidates)
         found: list[Prediction | None] = [None] * len(candidates)
-        if known:
-            wanted = _points(
-                call.key, [candidates[place] for place in known], [options[p] for p in known]
-            )
-            times, doubts = self._group(call.key).carried(wanted)
-            for place, time, doubt in zip(known, times, doubts, strict=True):
+        if carried is not None:
+            for place, time, doubt in zip(known, carried.times, carried.doubts, strict=True):
                 found[place] = Prediction(math.exp(time), float(doubt))
         return found
 
@@ -229,6 +238,42 @@ class Model:
             for place in places
         ]
 
+    def contenders(
+        self, call: Call, candidates: Sequence[tuple[Kernel, Config]], timed: Times = ()
+    ) -> list[tuple[Kernel, Config]]:
+        """Those of a call's candidates to time next, the one with the largest expected gain first.
+
+        None if there is hardly anything to gain. At first the one to choose is among them, and what
+        the model does not know. timed: so far, of the same candidates; it tells what is to be
+        beaten, and what the like of it takes.
+        """
+        named = [(kernel.name, config) for kernel, config in candidates]
+        known, carried = self._carried_to(call, named)
+        unknown = [c for place, c in enumerate(candidates) if place not in known and not timed]
+        if carried is None:
+            return unknown
+        times = {_exactly(name, config): us for name, config, us in timed}
+        measured = {
+            place: math.log(times[exactly])
+            for place, exactly in enumerate(_exactly(*named[place]) for place in known)
+            if exactly in times
+        }
+        if measured:
+            best = min(measured, key=lambda place: measured[place])
+            carried = carried.given(list(measured), list(measured.values()))
+            first = unknown
+        else:
+            doubts = zip(carried.times, carried.doubts, strict=True)
+            found = [Prediction(math.exp(time), float(doubt)) for time, doubt in doubts]
+            best = min(
+                range(len(known)), key=lambda place: _safely(found[place], *named[known[place]])
+            )
+            first = [candidates[known[best]], *unknown]
+        gains = carried.gains(best)
+        worth = [place for place in np.argsort(-gains) if gains[place] >= WORTH]
+        worth = [place for place in worth if place != best and place not in measured][:AT_ONCE]
+        return [*first, *(candidates[known[place]] for place in worth)] if worth or unknown else []
+
     def prune(
         self, call: Call, candidates: Sequence[tuple[Kernel, Config]], keep: int
     ) -> list[tuple[Kernel, Config]]:
@@ -249,6 +294,18 @@ class Model:
                 kept.append(r)
         chosen = {(r.kernel.name, _text(r.config)) for r in kept}
         return [c for c in candidates if (c[0].name, _text(c[1])) in chosen]
+
+    def _carried_to(
+        self, call: Call, candidates: Sequence[tuple[str, Config]]
+    ) -> tuple[list[int], _Carried | None]:
+        """The places of the candidates that the model knows, and what is expected of these."""
+        options = self._options(call, candidates)
+        known = [place for place, logs in enumerate(options) if logs.size]
+        if not known:
+            return known, None
+        named = [candidates[place] for place in known]
+        points = _points(call.key, named, [options[place] for place in known])
+        return known, self._group(call.key).carried(points)
 
     def _options(
         self, call: Call, candidates: Sequence[tuple[str, Config]], chip: Chip | None = None
@@ -298,7 +355,7 @@ class Model:
                     time * math.exp(float(one.min() - other.min())) if one.size else time
                     for time, one, other in zip(us, options, there, strict=True)
                 ]
-            made = _points(key, named, options, us)
+            made = _points(key, named, options, us, _NOISE if here else _ELSEWHERE)
         except ValueError:  # of another version, or damaged
             return []
         return [point for point in made if point.options.size]
@@ -330,6 +387,7 @@ class _Point:
     call: str
     options: Array
     time: float = 0.0  # the logarithm of microseconds, where measured
+    noise: float = _NOISE  # of that
 
 
 def _points(
@@ -337,13 +395,14 @@ def _points(
     candidates: Sequence[tuple[str, Config]],
     options: Sequence[Array],
     times: Sequence[float] | None = None,
+    noise: float = _NOISE,
 ) -> list[_Point]:
     family, rows = family_of(key)
     labels = [_labels(name, tuple(config.items())) for name, config in candidates]
     return [
         _Point(
             *(family, math.log(max(rows, 1)), name, label.tile, f"{name} {label.config}"),
-            *(key, logs, math.log(times[place]) if times is not None else 0.0),
+            *(key, logs, math.log(times[place]) if times is not None else 0.0, noise),
         )
         for place, ((name, _), label, logs) in enumerate(
             zip(candidates, labels, options, strict=True)
@@ -382,6 +441,45 @@ def _covariance(one: _Columns, other: _Columns) -> Array:
     return np.asarray(shared + _CALL**2 * (one.call[:, None] == other.call))
 
 
+@dataclass(frozen=True)
+class _Carried:
+    """What is expected of a call's candidates: logarithms of their times and their covariance.
+
+    spreads: standard deviations beside that, for what tile a library takes.
+    """
+
+    times: Array
+    left: Array
+    spreads: Array
+
+    @property
+    def doubts(self) -> Array:
+        """The standard deviation of each, as it would be measured."""
+        left = np.maximum(np.diag(self.left) + _NOISE**2, 0.0)
+        return np.asarray(np.sqrt(left) + self.spreads)
+
+    def given(self, places: Sequence[int], times: Sequence[float]) -> _Carried:
+        """Once some of them were measured: the others are as much quicker or slower as is like."""
+        left = self.left + np.diag(self.spreads**2)
+        inverse = np.linalg.inv(left[np.ix_(places, places)] + _NOISE**2 * np.eye(len(places)))
+        weights = left[:, places] @ inverse
+        found = self.times + weights @ (np.array(times) - self.times[places])
+        return _Carried(found, left - weights @ left[places], np.zeros(len(found)))
+
+    def gains(self, over: int) -> Array:
+        """How much each is expected to win over that one: what it wins, times how likely it is."""
+        own = np.diag(self.left) + self.spreads**2
+        apart = own + own[over] - 2 * self.left[over]
+        apart[over] = 0.0
+        scales = FAT * np.sqrt(np.maximum(apart, 1e-12))
+        won = (self.times[over] - self.times) / scales
+        # Student's t of four degrees of freedom: its density and distribution.
+        wide = 1 + won**2 / 4
+        density = 3 / 8 * wide**-2.5
+        below = 1 / 2 + 3 / 8 * won / np.sqrt(wide) * (1 - won**2 / wide / 12)
+        return np.asarray(scales * (won * below + (4 + won**2) / 3 * density))
+
+
 class _Group:
     """What was measured of calls that are alike, and what it tells of others."""
 
@@ -395,10 +493,11 @@ class _Group:
             for kernel in {p.kernel for p in points if p.options.size > 1}
         }
         covariance = _covariance(self._columns, self._columns)
-        self._inverse = np.linalg.inv(covariance + _NOISE**2 * np.eye(len(points)))
+        noise = np.array([point.noise for point in points])
+        self._inverse = np.linalg.inv(covariance + np.diag(noise**2))
 
-    def carried(self, wanted: Sequence[_Point]) -> tuple[Array, Array]:
-        """Logarithms of the times of one call's candidates and their spreads."""
+    def carried(self, wanted: Sequence[_Point]) -> _Carried:
+        """What is expected of one call's candidates."""
         measured = self._means.copy()
         means = np.array([point.options[0] for point in wanted])
         spreads = np.zeros(len(wanted))
@@ -414,10 +513,9 @@ class _Group:
         columns = _Columns(wanted, dict(self._ids))
         across = _covariance(columns, self._columns)
         weights = across @ self._inverse
-        own = np.diag(_covariance(columns, columns)) + _NOISE**2
-        left = own - np.einsum("ij,ij->i", weights, across)
+        left = _covariance(columns, columns) - weights @ across.T
         times = means + weights @ (self._times - measured)
-        return times, np.sqrt(np.maximum(left, 0.0)) + spreads
+        return _Carried(times, left, spreads)
 
 
 class _Library:
@@ -489,6 +587,10 @@ def _group_of(key: str) -> str:
     op, out = key.partition("(")[0], key.rpartition(" -> ")[2]
     weights = _WEIGHT.findall(key)
     return f"{op} {' '.join(weights) or out.partition(':')[0].rpartition('x')[2]}"
+
+
+def _exactly(name: str, config: Config) -> tuple[str, str]:
+    return name, json.dumps(dict(config), sort_keys=True)
 
 
 def _text(config: Config) -> str:

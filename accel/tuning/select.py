@@ -52,9 +52,6 @@ MARGIN = 1.3
 TENSOR_CORES = ("linear", "conv2d", "attention")
 """Operators of which that is asked; others move bytes, which takes alike on all."""
 
-LIKELY = 4
-"""Candidates of a call that are timed in idle time, beside the best of each kernel that may win."""
-
 SAVED_AT_ONCE = 16
 """Measurements that are written to disk together; a process that is killed loses no more."""
 
@@ -106,6 +103,7 @@ class Selector:
         self._model = model_of(self.hardware, profile)
         self._guesses: dict[str, Choice] = {}
         self._by_guess: dict[str, Call] = {}
+        self._timed: dict[str, dict[tuple[str, str], Measurement]] = {}
         self._neighbours: dict[str, Choice] = {}
         self._refused: set[tuple[str, str]] = set()
         self._prepared: set[str] = set()
@@ -220,31 +218,51 @@ class Selector:
     def time_likely(self, call: Call, undisturbed: Callable[[], bool] = lambda: True) -> None:
         """Time the few likeliest candidates of a guessed call; remembered, but not used here.
 
-        undisturbed: asked afterwards; if it was not, the call stays guessed.
+        The call stays guessed while others may well be quicker than those: they are timed when it
+        is asked again. undisturbed: asked afterwards; if it was not, nothing of it counts.
         """
         with self._lock:
             if self._by_guess.pop(call.key, None) is None:  # another session was quicker
                 return
-        likely = [_named(*pair) for pair in self._likely(call)]
-
-        def prune(call: Call, found: Candidates) -> Candidates:
-            return [pair for pair in found if _named(*pair) in likely]
-
-        for _, results in measure([call], self.compiler, self.device, prune):
-            if not undisturbed():
-                with self._lock:
-                    self._by_guess[call.key] = call
-                return
-            entry = fastest(results)
-            if entry is not None and lasting(results):
+        likely, so_far = self._likely(call), self._timed_so_far(call)
+        if not likely:
+            self._timed.pop(call.key, None)
+            entry = fastest(so_far)
+            if entry is not None and lasting(so_far):
                 with self._lock:
                     self.profile.add({call.key: entry})
                 logger.info("timed while idle: %s", call.key)
+            return
+        again = sorted((r for r in so_far if r.us is not None), key=lambda r: r.us or 0.0)[:1]
+        wanted = {_named(*pair) for pair in likely}
+        wanted |= {_named(r.kernel, r.config) for r in again}  # under the same conditions
+
+        def prune(call: Call, found: Candidates) -> Candidates:
+            return [pair for pair in found if _named(*pair) in wanted]
+
+        for _, results in measure([call], self.compiler, self.device, prune):
+            if undisturbed():
+                tried = {_named(*pair): Measurement(*pair, None) for pair in likely}
+                tried |= {_named(r.kernel, r.config): r for r in results}
+                self._timed[call.key] = self._timed.get(call.key, {}) | tried
+        with self._lock:
+            self._by_guess[call.key] = call
 
     def _likely(self, call: Call) -> Candidates:
+        """What is to be timed next of a guessed call."""
+        so_far = self._timed_so_far(call)
+        failed = {_named(r.kernel, r.config) for r in so_far if r.us is None}
         candidates = kernels.candidates(call, self.hardware)[:-1]
+        candidates = [pair for pair in candidates if _named(*pair) not in failed]
+        times = [(r.kernel.name, r.config, r.us) for r in so_far if r.us is not None]
         with self._lock:
-            return [] if self._model is None else self._model.prune(call, candidates, LIKELY)
+            return [] if self._model is None else self._model.contenders(call, candidates, times)
+
+    def _timed_so_far(self, call: Call) -> list[Measurement]:
+        """Of a guessed call, in the order of preference."""
+        timed = self._timed.get(call.key, {})
+        order = [_named(*pair) for pair in kernels.candidates(call, self.hardware)]
+        return sorted(timed.values(), key=lambda r: order.index(_named(r.kernel, r.config)))
 
     def _times(self, call: Call, candidates: Sequence[tuple[str, Config]]) -> list[float | None]:
         """Microseconds that the performance model predicts."""
