@@ -155,9 +155,10 @@ def test_one_tile_more_than_a_wave_costs_a_wave() -> None:
     full, more = (us(linear(128 * tiles, 4096, 256), **wide) for tiles in (132, 133))
     half = us(linear(128 * 66, 4096, 256), **wide)
     two = us(linear(128 * 264, 4096, 256), **wide)
-    assert full < 1.35 * half  # the empty half of the wave makes room in the L2, no more
+    # The empty half of the wave makes room in the L2 and leaves power for the clock, no more.
+    assert 1.04 * half < full < 1.45 * half
     assert more > 1.6 * full
-    assert two == pytest.approx(more, rel=0.05)
+    assert more <= two < 1.1 * more
 
 
 def test_persistent_blocks_fill_the_pipeline_once() -> None:
@@ -358,8 +359,8 @@ def test_the_ranking_is_by_time_and_the_unknown_last() -> None:
     assert dict(next(r.config for r in ranked if r.kernel is OURS)) == TILE
 
 
-@pytest.mark.parametrize(("faster", "taken"), [(0.96, False), (0.9, True)])
-def test_a_number_that_may_be_another_algorithms_has_to_win_clearly(
+@pytest.mark.parametrize(("faster", "taken"), [(0.98, False), (0.9, True)])
+def test_a_library_whose_algorithm_may_be_another_has_to_win_clearly(
     faster: float, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call, library = linear(9000, 1280, 1280), kernel("cublaslt.linear")

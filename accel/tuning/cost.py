@@ -85,18 +85,18 @@ _TELLS_RANGE = 0.7
 _TELLS_OTHER = 0.15  # what another algorithm's does
 _FITTED_CHOICE = 0.15
 
-DOUBT = 0.5
+DOUBT, HOPE = 0.75, 0.5
 """Standard deviations by which a candidate of uncertain time counts as slower when one is chosen,
 and as quicker when several are to be timed."""
+
+UNTOLD = 0.03
+"""Logarithm of a time by which a kernel whose tile is not known counts as slower when one is
+chosen: at a size that was not measured the library, or the number in its list, may have another
+algorithm, which is the worst that held-out sizes got."""
 
 NUMBERED = {"cublaslt.": "algorithm", "cudnn_frontend.": "plan"}
 """Kernels of libraries that choose by a number in a list of the library's own making, for each GPU,
 version and size."""
-
-RENUMBERED = 0.05
-"""Logarithm of a time by which such a kernel counts as slower when one is chosen: at a size that
-was not measured the number may be another algorithm's, which is the worst that held-out sizes got.
-"""
 
 WORTH = 0.003
 """Expected gain, as a share of its time, for which a candidate is timed in idle time. At sizes that
@@ -220,15 +220,15 @@ class Model:
     def rank(self, call: Call, candidates: Sequence[tuple[Kernel, Config]]) -> list[Ranked]:
         """The candidates, the one to choose first, then those that may be quicker, likeliest first.
 
-        First comes the least time, doubt (and `RENUMBERED`) counted as time lost; then the others,
+        First comes the least time, doubt (and `UNTOLD`) counted as time lost; then the others,
         doubt counted as time that may be won. What the model does not know comes last.
         """
         named = [(kernel.name, config) for kernel, config in candidates]
         found = self.predictions(call, named)
         known = [(p, place) for place, p in enumerate(found) if p is not None]
-        order = sorted(known, key=lambda item: math.log(item[0].us) - DOUBT * item[0].doubt)
+        order = sorted(known, key=lambda item: math.log(item[0].us) - HOPE * item[0].doubt)
         if order:
-            best = min(order, key=lambda item: _safely(item[0], *named[item[1]]))
+            best = min(order, key=lambda item: _safely(item[0], named[item[1]][0]))
             order.remove(best)
             order.insert(0, best)
         places = [place for _, place in order]
@@ -266,7 +266,7 @@ class Model:
             doubts = zip(carried.times, carried.doubts, strict=True)
             found = [Prediction(math.exp(time), float(doubt)) for time, doubt in doubts]
             best = min(
-                range(len(known)), key=lambda place: _safely(found[place], *named[known[place]])
+                range(len(known)), key=lambda place: _safely(found[place], named[known[place]][0])
             )
             first = [candidates[known[best]], *unknown]
         gains = carried.gains(best)
@@ -366,10 +366,10 @@ def numbered(kernel: str, config: Config) -> bool:
     return any(kernel.startswith(prefix) and name in config for prefix, name in NUMBERED.items())
 
 
-def _safely(predicted: Prediction, kernel: str, config: Config) -> float:
+def _safely(predicted: Prediction, kernel: str) -> float:
     """The logarithm of a time that is hardly exceeded."""
-    unsure = RENUMBERED if numbered(kernel, config) else 0.0
-    return math.log(predicted.us) + DOUBT * predicted.doubt + unsure
+    untold = UNTOLD if kernel in HIDDEN else 0.0
+    return math.log(predicted.us) + DOUBT * predicted.doubt + untold
 
 
 # Neighbours.
