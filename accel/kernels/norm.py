@@ -36,7 +36,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton import cdiv, next_power_of_2
 
 from ..hardware import Hardware
 from . import overlap
@@ -59,6 +58,20 @@ _PARTIALS = 8192
 
 _GRID_Y = 65535
 """Blocks that CUDA launches at most in a grid's second dimension."""
+
+
+# Triton's own of these look for constants of kernels first, which takes ten times as long, and
+# listing a new size's candidates asks tens of thousands of times.
+
+
+def cdiv(size: int, part: int) -> int:
+    """How many parts cover the size."""
+    return -(-size // part)
+
+
+def next_power_of_2(size: int) -> int:
+    """The least that is no less; of nothing 1."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 # What the kernels share.
@@ -790,7 +803,7 @@ def _split_configs(image: _Image, multiprocessors: int) -> list[dict[str, Any]]:
         (wide, 32, 4, 5),
     ]
     names = ("scheme", "channels", "rows", "warps", "grid")
-    found = [
+    found: list[dict[str, Any]] = [
         dict(zip(names, ("split", *shape, each * multiprocessors), strict=True))
         for *shape, each in dict.fromkeys(shapes)
     ]
@@ -819,7 +832,7 @@ def _whole_configs(image: _Image) -> list[dict[str, Any]]:
         for count in dict.fromkeys(chosen):
             size = image.tall * next_power_of_2(count * image.group_width)
             warps = min(16, next_power_of_2(cdiv(size, 32 * each)))
-            config = {"scheme": "whole", "groups": count, "warps": warps}
+            config: dict[str, Any] = {"scheme": "whole", "groups": count, "warps": warps}
             if image.fits(config) and config not in found:
                 found.append(config)
     return found

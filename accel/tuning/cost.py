@@ -201,6 +201,10 @@ class Model:
             self._measured[group][key] = times
             self._groups.pop(group, None)
 
+    def make_ready(self, key: str) -> None:
+        """Understand what was measured of the like of a call, by its key, ahead of predictions."""
+        self._group(key)
+
     def us(self, call: Call, kernel: str, config: Config) -> float | None:
         """Microseconds of a run; None for a kernel that the model does not know."""
         (found,) = self.predictions(call, [(kernel, config)])

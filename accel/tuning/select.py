@@ -193,6 +193,8 @@ class Selector:
             if variants is None:
                 variants = ahead.covering(calls(), self.hardware, self._times)
                 self.compiler.remember(about, variants)
+            else:  # nothing was predicted yet: what that takes once is not for the first new size
+                self._make_ready()
             with self._lock:
                 for kernel, config, call in variants:
                     self._ahead[family_of(call.key)[0]].append((kernel, config))
@@ -202,6 +204,15 @@ class Selector:
         finally:
             with self._lock:
                 self._preparing -= 1
+
+    def _make_ready(self) -> None:
+        """Other sizes of the calls known so far are predicted without delay from then on."""
+        with self._lock:
+            known = list(self._choices)
+        for key in known:
+            with self._lock:  # for one call only, as in `_times`
+                if self._model is not None:
+                    self._model.make_ready(key)
 
     def guessed(self) -> list[Call]:
         """The calls that run by what is predicted, those that take longest first."""
@@ -399,8 +410,10 @@ class Selector:
         if prepared:
             others = self._ahead.get(family_of(call.key)[0], ())
             lent += [pair for pair in others if ahead.fits(*pair, call, self.hardware)]
+        named = {_named(*pair) for pair in offered}
         for pair in lent:
-            if not any(_same(pair, other) for other in offered):
+            if _named(*pair) not in named:
+                named.add(_named(*pair))
                 offered.append(pair)
         try:
             ranked = [r for r in self._model.rank(call, offered) if r.us is not None]
