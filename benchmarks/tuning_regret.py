@@ -21,13 +21,16 @@ is not in these.
 
 `corrections` says what is known of other sizes: `all` candidates of a call, `entries` what a
 profile keeps of it (the best five), or `none` (the constants alone). With --transfer the constants
-come from another GPU's times, and nothing is known of this one but its data sheet.
+come from another GPU's times, and nothing is known of this one but its data sheet. `the best on` it
+says what no prediction was needed for: each call's fastest candidate there, measured there, run
+here. An H100 and an H200 have the same multiprocessors and libraries, and differ in memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import time
@@ -205,7 +208,16 @@ def transferred(
     fitted = fit(other, elsewhere)
     rows = _rows(judge(Model(chip, fitted), held), "everything", f"none, fit of {other.name}")
     carried = judge(Model(chip, fitted, carried=elsewhere, origin=other), held)
-    return rows + _rows(carried, "everything", f"all times of {other.name}")
+    rows += _rows(carried, "everything", f"all times of {other.name}")
+    same = {key: _in_order(held[key], elsewhere[key]) for key in held.keys() & elsewhere.keys()}
+    return rows + _rows(same, "everything", f"the best on {other.name}")
+
+
+def _in_order(times: Times, elsewhere: Times) -> Judged:
+    """A call's times as they are ranked on another GPU; what was not timed there last."""
+    there = {(name, json.dumps(dict(config))): us for name, config, us in elsewhere}
+    ranked = sorted(times, key=lambda t: there.get((t[0], json.dumps(dict(t[1]))), math.inf))
+    return Judged([us for *_, us in ranked], [])
 
 
 @dataclass(frozen=True)
@@ -273,9 +285,10 @@ def _rows(ranked: Mapping[str, Judged], size: str, corrections: str) -> list[dic
             for top in range(2, TOP + 1):
                 chosen = [min(j.ranked[:top]) for j in group]
                 values |= _regrets(group, chosen, f"after_top{top}_regret", f"after_top{top}_worst")
+        rounds = [timed for j in group for timed in j.rounds]
+        if operator == "all" and rounds:
             chosen = [j.settled for j in group]
             values |= _regrets(group, chosen, "after_idle_regret", "after_idle_worst")
-            rounds = [timed for j in group for timed in j.rounds]
             own = [name for timed in rounds for name, _ in timed if name.startswith(OURS)]
             values |= {
                 "after_idle_calls": sum(bool(j.rounds) for j in group),

@@ -15,7 +15,10 @@ Three layers, each of which may be missing:
    over the logarithms). Which tile a library takes is inferred the same way: from the times of
    the like, and from its choosing well itself.
 
-What it leaves out: clocks that fall under load, and power; where in the L2 a line lies; banks of
+What is left uncertain is known, too: spreads that hold at sizes held out, by which a choice is made
+safely (`rank`) and idle time goes where something is to be gained (`contenders`).
+
+What it leaves out: clocks that fall with the load before; where in the L2 a line lies; banks of
 shared memory and the registers that the compiler really takes; blocks that start late within a
 wave; what an operator leaves in the cache for the next one; heads and channels that no power of two
 holds beyond their padding; what a library's heuristic does (it may choose badly, and another
