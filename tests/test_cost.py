@@ -672,28 +672,48 @@ def test_choices_for_sizes_held_out_cost_three_percent_at_most(gpu: str) -> None
     assert value(gpu, "tuning_regret", "sdxl:896x1152", "all") <= 0.03
 
 
-def test_the_first_four_have_one_that_is_as_good_as_the_best() -> None:
-    assert value("h200", "top4_hit", BOTH, "all") >= 0.95
-    assert value("h200", "top4_hit", "sdxl:896x1152", "all") >= 0.95
-    assert value("h200", "top4_hit", "sdxl:896x1152", "entries") >= 0.95
-    assert value("h100", "top4_hit", "sdxl:896x1152", "all") >= 0.95
+@pytest.mark.parametrize("gpu", ["h200", "h100"])
+@pytest.mark.parametrize("corrections", ["all", "entries"])
+def test_the_first_four_have_one_that_is_as_good_as_the_best(gpu: str, corrections: str) -> None:
+    assert value(gpu, "top4_hit", BOTH, corrections) >= 0.95
+    assert value(gpu, "top4_hit", "sdxl:896x1152", corrections) >= 0.95
+
+
+@pytest.mark.parametrize("gpu", ["h200", "h100"])
+@pytest.mark.parametrize("corrections", ["all", "entries"])
+def test_after_idle_time_the_worst_call_is_a_tenth_slower_at_most(
+    gpu: str, corrections: str
+) -> None:
+    for held_out in (BOTH, "sd15:768x768", "sdxl:896x1152"):
+        assert value(gpu, "after_idle_worst", held_out, corrections) <= 0.1
+        assert value(gpu, "after_idle_regret", held_out, corrections) <= 0.005
+        # It costs seconds of the GPU's, and what is sure is left alone.
+        assert value(gpu, "after_idle_gpu_s", held_out, corrections) <= 20
+        calls = value(gpu, "after_idle_calls", held_out, corrections)
+        assert value(gpu, "after_idle_timings", held_out, corrections) <= 7.5 * calls
+    near = "sdxl:896x1152"  # to a size that was measured: half as many are in doubt
+    few, many = (value(gpu, "after_idle_timings", near, c) for c in (corrections, "none"))
+    assert few <= 0.75 * many
 
 
 def test_how_far_the_rest_is_from_what_is_wanted() -> None:
-    """Wanted are 3 %, 10 % at worst, and 95 %: these are what is reached where that is missed.
+    """Wanted are 3 % and 10 % at worst: these are what is reached where that is missed.
 
     Where the nearest measured size has half or twice the rows, libraries take other algorithms,
-    which nothing measured tells of.
+    which nothing measured tells of. So much is left even to who knows all times of another GPU with
+    the same multiprocessors and libraries, at the very same sizes.
     """
-    assert value("h200", "worst_regret", "sdxl:896x1152", "all") <= 0.12
+    assert value("h200", "worst_regret", "sdxl:896x1152", "all") <= 0.1
+    assert value("h100", "worst_regret", "sdxl:896x1152", "all") <= 0.13
     assert value("h200", "worst_regret", BOTH, "all") <= 0.41
-    assert value("h200", "worst_regret", BOTH, "entries") <= 0.33
+    assert value("h200", "worst_regret", BOTH, "entries") <= 0.41
+    assert value("h100", "worst_regret", BOTH, "all") <= 0.48
     assert value("h200", "tuning_regret", "sd15:768x768", "all") <= 0.03
     assert value("h200", "top4_hit", "sd15:768x768", "all") >= 0.92
     assert value("h200", "tuning_regret", BOTH, "entries") <= 0.025
-    assert value("h100", "tuning_regret", BOTH, "entries") <= 0.035
-    assert value("h200", "top4_hit", BOTH, "entries") >= 0.945
-    assert value("h100", "top4_hit", BOTH, "all") >= 0.945
+    assert value("h100", "tuning_regret", BOTH, "entries") <= 0.036
+    for gpu, other in (("h200", "NVIDIA H100 80GB HBM3"), ("h100", "NVIDIA H200")):
+        assert value(gpu, "worst_regret", "everything", f"the best on {other}") > 0.5
 
 
 def test_the_evidence_is_of_this_model() -> None:
