@@ -2,17 +2,19 @@
 
     python -m benchmarks.fit_profile benchmarks/results/h200/candidates.json tuning_profiles/FILE
 
-Needs no GPU. The profile gets the constants (`fit`) and, for each call whose fastest candidate is
-the one that the times say, the next best (`others`). Nothing else of it changes.
+Needs no GPU. The profile gets the constants (`fit`) and, for each call that has none beside its
+fastest candidate and where that is the one that the times say, the next best (`others`). Nothing
+else of it changes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+from accel.tuning import profile_file
 from accel.tuning.cost import Times, fit
 from accel.tuning.profile import OTHERS, Entry
 
@@ -29,25 +31,25 @@ def main() -> None:
     parser.add_argument("profile", type=Path)
     options = parser.parse_args()
     meta, measured = read(options.candidates)
-    document = json.loads(options.profile.read_text(encoding="utf-8"))
-    if document["meta"]["gpu"] != meta["gpu"]:
-        parser.error(f"the profile is of {document['meta']['gpu']}, the times of {meta['gpu']}")
-    document["fit"] = fit(chip_named(meta["gpu"]), measured).to_json()
-    known = document["entries"]
-    document["entries"] = {
-        call: _with_others(fields, measured.get(call, ())) for call, fields in known.items()
+    content = profile_file.read(options.profile)
+    if content.meta["gpu"] != meta["gpu"]:
+        parser.error(f"the profile is of {content.meta['gpu']}, the times of {meta['gpu']}")
+    entries = {
+        call: fields if fields.get("others") else _with_others(fields, measured.get(call, ()))
+        for call, fields in content.entries.items()
     }
-    text = json.dumps(document, indent=0, sort_keys=True)
-    options.profile.write_text(text + "\n", encoding="utf-8")
-    count = sum("others" in fields for fields in document["entries"].values())
-    print(f"{count} of {len(known)} entries have others")
+    fitted = fit(chip_named(meta["gpu"]), measured).to_json()
+    made = dataclasses.replace(content, entries=entries, fit=fitted)
+    options.profile.write_text(profile_file.written(made), encoding="utf-8")
+    count = sum("others" in fields for fields in entries.values())
+    print(f"{count} of {len(entries)} entries have others")
 
 
 def _with_others(fields: dict[str, Any], times: Times) -> dict[str, Any]:
     best = (fields["kernel"], fields["config"])
     own = next((us for kernel, config, us in times if (kernel, dict(config)) == best), None)
     if own is None or not 1 / AGREES < own / fields["us"] < AGREES:
-        return {name: value for name, value in fields.items() if name != "others"}
+        return fields
     rest = sorted((t for t in times if (t[0], dict(t[1])) != best), key=lambda time: time[2])
     return Entry(*best, fields["us"], tuple(rest[:OTHERS])).to_json()
 

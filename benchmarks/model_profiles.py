@@ -5,8 +5,8 @@
 Needs no GPU. For every chip of `accel.tuning.chips` unlike those that were measured one file in
 `tuning_profiles/`, marked `"made_by": "model"`: what is known of the chip, and constants of the
 performance model for the kernels that run there, the geometric mean of those in the measured
-profiles (but see `_math`). There are no choices in it: engines make them from these constants at
-each size. They are as good as that is, which no time says.
+profiles (but see `_products`). There are no choices in it: engines make them from these constants
+at each size. They are as good as that is, which no time says.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def text_of(chip: Chip, fitted: Fit, origins: Sequence[str]) -> str:
     remade = () if chip.capability[0] == 9 else (*TENSOR_CORES, *HOPPER_ALONE)
     own = Fit(
         {
-            form: {**terms, "math": _math(form, fitted)} if "math" in terms else terms
+            form: {**terms, **_products(form, fitted)} if "math" in terms else terms
             for form, terms in fitted.constants.items()
             if form not in absent
         },
@@ -117,16 +117,16 @@ def text_of(chip: Chip, fitted: Fit, origins: Sequence[str]) -> str:
     return profile_file.written(profile_file.Content(meta, {}, own.to_json()))
 
 
-def _math(form: str, fitted: Fit) -> float:
-    """How many times the tensor cores' own rate products take.
+def _products(form: str, fitted: Fit) -> dict[str, float]:
+    """How many times the tensor cores' own rate products take, and more when all are at work.
 
     On the chips that were measured something else decides the times of most of our kernels, and so
     they tell little of this, down to twice as fast as can be. Where the tensor cores are what is
-    slow, that would promise what no chip can do.
+    slow, that would promise what no chip can do: there ours take as long as a library's.
     """
-    own = fitted.constants[form]["math"]
     library = next((name for part, name in LIBRARIES.items() if part in form), form)
-    return max(own, fitted.constants[library]["math"])
+    slower = max((form, library), key=lambda name: fitted.constants[name]["math"])
+    return {k: v for k, v in fitted.constants[slower].items() if k in ("math", "busy")}
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from accel.tuning.keys import call_of
 from accel.tuning.profile import Entry, profiled
 from accel.tuning.tune import sizes_between
 
-from .tuning_regret import _meta, chip_named, read
+from .tuning_regret import _meta, chip_named, read, timing_us
 
 COSTS = {"call": 0.02, "candidate": 0.006, "compile": 0.35, "start": 5.0, "processes": 16}
 """Seconds of the host, assumed: of a call (operands, reference), of a candidate (its first run, the
@@ -189,7 +189,7 @@ def estimated(
         count = sum(map(len, kept.values()))
         starts = 1 + -(-(len(calls) - len(full)) // tuning.AT_ONCE)
         seconds = {
-            "gpu": sum(_timing_us(found) for found in kept.values()) * 1e-6,
+            "gpu": sum(timing_us([us for *_, us in found]) for found in kept.values()) * 1e-6,
             "host": COSTS["call"] * len(calls) + COSTS["candidate"] * count,
             "compiling": COSTS["compile"] * len(codes) / COSTS["processes"]
             + COSTS["start"] * starts,
@@ -202,22 +202,6 @@ def estimated(
             {"operation": "tune_seconds", "value": round(sum(seconds.values())), **common, **parts},
         ]
     return rows
-
-
-def _timing_us(times: Times) -> float:
-    """Microseconds that the GPU works while the candidates of a call are timed."""
-    if not times:
-        return 0.0
-    best, total = min(us for *_, us in times), 0.0
-    for *_, us in times:
-        once = us * measuring.LAUNCHES
-        replays = min(
-            measuring.REPLAYS,
-            max(measuring.ENOUGH_REPLAYS, -(-measuring.ENOUGH_US // once)),
-        )
-        rounds = 1 + (measuring.ROUNDS if us <= measuring.CLOSE * best else 0)
-        total += 3 * us + rounds * replays * (once + 60)  # 60: the cache is emptied, events
-    return total
 
 
 def _algorithms(measured: Mapping[str, Times]) -> dict[str, list[tuple[Kernel, Config]]]:

@@ -194,6 +194,10 @@ def test_a_new_size_compiles_nothing_once_the_plan_is_prepared(
     later.prepare("a plan", never)
     wait_for(lambda: later.settled)
     assert len(compiled) == 2
+    assert later._model is not None
+    ready = set(later._model._groups)
+    later._model.predictions(call_of(KEYS[0].format(m=9216)), [("cublas.linear", {})])
+    assert ready and set(later._model._groups) == ready, "a new size has nothing left to learn"
     another = chooser(cache=DiskCache(tmp_path, 1 << 20, "test"))
     monkeypatch.setattr(ahead, "SIZES", ahead.SIZES[:1])
     with caplog.at_level(logging.WARNING):

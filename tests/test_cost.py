@@ -6,15 +6,16 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from accel.cache import DiskCache
-from accel.kernels import Call, Kernel
+from accel.kernels import Call, Config, Kernel
 from accel.tuning import cost, work
 from accel.tuning.chips import KNOWN, chip_of
 from accel.tuning.compiling import Compiler
@@ -154,9 +155,10 @@ def test_one_tile_more_than_a_wave_costs_a_wave() -> None:
     full, more = (us(linear(128 * tiles, 4096, 256), **wide) for tiles in (132, 133))
     half = us(linear(128 * 66, 4096, 256), **wide)
     two = us(linear(128 * 264, 4096, 256), **wide)
-    assert full < 1.35 * half  # the empty half of the wave makes room in the L2, no more
+    # The empty half of the wave makes room in the L2 and leaves power for the clock, no more.
+    assert 1.04 * half < full < 1.45 * half
     assert more > 1.6 * full
-    assert two == pytest.approx(more, rel=0.05)
+    assert more <= two < 1.1 * more
 
 
 def test_persistent_blocks_fill_the_pipeline_once() -> None:
@@ -357,8 +359,8 @@ def test_the_ranking_is_by_time_and_the_unknown_last() -> None:
     assert dict(next(r.config for r in ranked if r.kernel is OURS)) == TILE
 
 
-@pytest.mark.parametrize(("faster", "taken"), [(0.96, False), (0.9, True)])
-def test_a_number_that_may_be_another_algorithms_has_to_win_clearly(
+@pytest.mark.parametrize(("faster", "taken"), [(0.98, False), (0.9, True)])
+def test_a_library_whose_algorithm_may_be_another_has_to_win_clearly(
     faster: float, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call, library = linear(9000, 1280, 1280), kernel("cublaslt.linear")
@@ -396,6 +398,100 @@ def test_a_library_stays_however_slow_it_seems() -> None:
     call = linear(128, 10240, 1280)
     slow = Model(H200, Fit({"cublas.linear": {"launch": 40.0}}))
     assert LIBRARY in [k for k, _ in slow.prune(call, [(OURS, TILE), (LIBRARY, {})], 1)]
+
+
+# What is worth timing.
+
+VARIANTS = [(OURS, TILE | {"stages": s, "block_k": k}) for s in (3, 4, 5) for k in (32, 64)]
+
+
+def exactly(pairs: Sequence[tuple[Kernel, Config]]) -> list[tuple[str, str]]:
+    return [cost._exactly(kernel.name, config) for kernel, config in pairs]
+
+
+def test_the_choice_is_timed_beside_those_that_may_win_and_then_what_is_left() -> None:
+    call, model = linear(8192, 1280, 1280), Model(H200)
+    predicted = [model.us(call, TMA, config) or 0.0 for _, config in VARIANTS]
+    truth = dict(zip(exactly(VARIANTS), predicted, strict=True))
+    first = model.contenders(call, VARIANTS)
+    chosen = model.rank(call, VARIANTS)[0]
+    assert exactly(first[:1]) == [cost._exactly(chosen.kernel.name, chosen.config)]
+    assert 2 <= len(first) <= 1 + cost.AT_ONCE
+    timed: list[tuple[str, Config, float]] = []
+    rounds = 0
+    while more := model.contenders(call, VARIANTS, timed):
+        names = exactly(more)
+        assert not set(names) & {cost._exactly(name, config) for name, config, _ in timed}
+        timed += [(k.name, c, truth[name]) for (k, c), name in zip(more, names, strict=True)]
+        rounds += 1
+    assert rounds > 1 and min(us for *_, us in timed) == min(truth.values())
+
+
+def test_what_is_known_of_a_size_near_by_is_not_timed() -> None:
+    near, call = linear(8192, 1280, 1280), linear(8256, 1280, 1280)
+    times = [(TMA, config, 20.0 * (1 + place)) for place, (_, config) in enumerate(VARIANTS)]
+    known = Model(H200, None, {near.key: times})
+    assert known.contenders(call, VARIANTS) == []
+    assert known.contenders(linear(131072, 1280, 1280), VARIANTS), "that tells little"
+    close = [(name, config, 20.0 + 0.1 * place) for place, (name, config, _) in enumerate(times)]
+    assert Model(H200, None, {near.key: close}).contenders(call, VARIANTS)
+
+
+@pytest.mark.parametrize(("factor", "more"), [(0.5, False), (1.5, True)])
+def test_the_first_times_tell_whether_the_others_are_worth_it(factor: float, more: bool) -> None:
+    call, model = linear(8192, 1280, 1280), Model(H200)
+    pairs = [(OURS, TILE), (POINTERS, TILE)]  # so unlike that neither tells of the other
+    chosen = model.contenders(call, pairs)[0]
+    us = model.us(call, chosen[0].name, chosen[1])
+    assert us is not None
+    left = model.contenders(call, pairs, [(chosen[0].name, chosen[1], factor * us)])
+    assert bool(left) is more and chosen not in left
+
+
+def test_what_the_model_does_not_know_is_timed_at_first() -> None:
+    call, unknown = linear(8192, 1280, 1280), (kernel("x.y"), {})
+    assert Model(H200).contenders(call, [unknown]) == [unknown]
+    found = Model(H200).contenders(call, [(OURS, TILE), unknown])
+    assert found == [(OURS, TILE), unknown]
+    assert Model(H200).contenders(call, [(OURS, TILE), unknown], [(TMA, TILE, 30.0)]) == []
+
+
+def test_a_time_of_the_same_call_counts_as_any_that_is_measured() -> None:
+    near, call = linear(4096, 1280, 1280), linear(8192, 1280, 1280)
+    named = [(TMA, config) for _, config in VARIANTS]
+    model = Model(H200, None, {near.key: [(*named[0], 30.0), (*named[3], 33.0)]})
+    timed = {1: 55.0, 4: 61.0}
+    _, carried = model._carried_to(call, named)
+    assert carried is not None
+    given = carried.given(list(timed), [math.log(us) for us in timed.values()])
+    model.add({call.key: [(*named[place], us) for place, us in timed.items()]})
+    _, again = model._carried_to(call, named)
+    assert again is not None
+    assert given.times == pytest.approx(again.times) and given.left == pytest.approx(again.left)
+
+
+def test_the_expected_gain_is_what_is_won_times_how_likely_it_is() -> None:
+    times = np.array([1.0, 0.95, 1.1])
+    left = np.array([[0.02, 0.01, 0.0], [0.01, 0.03, 0.0], [0.0, 0.0, 0.01]])
+    spreads = np.array([0.0, 0.0, 0.2])
+    gains = cost._Carried(times, left, spreads).gains(0)
+    for place in (1, 2):
+        apart = left[0, 0] + left[place, place] - 2 * left[0, place] + spreads[place] ** 2
+        scale = cost.FAT * math.sqrt(apart)
+        steps = np.linspace(-2000, 2000, 4_000_001)
+        density = 3 / 8 * (1 + steps**2 / 4) ** -2.5  # Student's t of four degrees of freedom
+        won = np.maximum(times[0] - times[place] - scale * steps, 0.0)
+        assert gains[place] == pytest.approx(float((won * density).sum() * 1e-3), rel=1e-3)
+    assert gains[0] < 1e-6, "nothing is won over oneself"
+
+
+def test_another_gpus_times_tell_less_than_ones_own() -> None:
+    call = linear(8192, 1280, 1280)
+    times = {call.key: [(TMA, TILE, 1.3 * us(call))]}
+    here, there = Model(H200, None, times), Model(H200, None, carried=times, origin=H200)
+    (own,), (others,) = (m.predictions(call, [(TMA, TILE)]) for m in (here, there))
+    assert own is not None and others is not None
+    assert us(call) < others.us < own.us and own.doubt < others.doubt
 
 
 # In profiles and selection.
@@ -576,28 +672,48 @@ def test_choices_for_sizes_held_out_cost_three_percent_at_most(gpu: str) -> None
     assert value(gpu, "tuning_regret", "sdxl:896x1152", "all") <= 0.03
 
 
-def test_the_first_four_have_one_that_is_as_good_as_the_best() -> None:
-    assert value("h200", "top4_hit", BOTH, "all") >= 0.95
-    assert value("h200", "top4_hit", "sdxl:896x1152", "all") >= 0.95
-    assert value("h200", "top4_hit", "sdxl:896x1152", "entries") >= 0.95
-    assert value("h100", "top4_hit", "sdxl:896x1152", "all") >= 0.95
+@pytest.mark.parametrize("gpu", ["h200", "h100"])
+@pytest.mark.parametrize("corrections", ["all", "entries"])
+def test_the_first_four_have_one_that_is_as_good_as_the_best(gpu: str, corrections: str) -> None:
+    assert value(gpu, "top4_hit", BOTH, corrections) >= 0.95
+    assert value(gpu, "top4_hit", "sdxl:896x1152", corrections) >= 0.95
+
+
+@pytest.mark.parametrize("gpu", ["h200", "h100"])
+@pytest.mark.parametrize("corrections", ["all", "entries"])
+def test_after_idle_time_the_worst_call_is_a_tenth_slower_at_most(
+    gpu: str, corrections: str
+) -> None:
+    for held_out in (BOTH, "sd15:768x768", "sdxl:896x1152"):
+        assert value(gpu, "after_idle_worst", held_out, corrections) <= 0.1
+        assert value(gpu, "after_idle_regret", held_out, corrections) <= 0.005
+        # It costs seconds of the GPU's, and what is sure is left alone.
+        assert value(gpu, "after_idle_gpu_s", held_out, corrections) <= 20
+        calls = value(gpu, "after_idle_calls", held_out, corrections)
+        assert value(gpu, "after_idle_timings", held_out, corrections) <= 7.5 * calls
+    near = "sdxl:896x1152"  # to a size that was measured: half as many are in doubt
+    few, many = (value(gpu, "after_idle_timings", near, c) for c in (corrections, "none"))
+    assert few <= 0.75 * many
 
 
 def test_how_far_the_rest_is_from_what_is_wanted() -> None:
-    """Wanted are 3 %, 10 % at worst, and 95 %: these are what is reached where that is missed.
+    """Wanted are 3 % and 10 % at worst: these are what is reached where that is missed.
 
     Where the nearest measured size has half or twice the rows, libraries take other algorithms,
-    which nothing measured tells of.
+    which nothing measured tells of. So much is left even to who knows all times of another GPU with
+    the same multiprocessors and libraries, at the very same sizes.
     """
-    assert value("h200", "worst_regret", "sdxl:896x1152", "all") <= 0.12
+    assert value("h200", "worst_regret", "sdxl:896x1152", "all") <= 0.1
+    assert value("h100", "worst_regret", "sdxl:896x1152", "all") <= 0.13
     assert value("h200", "worst_regret", BOTH, "all") <= 0.41
-    assert value("h200", "worst_regret", BOTH, "entries") <= 0.33
+    assert value("h200", "worst_regret", BOTH, "entries") <= 0.41
+    assert value("h100", "worst_regret", BOTH, "all") <= 0.48
     assert value("h200", "tuning_regret", "sd15:768x768", "all") <= 0.03
     assert value("h200", "top4_hit", "sd15:768x768", "all") >= 0.92
     assert value("h200", "tuning_regret", BOTH, "entries") <= 0.025
-    assert value("h100", "tuning_regret", BOTH, "entries") <= 0.035
-    assert value("h200", "top4_hit", BOTH, "entries") >= 0.945
-    assert value("h100", "top4_hit", BOTH, "all") >= 0.945
+    assert value("h100", "tuning_regret", BOTH, "entries") <= 0.036
+    for gpu, other in (("h200", "NVIDIA H100 80GB HBM3"), ("h100", "NVIDIA H200")):
+        assert value(gpu, "worst_regret", "everything", f"the best on {other}") > 0.5
 
 
 def test_the_evidence_is_of_this_model() -> None:

@@ -112,8 +112,8 @@ def cdiv(dividend: int, divisor: int) -> int:
 
 
 def next_power_of_2(number: int) -> int:
-    """The least that is not smaller. Triton's takes longer, as that of `cdiv`."""
-    return 1 << (number - 1).bit_length()
+    """The least that is not smaller; of nothing 1. Triton's takes longer, as that of `cdiv`."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def pretend(capability: tuple[int, int]) -> None:

@@ -282,7 +282,7 @@ def made_apart(job: Callable[[], Any], hardware: Hardware) -> Any:
         with contextlib.suppress(IndexError, ValueError):  # it ended before, or in the midst of it
             return json.loads(lines[1])
         logger.info("a process that chooses kernels ended with %s", process.returncode)
-    return None if _closing.is_set() else job()
+    return None if background.closing.is_set() else job()
 
 
 def deadly(variant: Variant) -> bool:

@@ -15,7 +15,10 @@ Three layers, each of which may be missing:
    over the logarithms). Which tile a library takes is inferred the same way: from the times of
    the like, and from its choosing well itself.
 
-What it leaves out: clocks that fall under load, and power; where in the L2 a line lies; banks of
+What is left uncertain is known, too: spreads that hold at sizes held out, by which a choice is made
+safely (`rank`) and idle time goes where something is to be gained (`contenders`).
+
+What it leaves out: clocks that fall with the load before; where in the L2 a line lies; banks of
 shared memory and the registers that the compiler really takes; blocks that start late within a
 wave; what an operator leaves in the cache for the next one; heads and channels that no power of two
 holds beyond their padding; what a library's heuristic does (it may choose badly, and another
@@ -25,12 +28,13 @@ better than those are known.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -73,6 +77,7 @@ _INDEX = 0.05  # of a library's algorithm of one number
 _RANGE = 1.0
 _CONFIG_NEAR, _INDEX_NEAR, _NEAR = 0.03, 0.1, 0.1  # the same, of sizes close by alone
 _NOISE = 0.015  # of measuring
+_ELSEWHERE = 0.06  # of carrying a time over from another GPU: so far an H100 and an H200 differ
 _SIBLING = 0.85  # likeness of calls of the same weights with another epilogue
 
 # How a library's tile is inferred.
@@ -83,18 +88,31 @@ _TELLS_RANGE = 0.7
 _TELLS_OTHER = 0.15  # what another algorithm's does
 _FITTED_CHOICE = 0.15
 
-DOUBT = 0.5
+DOUBT, HOPE = 0.75, 0.5
 """Standard deviations by which a candidate of uncertain time counts as slower when one is chosen,
 and as quicker when several are to be timed."""
+
+UNTOLD = 0.03
+"""Logarithm of a time by which a kernel whose tile is not known counts as slower when one is
+chosen: at a size that was not measured the library, or the number in its list, may have another
+algorithm, which is the worst that held-out sizes got."""
 
 NUMBERED = {"cublaslt.": "algorithm", "cudnn_frontend.": "plan"}
 """Kernels of libraries that choose by a number in a list of the library's own making, for each GPU,
 version and size."""
 
-RENUMBERED = 0.05
-"""Logarithm of a time by which such a kernel counts as slower when one is chosen: at a size that
-was not measured the number may be another algorithm's, which is the worst that held-out sizes got.
-"""
+WORTH = 0.003
+"""Expected gain, as a share of its time, for which a candidate is timed in idle time. At sizes that
+were held out the choice is within a tenth of the best once all such were timed, and hardly any time
+is lost on average (`benchmarks.tuning_regret`)."""
+
+AT_ONCE = 3
+"""Candidates that are timed together, beside the best so far, before the next are named."""
+
+FAT = 0.8
+"""Predictions miss, by their standard deviations, as Student's t of four degrees of freedom times
+this: one in four by more than one, as normal ones would, but one in fifty by more than three. So it
+was at sizes that were held out of the times of an H100 and an H200, of any kind of kernel."""
 
 REACH = 1.25
 """How much slower than the best prediction a kernel's own best may be and still be timed."""
@@ -186,6 +204,10 @@ class Model:
             self._measured[group][key] = times
             self._groups.pop(group, None)
 
+    def make_ready(self, key: str) -> None:
+        """Understand what was measured of the like of a call, by its key, ahead of predictions."""
+        self._group(key)
+
     def us(self, call: Call, kernel: str, config: Config) -> float | None:
         """Microseconds of a run; None for a kernel that the model does not know."""
         (found,) = self.predictions(call, [(kernel, config)])
@@ -195,29 +217,25 @@ class Model:
         self, call: Call, candidates: Sequence[tuple[str, Config]]
     ) -> list[Prediction | None]:
         """Of several candidates of one call."""
-        options = self._options(call, candidates)
-        known = [place for place, logs in enumerate(options) if logs.size]
+        known, carried = self._carried_to(call, candidates)
         found: list[Prediction | None] = [None] * len(candidates)
-        if known:
-            named = [candidates[place] for place in known]
-            wanted = _points(call.key, named, [options[place] for place in known])
-            times, doubts = _carried(self._group(call.key), wanted)
-            for place, time, doubt in zip(known, times, doubts, strict=True):
+        if carried is not None:
+            for place, time, doubt in zip(known, carried.times, carried.doubts, strict=True):
                 found[place] = Prediction(math.exp(time), float(doubt))
         return found
 
     def rank(self, call: Call, candidates: Sequence[tuple[Kernel, Config]]) -> list[Ranked]:
         """The candidates, the one to choose first, then those that may be quicker, likeliest first.
 
-        First comes the least time, doubt (and `RENUMBERED`) counted as time lost; then the others,
+        First comes the least time, doubt (and `UNTOLD`) counted as time lost; then the others,
         doubt counted as time that may be won. What the model does not know comes last.
         """
         named = [(kernel.name, config) for kernel, config in candidates]
         found = self.predictions(call, named)
         known = [(p, place) for place, p in enumerate(found) if p is not None]
-        order = sorted(known, key=lambda item: math.log(item[0].us) - DOUBT * item[0].doubt)
+        order = sorted(known, key=lambda item: math.log(item[0].us) - HOPE * item[0].doubt)
         if order:
-            best = min(order, key=lambda item: _safely(item[0], *named[item[1]]))
+            best = min(order, key=lambda item: _safely(item[0], named[item[1]][0]))
             order.remove(best)
             order.insert(0, best)
         places = [place for _, place in order]
@@ -226,6 +244,42 @@ class Model:
             Ranked(*candidates[place], None if (p := found[place]) is None else p.us)
             for place in places
         ]
+
+    def contenders(
+        self, call: Call, candidates: Sequence[tuple[Kernel, Config]], timed: Times = ()
+    ) -> list[tuple[Kernel, Config]]:
+        """Those of a call's candidates to time next, the one with the largest expected gain first.
+
+        None if there is hardly anything to gain. At first the one to choose is among them, and what
+        the model does not know. timed: so far, of the same candidates; it tells what is to be
+        beaten, and what the like of it takes.
+        """
+        named = [(kernel.name, config) for kernel, config in candidates]
+        known, carried = self._carried_to(call, named)
+        unknown = [c for place, c in enumerate(candidates) if place not in known and not timed]
+        if carried is None:
+            return unknown
+        times = {_exactly(name, config): us for name, config, us in timed}
+        measured = {
+            place: math.log(times[exactly])
+            for place, exactly in enumerate(_exactly(*named[place]) for place in known)
+            if exactly in times
+        }
+        if measured:
+            best = min(measured, key=lambda place: measured[place])
+            carried = carried.given(list(measured), list(measured.values()))
+            first = unknown
+        else:
+            doubts = zip(carried.times, carried.doubts, strict=True)
+            found = [Prediction(math.exp(time), float(doubt)) for time, doubt in doubts]
+            best = min(
+                range(len(known)), key=lambda place: _safely(found[place], named[known[place]][0])
+            )
+            first = [candidates[known[best]], *unknown]
+        gains = carried.gains(best)
+        worth = [place for place in np.argsort(-gains) if gains[place] >= WORTH]
+        worth = [place for place in worth if place != best and place not in measured][:AT_ONCE]
+        return [*first, *(candidates[known[place]] for place in worth)] if worth or unknown else []
 
     def prune(
         self, call: Call, candidates: Sequence[tuple[Kernel, Config]], keep: int
@@ -248,24 +302,41 @@ class Model:
         chosen = {(r.kernel.name, _text(r.config)) for r in kept}
         return [c for c in candidates if (c[0].name, _text(c[1])) in chosen]
 
+    def _carried_to(
+        self, call: Call, candidates: Sequence[tuple[str, Config]]
+    ) -> tuple[list[int], _Carried | None]:
+        """The places of the candidates that the model knows, and what is expected of these."""
+        options = self._options(call, candidates)
+        known = [place for place, logs in enumerate(options) if logs.size]
+        if not known:
+            return known, None
+        named = [candidates[place] for place in known]
+        points = _points(call.key, named, [options[place] for place in known])
+        return known, self._group(call.key).carried(points)
+
     def _options(
         self, call: Call, candidates: Sequence[tuple[str, Config]], chip: Chip | None = None
     ) -> list[Array]:
-        """Of each candidate, logarithms of the times of all tiles that its kernel may have."""
-        chip = chip or self.chip
-        found = [works(chip, call, name, config) for name, config in candidates]
-        forms: dict[str, list[int]] = defaultdict(list)
-        for place, (name, _) in enumerate(candidates):
-            forms[name].append(place)
-        options = [np.empty(0)] * len(candidates)
-        for form, places in forms.items():  # all of a form at once: each alone takes as long
-            constants = self.fitted.constants.get(form, {})
-            logs = _logs(constants, [work for place in places for work in found[place]])
-            ends = np.cumsum([len(found[place]) for place in places])[:-1]
-            for place, own in zip(places, np.split(logs, ends), strict=True):
-                factor = self.fitted.tiles.get(_tile_of(form, candidates[place][1]), 1.0)
-                options[place] = own + math.log(factor)
-        return options
+        """Logarithms of the times of all tiles that each of a call's candidates may have."""
+        # Those of one form in one go, and algorithms that differ in their number alone once.
+        alike: dict[tuple[str, str], Sequence[Work]] = {}
+        forms: dict[str, list[str]] = defaultdict(list)
+        labels = [_labels(name, tuple(config.items())) for name, config in candidates]
+        for (name, config), label in zip(candidates, labels, strict=True):
+            if (name, label.described) not in alike:
+                alike[name, label.described] = works(chip or self.chip, call, name, config)
+                forms[name].append(label.described)
+        logs: dict[tuple[str, str], Array] = {}
+        for name, described in forms.items():
+            found = [alike[name, text] for text in described]
+            flat = _logs(self.fitted.constants.get(name, {}), [w for ws in found for w in ws])
+            ends = np.cumsum([len(ws) for ws in found])[:-1]
+            logs |= zip([(name, text) for text in described], np.split(flat, ends), strict=True)
+        factors = [math.log(self.fitted.tiles.get(label.fitted, 1.0)) for label in labels]
+        return [
+            logs[name, label.described] + factor
+            for (name, _), label, factor in zip(candidates, labels, factors, strict=True)
+        ]
 
     def _group(self, key: str) -> _Group:
         """What was measured of calls of the same weights."""
@@ -274,23 +345,27 @@ class Model:
             points: list[_Point] = []
             own = self._measured.get(name, {})
             for other, times in {**self._carried.get(name, {}), **own}.items():
-                named = [(kernel, config) for kernel, config, _ in times]
-                us = [us for *_, us in times]
-                try:
-                    call = call_of(other)
-                    options = self._options(call, named)
-                    if other not in own:
-                        there = self._options(call, named, self._origin)
-                        us = [
-                            time * math.exp(float(here.min() - gone.min())) if here.size else time
-                            for time, here, gone in zip(us, options, there, strict=True)
-                        ]
-                    made = _points(other, named, options, us)
-                except ValueError:  # of another version, or damaged
-                    continue
-                points += [point for point in made if point.options.size]
+                points += self._measured_points(other, times, here=other in own)
             self._groups[name] = _Group(points)
         return self._groups[name]
+
+    def _measured_points(self, key: str, times: Times, here: bool) -> list[_Point]:
+        """here: whether these are times of this chip."""
+        named = [(kernel, config) for kernel, config, _ in times]
+        try:
+            call = call_of(key)
+            options = self._options(call, named)
+            us = [us for *_, us in times]
+            if not here:
+                there = self._options(call, named, self._origin)
+                us = [
+                    time * math.exp(float(one.min() - other.min())) if one.size else time
+                    for time, one, other in zip(us, options, there, strict=True)
+                ]
+            made = _points(key, named, options, us, _NOISE if here else _ELSEWHERE)
+        except ValueError:  # of another version, or damaged
+            return []
+        return [point for point in made if point.options.size]
 
 
 def numbered(kernel: str, config: Config) -> bool:
@@ -298,10 +373,10 @@ def numbered(kernel: str, config: Config) -> bool:
     return any(kernel.startswith(prefix) and name in config for prefix, name in NUMBERED.items())
 
 
-def _safely(predicted: Prediction, kernel: str, config: Config) -> float:
+def _safely(predicted: Prediction, kernel: str) -> float:
     """The logarithm of a time that is hardly exceeded."""
-    unsure = RENUMBERED if numbered(kernel, config) else 0.0
-    return math.log(predicted.us) + DOUBT * predicted.doubt + unsure
+    untold = UNTOLD if kernel in HIDDEN else 0.0
+    return math.log(predicted.us) + DOUBT * predicted.doubt + untold
 
 
 # Neighbours.
@@ -319,81 +394,7 @@ class _Point:
     call: str
     options: Array
     time: float = 0.0  # the logarithm of microseconds, where measured
-
-    def common(self) -> tuple[str, ...]:
-        """What it may have in common with others."""
-        return self.family, self.kernel, self.tile, self.config, self.call
-
-
-@dataclass
-class _Group:
-    """What was measured of calls that are alike, and what follows from it, made once."""
-
-    points: list[_Point]
-
-    @cached_property
-    def traits(self) -> _Traits:
-        """Of the points."""
-        return _Traits.of(self.points, self.ids)
-
-    @cached_property
-    def ids(self) -> dict[str, int]:
-        """Numbers for what the points may have in common."""
-        texts = (text for point in self.points for text in point.common())
-        return {text: number for number, text in enumerate(dict.fromkeys(texts))}
-
-    @cached_property
-    def inverse(self) -> Array:
-        """Of the times' covariance."""
-        noise = _NOISE**2 * np.eye(len(self.points))
-        return np.asarray(np.linalg.inv(_covariance(self.traits, self.traits) + noise))
-
-    @cached_property
-    def hidden(self) -> dict[str, _Hidden]:
-        """The points of which the tile is not known, by kernel."""
-        places: dict[str, list[int]] = defaultdict(list)
-        for place, point in enumerate(self.points):
-            if point.options.size > 1:
-                places[point.kernel].append(place)
-        return {
-            kernel: _Hidden(
-                np.array(own),
-                np.array([self.points[place].options for place in own]),
-                np.array([_evidence(self.points[place]) for place in own]),
-            )
-            for kernel, own in places.items()
-        }
-
-
-@dataclass(frozen=True)
-class _Hidden:
-    """Points of one kernel: their places, their options and what their times tell of these."""
-
-    places: NDArray[np.int64]
-    options: Array
-    evidence: Array
-
-
-@dataclass(frozen=True)
-class _Traits:
-    """Of several points: logarithms of rows, whether tiles are not known, and what is in common.
-
-    common: one number each for the family, kernel, tile, configuration and call, in this order.
-    """
-
-    rows: Array
-    hidden: NDArray[np.bool_]
-    common: NDArray[np.int64]
-
-    @staticmethod
-    def of(points: Sequence[_Point], ids: Mapping[str, int]) -> _Traits:
-        """ids: numbers for texts; those of others are not told apart."""
-        common = [[ids.get(text, -1) for text in point.common()] for point in points]
-        return _Traits(
-            np.array([point.rows for point in points]),
-            np.array([point.kernel in HIDDEN for point in points]),
-            np.array(common, dtype=np.int64).reshape(len(points), 5).T,
-        )
+    noise: float = _NOISE  # of that
 
 
 def _points(
@@ -401,119 +402,187 @@ def _points(
     candidates: Sequence[tuple[str, Config]],
     options: Sequence[Array],
     times: Sequence[float] | None = None,
+    noise: float = _NOISE,
 ) -> list[_Point]:
     family, rows = family_of(key)
+    labels = [_labels(name, tuple(config.items())) for name, config in candidates]
     return [
         _Point(
-            *(family, math.log(max(rows, 1)), name, _tile_of(name, config, exact=True)),
-            *(f"{name} {_text(config)}", key, logs),
-            time=math.log(times[place]) if times is not None else 0.0,
+            *(family, math.log(max(rows, 1)), name, label.tile, f"{name} {label.config}"),
+            *(key, logs, math.log(times[place]) if times is not None else 0.0, noise),
         )
-        for place, ((name, config), logs) in enumerate(zip(candidates, options, strict=True))
+        for place, ((name, _), label, logs) in enumerate(
+            zip(candidates, labels, options, strict=True)
+        )
     ]
 
 
-def _carried(group: _Group, wanted: Sequence[_Point]) -> tuple[Array, Array]:
-    """Logarithms of the times of points of one call and their spreads, by those measured."""
-    traits = _Traits.of(wanted, group.ids)
-    means, expected, spreads = _inferred(group, wanted)
-    same = np.array(True)
-    own = _alike(0.0, traits.hidden, same, same, same, same, same) + _NOISE**2
-    if not group.points:
-        return expected, np.sqrt(own) + spreads
-    across = _covariance(traits, group.traits)
-    residuals = np.array([point.time for point in group.points]) - means
-    weights = across @ group.inverse
-    left = own - np.einsum("ij,ij->i", weights, across)
-    return expected + weights @ residuals, np.sqrt(np.maximum(left, 0.0)) + spreads
+class _Columns:
+    """What points have in common, as numbers: by `ids`, which learns what it does not have."""
+
+    def __init__(self, points: Sequence[_Point], ids: dict[str, int]) -> None:
+        def numbers(texts: Iterable[str]) -> NDArray[np.int64]:
+            return np.array([ids.setdefault(text, len(ids)) for text in texts], dtype=np.int64)
+
+        self.family = numbers(point.family for point in points)
+        self.kernel = numbers(point.kernel for point in points)
+        self.tile = numbers(point.tile for point in points)
+        self.config = numbers(point.config for point in points)
+        self.call = numbers(point.call for point in points)
+        self.rows = np.array([point.rows for point in points])
+        self.hidden = np.array([point.kernel in HIDDEN for point in points], dtype=bool)
 
 
-def _covariance(some: _Traits, others: _Traits) -> Array:
-    apart = np.abs(some.rows[:, None] - others.rows)
-    same = some.common[:, :, None] == others.common[:, None, :]
-    return _alike(apart, some.hidden[:, None], *same)
-
-
-def _alike(
-    apart: Array | float,
-    hidden: NDArray[np.bool_],
-    family: NDArray[np.bool_],
-    kernel: NDArray[np.bool_],
-    tile: NDArray[np.bool_],
-    config: NDArray[np.bool_],
-    call: NDArray[np.bool_],
-) -> Array:
-    """Covariances of logarithms of times, by how far rows are apart and what is the same."""
-    shared = np.exp(-np.asarray(apart) / _RANGE) * (
-        _ANY**2
-        + _KERNEL**2 * kernel
-        + np.where(hidden, 0.0, _TILE**2) * tile
-        + np.where(hidden, _INDEX**2, _CONFIG**2) * config
-    )
+def _covariance(one: _Columns, other: _Columns) -> Array:
+    """Of the logarithms of the times of points of two kinds, without the noise of measuring."""
+    apart = np.abs(one.rows[:, None] - other.rows)
+    hidden = one.hidden[:, None]
+    config = one.config[:, None] == other.config
+    shared = _ANY**2 + _KERNEL**2 * (one.kernel[:, None] == other.kernel)
+    shared = shared + np.where(hidden, 0.0, _TILE**2) * (one.tile[:, None] == other.tile)
+    shared += np.where(hidden, _INDEX**2, _CONFIG**2) * config
+    shared *= np.exp(-apart / _RANGE)
     near = np.where(hidden, _INDEX_NEAR**2, _CONFIG_NEAR**2) * config
-    shared += np.exp(-np.asarray(apart) / _NEAR) * near
-    return np.asarray(np.where(family, 1.0, _SIBLING) * shared + _CALL**2 * call)
+    shared += np.exp(-apart / _NEAR) * near
+    shared *= np.where(one.family[:, None] == other.family, 1.0, _SIBLING)
+    return np.asarray(shared + _CALL**2 * (one.call[:, None] == other.call))
 
 
-def _inferred(group: _Group, wanted: Sequence[_Point]) -> tuple[Array, Array, Array]:
-    """Means over the tiles that kernels may have: of what is measured and of what is wanted.
+@dataclass(frozen=True)
+class _Carried:
+    """What is expected of a call's candidates: logarithms of their times and their covariance.
 
-    And the spreads of the latter. Of a kernel that has one tile the mean is its time.
+    spreads: standard deviations beside that, for what tile a library takes.
     """
-    means = np.array([float(point.options[0]) for point in group.points])
-    told = {kernel: _told(group, kernel, wanted[0]) for kernel in group.hidden}
-    for kernel, hidden in group.hidden.items():
-        configs = group.traits.common[3][hidden.places]
-        for config in np.unique(configs):
-            own = configs == config
-            weights = _softmax(told[kernel](config))
-            means[hidden.places[own]] = hidden.options[own] @ weights
-    expected, spreads = [], []
-    for point in wanted:
-        if point.options.size == 1:
-            expected.append(float(point.options[0]))
-            spreads.append(0.0)
-            continue
-        known = told.get(point.kernel)
-        tells = 0.0 if known is None else known(group.ids.get(point.config, -1))
+
+    times: Array
+    left: Array
+    spreads: Array
+
+    @property
+    def doubts(self) -> Array:
+        """The standard deviation of each, as it would be measured."""
+        left = np.maximum(np.diag(self.left) + _NOISE**2, 0.0)
+        return np.asarray(np.sqrt(left) + self.spreads)
+
+    def given(self, places: Sequence[int], times: Sequence[float]) -> _Carried:
+        """Once some of them were measured: the others are as much quicker or slower as is like."""
+        left = self.left + np.diag(self.spreads**2)
+        inverse = np.linalg.inv(left[np.ix_(places, places)] + _NOISE**2 * np.eye(len(places)))
+        weights = left[:, places] @ inverse
+        found = self.times + weights @ (np.array(times) - self.times[places])
+        return _Carried(found, left - weights @ left[places], np.zeros(len(found)))
+
+    def gains(self, over: int) -> Array:
+        """How much each is expected to win over that one: what it wins, times how likely it is."""
+        own = np.diag(self.left) + self.spreads**2
+        apart = own + own[over] - 2 * self.left[over]
+        apart[over] = 0.0
+        scales = FAT * np.sqrt(np.maximum(apart, 1e-12))
+        won = (self.times[over] - self.times) / scales
+        # Student's t of four degrees of freedom: its density and distribution.
+        wide = 1 + won**2 / 4
+        density = 3 / 8 * wide**-2.5
+        below = 1 / 2 + 3 / 8 * won / np.sqrt(wide) * (1 - won**2 / wide / 12)
+        return np.asarray(scales * (won * below + (4 + won**2) / 3 * density))
+
+
+class _Group:
+    """What was measured of calls that are alike, and what it tells of others."""
+
+    def __init__(self, points: Sequence[_Point]) -> None:
+        self._ids: dict[str, int] = {}
+        self._columns = _Columns(points, self._ids)
+        self._times = np.array([point.time for point in points])
+        self._means = np.array([point.options[0] for point in points])  # of a tile that is known
+        self._libraries = {
+            kernel: _Library([(place, p) for place, p in enumerate(points) if p.kernel == kernel])
+            for kernel in {p.kernel for p in points if p.options.size > 1}
+        }
+        covariance = _covariance(self._columns, self._columns)
+        noise = np.array([point.noise for point in points])
+        self._inverse = np.linalg.inv(covariance + np.diag(noise**2))
+
+    def carried(self, wanted: Sequence[_Point]) -> _Carried:
+        """What is expected of one call's candidates."""
+        measured = self._means.copy()
+        means = np.array([point.options[0] for point in wanted])
+        spreads = np.zeros(len(wanted))
+        for kernel in {p.kernel for p in wanted if p.options.size > 1} | self._libraries.keys():
+            places = [place for place, point in enumerate(wanted) if point.kernel == kernel]
+            options = [wanted[place] for place in places]
+            library = self._libraries.get(kernel)
+            if library is None:
+                means[places], spreads[places] = _unknown(kernel, options)
+            else:
+                found = library.inferred(kernel, wanted[0], options)
+                measured[library.places], means[places], spreads[places] = found
+        columns = _Columns(wanted, dict(self._ids))
+        across = _covariance(columns, self._columns)
+        weights = across @ self._inverse
+        left = _covariance(columns, columns) - weights @ across.T
+        times = means + weights @ (self._times - measured)
+        return _Carried(times, left, spreads)
+
+
+class _Library:
+    """What was measured of a kernel whose tiles are not known. points: with their places."""
+
+    def __init__(self, points: Sequence[tuple[int, _Point]]) -> None:
+        self.places = [place for place, _ in points]
+        measured = [point for _, point in points]
+        self._family = np.array([point.family for point in measured])
+        self._rows = np.array([point.rows for point in measured])
+        self._options = np.array([point.options for point in measured])
+        self._configs = {config: n for n, config in enumerate({p.config for p in measured})}
+        self._config = np.array([self._configs[p.config] for p in measured], dtype=np.int64)
+        # The logarithm of each tile's likelihood, by the time.
+        times = np.array([point.time for point in measured])
+        missed = ((times[:, None] - self._options) / _MISS) ** 2 / 2
+        self._evidence = -np.minimum(missed, _MISS_MOST)
+
+    def inferred(
+        self, kernel: str, wanted: _Point, candidates: Sequence[_Point]
+    ) -> tuple[Array, Array, Array]:
+        """Means over the tiles, of what is measured and of candidates, and spreads of these.
+
+        wanted: any point of the candidates' call, of which this kernel may have none.
+        """
+        library = _library(kernel)
+        # What a measured time tells of the tile at the size that is wanted.
+        tells = _TELLS[library] * np.exp(-np.abs(self._rows - wanted.rows) / _TELLS_RANGE)
+        tells *= np.where(self._family == wanted.family, 1.0, _SIBLING)
+        told = tells[:, None] * self._evidence
+        of_any = _TELLS_OTHER * told.sum(axis=0)
+        of_config = np.zeros((len(self._configs) + 1, told.shape[1]))
+        np.add.at(of_config, self._config, (1 - _TELLS_OTHER) * told)
+        measured, _ = _averaged(of_any + of_config[self._config], self._options)
+        if not candidates:
+            return measured, np.empty(0), np.empty(0)
+        options = np.array([point.options for point in candidates])
+        known = [self._configs.get(point.config, -1) for point in candidates]
         # The library will choose well at this size, too.
-        slower = point.options - point.options.min()
-        weights = _softmax(tells - slower / _CHOOSES[_library(point.kernel)])
-        mean = float(weights @ point.options)
-        expected.append(mean)
-        spreads.append(math.sqrt(float(weights @ (point.options - mean) ** 2)))
-    return means, np.array(expected), np.array(spreads)
+        slower = options - options.min(axis=1, keepdims=True)
+        return measured, *_averaged(of_any + of_config[known] - slower / _CHOOSES[library], options)
 
 
-def _told(group: _Group, kernel: str, wanted: _Point) -> Callable[[int], Array]:
-    """What the measured times of a kernel tell of its tile at another size, by configuration."""
-    traits, hidden = group.traits, group.hidden[kernel]
-    family, _, _, configs, _ = traits.common[:, hidden.places]
-    weight = _TELLS[_library(kernel)] * np.exp(
-        -np.abs(traits.rows[hidden.places] - wanted.rows) / _TELLS_RANGE
-    )
-    weight = weight * np.where(family == group.ids.get(wanted.family, -1), 1.0, _SIBLING)
-
-    def of(config: int) -> Array:
-        alike = np.where(configs == config, 1.0, _TELLS_OTHER)
-        return np.asarray((weight * alike) @ hidden.evidence)
-
-    return of
-
-
-def _softmax(logs: Array) -> Array:
-    weights = np.exp(logs - logs.max())
-    return np.asarray(weights / weights.sum())
-
-
-def _evidence(point: _Point) -> Array:
-    """The logarithm of each tile's likelihood, by the point's time."""
-    missed = ((point.time - point.options) / _MISS) ** 2 / 2
-    return np.asarray(-np.minimum(missed, _MISS_MOST))
+def _unknown(kernel: str, candidates: Sequence[_Point]) -> tuple[Array, Array]:
+    """The same of a kernel of which nothing was measured: it chooses well."""
+    options = np.array([point.options for point in candidates])
+    slower = options - options.min(axis=1, keepdims=True)
+    return _averaged(-slower / _CHOOSES[_library(kernel)], options)
 
 
 def _library(kernel: str) -> str:
     return "cublas" if kernel.startswith("cublas") else "cudnn"
+
+
+def _averaged(told: Array, options: Array) -> tuple[Array, Array]:
+    """Means and spreads of the options in each row, by logarithms of their likelihoods."""
+    weights = np.exp(told - told.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    means = (weights * options).sum(axis=1)
+    return means, np.sqrt((weights * (options - means[:, None]) ** 2).sum(axis=1))
 
 
 _WEIGHT = re.compile(r"\d+(?:x\d+)+(?=:\w+!?c)")
@@ -525,6 +594,10 @@ def _group_of(key: str) -> str:
     op, out = key.partition("(")[0], key.rpartition(" -> ")[2]
     weights = _WEIGHT.findall(key)
     return f"{op} {' '.join(weights) or out.partition(':')[0].rpartition('x')[2]}"
+
+
+def _exactly(name: str, config: Config) -> tuple[str, str]:
+    return name, json.dumps(dict(config), sort_keys=True)
 
 
 def _text(config: Config) -> str:
@@ -551,6 +624,28 @@ def _tile_of(name: str, config: Config, exact: bool = False) -> str:
         if key not in _OF_A_TILE
     }
     return f"{name} {_text(kept)}"
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Texts of a configuration: all of it; without a library's number; of the tile, exactly and as
+    factors are fitted for it."""
+
+    config: str
+    described: str
+    tile: str
+    fitted: str
+
+
+@lru_cache(maxsize=1 << 14)
+def _labels(name: str, items: tuple[tuple[str, int | str | bool], ...]) -> _Labels:
+    config = dict(items)
+    numbers = NUMBERED.values()
+    described = {key: value for key, value in config.items() if key not in numbers}
+    return _Labels(
+        *(_text(config), json.dumps(described, sort_keys=True)),
+        *(_tile_of(name, config, exact=True), _tile_of(name, config)),
+    )
 
 
 # Fitting.

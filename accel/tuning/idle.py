@@ -1,8 +1,9 @@
 """Timing, while nothing runs, what was chosen without having been timed.
 
 A call that the performance model chose a kernel for is one that this user really runs. When the
-engines have been idle for a while, its few likeliest candidates are timed, one call at a time, and
-the times remembered. They count in the next process: in this one equal runs give equal bits.
+engines have been idle for a while, the few candidates are timed that may well be quicker, call by
+call, as long as there are such, and the times remembered. They count in the next process: in this
+one equal runs give equal bits.
 """
 
 from __future__ import annotations

@@ -53,9 +53,6 @@ MARGIN = 1.3
 TENSOR_CORES = ("linear", "conv2d", "attention")
 """Operators of which that is asked; others move bytes, which takes alike on all."""
 
-LIKELY = 4
-"""Candidates of a call that are timed in idle time, beside the best of each kernel that may win."""
-
 SAVED_AT_ONCE = 16
 """Measurements that are written to disk together; a process that is killed loses no more."""
 
@@ -107,6 +104,7 @@ class Selector:
         self._model = model_of(self.hardware, profile)
         self._guesses: dict[str, Choice] = {}
         self._by_guess: dict[str, Call] = {}
+        self._timed: dict[str, dict[tuple[str, str], Measurement]] = {}
         self._neighbours: dict[str, Choice] = {}
         self._refused: set[tuple[str, str]] = set()
         self._prepared: set[str] = set()
@@ -200,6 +198,8 @@ class Selector:
                     return
                 variants = variants_of(found)
                 self.compiler.remember(about, variants)
+            else:  # nothing was predicted yet: what that takes once is not for the first new size
+                self._make_ready()
             with self._lock:
                 for kernel, config, call in variants:
                     self._ahead[family_of(call.key)[0]].append((kernel, config))
@@ -209,6 +209,15 @@ class Selector:
         finally:
             with self._lock:
                 self._preparing -= 1
+
+    def _make_ready(self) -> None:
+        """Other sizes of the calls known so far are predicted without delay from then on."""
+        with self._lock:
+            known = list(self._choices)
+        for key in known:
+            with self._lock:  # for one call only, as in `_times`
+                if self._model is not None:
+                    self._model.make_ready(key)
 
     def guessed(self) -> list[Call]:
         """The calls that run by what is predicted, those that take longest first."""
@@ -225,31 +234,51 @@ class Selector:
     def time_likely(self, call: Call, undisturbed: Callable[[], bool] = lambda: True) -> None:
         """Time the few likeliest candidates of a guessed call; remembered, but not used here.
 
-        undisturbed: asked afterwards; if it was not, the call stays guessed.
+        The call stays guessed while others may well be quicker than those: they are timed when it
+        is asked again. undisturbed: asked afterwards; if it was not, nothing of it counts.
         """
         with self._lock:
             if self._by_guess.pop(call.key, None) is None:  # another session was quicker
                 return
-        likely = [_named(*pair) for pair in self._likely(call)]
-
-        def prune(call: Call, found: Candidates) -> Candidates:
-            return [pair for pair in found if _named(*pair) in likely]
-
-        for _, results in measure([call], self.compiler, self.device, prune):
-            if not undisturbed():
-                with self._lock:
-                    self._by_guess[call.key] = call
-                return
-            entry = fastest(results)
-            if entry is not None and lasting(results):
+        likely, so_far = self._likely(call), self._timed_so_far(call)
+        if not likely:
+            self._timed.pop(call.key, None)
+            entry = fastest(so_far)
+            if entry is not None and lasting(so_far):
                 with self._lock:
                     self.profile.add({call.key: entry})
                 logger.info("timed while idle: %s", call.key)
+            return
+        again = sorted((r for r in so_far if r.us is not None), key=lambda r: r.us or 0.0)[:1]
+        wanted = {_named(*pair) for pair in likely}
+        wanted |= {_named(r.kernel, r.config) for r in again}  # under the same conditions
+
+        def prune(call: Call, found: Candidates) -> Candidates:
+            return [pair for pair in found if _named(*pair) in wanted]
+
+        for _, results in measure([call], self.compiler, self.device, prune):
+            if undisturbed():
+                tried = {_named(*pair): Measurement(*pair, None) for pair in likely}
+                tried |= {_named(r.kernel, r.config): r for r in results}
+                self._timed[call.key] = self._timed.get(call.key, {}) | tried
+        with self._lock:
+            self._by_guess[call.key] = call
 
     def _likely(self, call: Call) -> Candidates:
+        """What is to be timed next of a guessed call."""
+        so_far = self._timed_so_far(call)
+        failed = {_named(r.kernel, r.config) for r in so_far if r.us is None}
         candidates = kernels.candidates(call, self.hardware)[:-1]
+        candidates = [pair for pair in candidates if _named(*pair) not in failed]
+        times = [(r.kernel.name, r.config, r.us) for r in so_far if r.us is not None]
         with self._lock:
-            return [] if self._model is None else self._model.prune(call, candidates, LIKELY)
+            return [] if self._model is None else self._model.contenders(call, candidates, times)
+
+    def _timed_so_far(self, call: Call) -> list[Measurement]:
+        """Of a guessed call, in the order of preference."""
+        timed = self._timed.get(call.key, {})
+        order = [_named(*pair) for pair in kernels.candidates(call, self.hardware)]
+        return sorted(timed.values(), key=lambda r: order.index(_named(r.kernel, r.config)))
 
     def _postponed(
         self, calls: Mapping[str, Call], found: Mapping[str, Choice | None]
@@ -380,8 +409,10 @@ class Selector:
         if prepared:
             others = self._ahead.get(family_of(call.key)[0], ())
             lent += ahead.fitting(others, call, self.hardware)
+        named = {_named(*pair) for pair in offered}
         for pair in lent:
-            if not any(_same(pair, other) for other in offered):
+            if _named(*pair) not in named:
+                named.add(_named(*pair))
                 offered.append(pair)
         try:
             ranked = [r for r in self._model.rank(call, offered) if r.us is not None]

@@ -32,6 +32,10 @@ SHARED_BYTES = 128
 STEP = 40
 """Clocks of a step of a loop in which one block alone leaves the tensor cores idle."""
 
+BUSY = 0.1
+"""Of the time of its products, what a multiprocessor takes longer when all are at work: power
+lowers the clock, and all ask the L2 at once."""
+
 SCALARS = 128
 """Simple operations of a multiprocessor per clock."""
 
@@ -134,6 +138,9 @@ def product(
             "dram": (problem.weight + _spilled(chip, problem.activations)) * chip.dram_us_per_byte,
         },
     )  # fmt: skip
+    # Beside what overlaps: while some are idle, all that the others do is quicker.
+    share = blocks / (most * chip.multiprocessors)
+    work.fixed["busy"] = BUSY * share * each * most * math * cycle
     if problem.gated:
         work.fixed["gate"] = elements / 2 * ends * 24 / SCALARS * cycle
     if tile.split > 1:
