@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -359,32 +359,29 @@ def _memory(networks: list[Mapping[str, Any]], last_used: float | None) -> dict[
     }
 
 
-class Prefetcher:
-    """Reads the files of the next prompt in the queue into the system's cache. One per process.
+class Reader:
+    """Reads files that come next into the system's cache.
 
-    queue: the host's queue of prompts. locate: full path of a file.
     One file at a time, in a thread of low priority, and only what the memory has room for.
     """
 
-    def __init__(self, queue: Any, locate: Locate) -> None:
-        self._queue, self._locate = queue, locate
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        self._read_for: Any = None
         self.done: deque[tuple[str, int]] = deque(maxlen=32)
         """The last files that were read, and how many bytes of each."""
 
-    def look(self) -> None:
-        """Begin to read what the next prompt needs and the running one does not; returns at once.
+    def begin(self, paths: Callable[[], Iterable[str]]) -> None:
+        """Begin to read what `paths`, asked in the thread, names; returns at once.
 
-        Does nothing while files are being read, nor again for the same prompt.
+        Does nothing while files are being read.
         """
         with self._lock:
             if self._thread is not None and self._thread.is_alive():
                 return
             self._stop.clear()
-            self._thread = threading.Thread(target=self._read_next, daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(paths,), daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -401,20 +398,13 @@ class Prefetcher:
             thread.join(seconds)
         return thread is None or not thread.is_alive()
 
-    def _read_next(self) -> None:
+    def _run(self, paths: Callable[[], Iterable[str]]) -> None:
         _lower_priority()
         try:
-            running, waiting = queued_prompts(self._queue)
-            if waiting is None or waiting[0] == self._read_for:
-                return
-            self._read_for, prompt = waiting
-            present = {file for other in running for file in model_files(other)}
-            for folder, name in model_files(prompt):
-                path = self._locate(folder, name)
-                if path is not None and (folder, name) not in present:
-                    self._read(path)
+            for path in paths():
+                self._read(path)
         except Exception:  # a convenience: it must never be what a user has to look at
-            logger.debug("the next prompt's files were not read ahead", exc_info=True)
+            logger.debug("a file that comes next was not read ahead", exc_info=True)
 
     def _read(self, path: str) -> None:
         size = os.stat(path).st_size
@@ -434,6 +424,36 @@ class Prefetcher:
                     break
         self.done.append((path, read))
         logger.debug("read %s ahead in %.1f s", path, time.perf_counter() - started)
+
+
+class Prefetcher(Reader):
+    """Reads the files of the next prompt in the queue. One per process.
+
+    queue: the host's queue of prompts. locate: full path of a file.
+    """
+
+    def __init__(self, queue: Any, locate: Locate) -> None:
+        super().__init__()
+        self._queue, self._locate = queue, locate
+        self._read_for: Any = None
+
+    def look(self) -> None:
+        """Begin to read what the next prompt needs and the running one does not; returns at once.
+
+        Does nothing while files are being read, nor again for the same prompt.
+        """
+        self.begin(self._next)
+
+    def _next(self) -> Iterator[str]:
+        running, waiting = queued_prompts(self._queue)
+        if waiting is None or waiting[0] == self._read_for:
+            return
+        self._read_for, prompt = waiting
+        present = {file for other in running for file in model_files(other)}
+        for folder, name in model_files(prompt):
+            path = self._locate(folder, name)
+            if path is not None and (folder, name) not in present:
+                yield path
 
 
 def queued_prompts(queue: Any) -> tuple[list[Any], tuple[str, Any] | None]:
