@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -85,6 +85,19 @@ class Sum:
         """The parameter, computed on the CPU."""
         values = [part.read(name).to("cpu", torch.float32, copy=True) for part in self.parts]
         return self.combine(values)
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """The parameters of one source, but for `names`, which another gives."""
+
+    below: Readable
+    above: Readable
+    names: Collection[str]
+
+    def read(self, name: str) -> Tensor:
+        """The parameter, from the source that has it."""
+        return (self.above if name in self.names else self.below).read(name)
 
 
 @dataclass(frozen=True)
@@ -249,6 +262,8 @@ class Transfer:
         """
         if isinstance(source, (Combined, Sum)):
             yield from self._combined(names, source)
+        elif isinstance(source, Overlay):
+            yield from self._overlaid(names, source)
         elif isinstance(source, HostCopy):
             yield from self._from_copy(names, source)
         elif isinstance(source, Stageable):
@@ -295,6 +310,12 @@ class Transfer:
             ]
             for values in zip(*parts, strict=True):
                 yield source.combine([value.to(torch.float32, copy=True) for value in values])
+
+    def _overlaid(self, names: Sequence[str], source: Overlay) -> Iterator[Tensor]:
+        below = [name for name in names if name not in source.names]
+        with contextlib.closing(self.values(below, source.below)) as values:
+            for name in names:
+                yield self._direct(name, source.above) if name in source.names else next(values)
 
     def _from_copy(self, names: Sequence[str], source: HostCopy) -> Iterator[Tensor]:
         """Neighbours cross the bus together, straight from where they lie."""

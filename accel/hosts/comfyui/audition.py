@@ -29,6 +29,7 @@ from torch import Tensor
 from ...errors import InvalidFile, InvalidInput, SwitchyardError
 from ...sheet import Cell, contact_sheet, times
 from ...structure import structure_of
+from .ahead import bring_nearer
 from .catalog import Reader
 from .journal import journal, status_line
 from .loaders import load_checkpoint
@@ -186,7 +187,7 @@ class _Stage:
         self._request, self._options = request, options
         self._bar = comfy.utils.ProgressBar(max(1, number * request.steps))
         self._done = 0
-        self._reader = Reader()
+        self._reader = Reader(bring_nearer)
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -1,8 +1,8 @@
 """The files of the models folder, and the engines on disk: what serves what.
 
 A file is known by its header alone; no weight is read. Files change, so facts are kept by path,
-size and time of change. `Prefetcher` reads the files of the next prompt in the queue into the
-system's cache while the present one is being sampled. The host's functions are passed in.
+size and time of change. `Prefetcher` reads the files of the next prompt in the queue ahead, while
+the present one is being sampled. The host's functions are passed in.
 """
 
 from __future__ import annotations
@@ -359,27 +359,40 @@ def _memory(networks: list[Mapping[str, Any]], last_used: float | None) -> dict[
     }
 
 
+Paths = Callable[[], Iterable[str]]
+"""The files to read, for whoever asks when it is their turn."""
+
+Bring = Callable[[str, threading.Event], None]
+"""Brings a file that has been read still nearer, unless it is told to stop."""
+
+
 class Reader:
     """Reads files that come next into the system's cache.
 
-    One file at a time, in a thread of low priority, and only what the memory has room for.
+    One file at a time, in a thread of low priority, and only what the memory has room for. bring:
+    what is done with each that has been read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bring: Bring | None = None) -> None:
+        self._bring = bring
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        self._busy = False
+        self._after: Paths | None = None
         self.done: deque[tuple[str, int]] = deque(maxlen=32)
         """The last files that were read, and how many bytes of each."""
 
-    def begin(self, paths: Callable[[], Iterable[str]]) -> None:
+    def begin(self, paths: Paths) -> None:
         """Begin to read what `paths`, asked in the thread, names; returns at once.
 
-        Does nothing while files are being read.
+        While files are being read it waits for its turn, in place of what waited before.
         """
         with self._lock:
-            if self._thread is not None and self._thread.is_alive():
+            if self._busy:
+                self._after = paths
                 return
+            self._busy = True
             self._stop.clear()
             self._thread = threading.Thread(target=self._run, args=(paths,), daemon=True)
             self._thread.start()
@@ -398,13 +411,20 @@ class Reader:
             thread.join(seconds)
         return thread is None or not thread.is_alive()
 
-    def _run(self, paths: Callable[[], Iterable[str]]) -> None:
+    def _run(self, paths: Paths) -> None:
         _lower_priority()
-        try:
-            for path in paths():
-                self._read(path)
-        except Exception:  # a convenience: it must never be what a user has to look at
-            logger.debug("a file that comes next was not read ahead", exc_info=True)
+        following: Paths | None = paths
+        while following is not None:
+            try:
+                for path in following():
+                    self._read(path)
+            except Exception:  # a convenience: it must never be what a user has to look at
+                logger.debug("a file that comes next was not read ahead", exc_info=True)
+            with self._lock:
+                following, self._after = self._after, None
+                if self._stop.is_set():
+                    following = None
+                self._busy = following is not None
 
     def _read(self, path: str) -> None:
         size = os.stat(path).st_size
@@ -424,23 +444,25 @@ class Reader:
                     break
         self.done.append((path, read))
         logger.debug("read %s ahead in %.1f s", path, time.perf_counter() - started)
+        if self._bring is not None and read == size:
+            self._bring(path, self._stop)
 
 
 class Prefetcher(Reader):
     """Reads the files of the next prompt in the queue. One per process.
 
-    queue: the host's queue of prompts. locate: full path of a file.
+    queue: the host's queue of prompts. locate: full path of a file. bring: as for `Reader`.
     """
 
-    def __init__(self, queue: Any, locate: Locate) -> None:
-        super().__init__()
+    def __init__(self, queue: Any, locate: Locate, bring: Bring | None = None) -> None:
+        super().__init__(bring)
         self._queue, self._locate = queue, locate
         self._read_for: Any = None
 
     def look(self) -> None:
         """Begin to read what the next prompt needs and the running one does not; returns at once.
 
-        Does nothing while files are being read, nor again for the same prompt.
+        Does nothing again for the same prompt.
         """
         self.begin(self._next)
 

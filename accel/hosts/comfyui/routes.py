@@ -296,9 +296,10 @@ class _ReaderAhead:
         if not self._sampling:
             return
         if self._prefetcher is None:
+            from .ahead import bring_nearer
             from .catalog import Prefetcher
 
-            self._prefetcher = Prefetcher(self._queue, self._locate)
+            self._prefetcher = Prefetcher(self._queue, self._locate, bring_nearer)
         self._prefetcher.look()
 
 
