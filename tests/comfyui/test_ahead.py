@@ -15,6 +15,7 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from accel.hosts.comfyui import ahead
 from accel.hosts.comfyui.ahead import bring_nearer
@@ -23,16 +24,16 @@ from accel.hosts.comfyui.loaders import load_checkpoint
 from accel.hosts.comfyui.patcher import accelerate
 from accel.hosts.comfyui.pool import NetworkPatcher, pool
 from accel.hosts.comfyui.run import Options
-from accel.hosts.comfyui.weights import PatchedSource
+from accel.hosts.comfyui.weights import PatchedSource, contents
 from accel.runtime.pool import PINNED, process_pool
 from accel.sources import FileSource
+from accel.tensorfile import TensorInfo
 
 from .checkpoints import ensure
 from .host import conditioning, sample
 from .workflows import Graph
 
 KIND = "tiny-sd15"
-ROOM = {"a lot": 1 << 40, "none": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -233,21 +234,50 @@ def test_pinned_memory_is_given_back_when_others_need_it(files, monkeypatch):
     assert waiting(PINNED) == 0
 
 
+@pytest.fixture
+def half(files):
+    """The second checkpoint in half precision, which the host casts to what a CPU computes in."""
+    state = {name: value.half() for name, value in load_file(files[1]).items()}
+    save_file(state, files[1])
+    return files[1]
+
+
+def test_a_file_that_the_host_casts_is_known_too(files, half, tier, reads):
+    model = load(half)
+    assert model.model.get_dtype() == torch.float32
+    expected = paint(model)
+    management.unload_all_models()
+    process_pool().shrink("cpu")
+    paint(load(files[0]))
+    bring(half)
+    reads.clear()
+    assert torch.equal(paint(load(half)), expected)
+    assert reads == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(), (3,), (31,), (32,), (33,), (5, 7, 3), (1000,)])
+def test_what_a_tensor_is_known_by_once_it_is_cast(shape, dtype):
+    value = torch.randn(shape)
+    assert contents(value, dtype) == contents(value.to(dtype))
+    assert contents(value.half(), dtype) == contents(value.half().to(dtype))
+
+
 def test_other_structures_other_precisions_and_engines_that_are_gone(
-    files, models_folder, tmp_path
+    files, models_folder, tmp_path, monkeypatch
 ):
     (other,) = ensure(models_folder, "checkpoints/tiny-sdxl-a.safetensors")
     bring(files[1])  # nothing has run yet
     paint(load(files[0]))
     before = waiting("cpu")
-    half = tmp_path / "half.safetensors"
-    from safetensors.torch import load_file, save_file
-
-    save_file({name: value.half() for name, value in load_file(files[1]).items()}, half)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(Path(files[1]).read_bytes()[:-50])
-    for path in (str(other), str(half), str(cut), str(tmp_path / "absent.safetensors")):
+    for path in (str(other), str(cut), str(tmp_path / "absent.safetensors")):
         bring(path)
+    with monkeypatch.context() as patch:  # of an engine in half precision that is no float32 file
+        patch.setattr(engine(), "dtype", torch.float16)
+        patch.setattr(FileSource, "stored", lambda self, name: TensorInfo((), torch.bfloat16))
+        bring(files[1])
     assert (waiting("cpu"), waiting(PINNED)) == (before, 0)
     management.unload_all_models()
     bring(files[1])

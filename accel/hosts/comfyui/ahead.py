@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from concurrent.futures import Future, wait
 
 import comfy.model_management as management
@@ -28,8 +29,7 @@ logger = logging.getLogger(__name__)
 def bring_nearer(path: str, stop: threading.Event) -> None:
     """Bring a file's network to the engine that will run it, if that is loaded; waits for it.
 
-    Nothing happens where memory is short, for a file of another structure, and for one that the
-    host would cast: the MODEL would not be what was brought.
+    Nothing happens where memory is short, and for a file of another structure or precision.
     """
     for patcher in pool().engines():
         config = patcher.structure.config
@@ -39,13 +39,16 @@ def bring_nearer(path: str, stop: threading.Event) -> None:
         except (OSError, SwitchyardError) as error:
             logger.debug("%s is not brought nearer: %s", path, error)
             continue
+        started = time.perf_counter()
         job = _begin(patcher, source)
         if job is None:
             continue
         # Looked at here, so that the sampling need not wait for it.
-        file_sample(source.file.fingerprint, config)
+        for dtype in (None, patcher.dtype):
+            file_sample(source.file.fingerprint, config, dtype)
         while not stop.is_set() and not job.done():
             wait([job], POLL_SECONDS)
+        logger.debug("%s was brought nearer in %.1f s", path, time.perf_counter() - started)
 
 
 def _begin(patcher: NetworkPatcher, source: FileSource) -> Future[None] | None:
@@ -54,8 +57,8 @@ def _begin(patcher: NetworkPatcher, source: FileSource) -> Future[None] | None:
     if network is None or patcher.instance:
         return None
     kinds = {source.stored(name).dtype for name in network.weights.shapes}
-    if kinds != {patcher.dtype}:
-        return None
+    if patcher.dtype != torch.float32 and not kinds <= {patcher.dtype, torch.float32}:
+        return None  # a MODEL of it will be run in another precision
     onto_device = _device_has_room(patcher, network)
     if not onto_device and not has_room_for(network.weights.bytes):
         return None

@@ -189,7 +189,7 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
             network = self._network()
             checkpoint = self._checkpoints.pop(identity, None)
             sample = source.sample()
-            source.recognise(sample)
+            source.recognise(sample, self.dtype)
             _await_arrival(network, source)
             network.pool.trim(PINNED)  # the host's models may need it, and cannot ask for it
             if checkpoint is not None and checkpoint.sample != sample:

@@ -48,15 +48,18 @@ def file_source(fingerprint: Fingerprint, config: UNetConfig) -> FileSource:
 
 
 @lru_cache(maxsize=64)
-def file_sample(fingerprint: Fingerprint, config: UNetConfig) -> str | None:
+def file_sample(
+    fingerprint: Fingerprint, config: UNetConfig, dtype: torch.dtype | None = None
+) -> str | None:
     """What `PatchedSource.sample` gives for a model whose parameters are those of the file.
 
-    None for a file that cannot be read, or is of another structure.
+    dtype: what the host has cast them to. None for a file that cannot be read, or is of another
+    structure.
     """
     try:
         file = TensorFile(fingerprint[0])  # its mapping goes with it
         names = canonical_names(file.tensors, config)
-        return _digest(file.read(names[name]) for name in sorted(names))
+        return _digest((file.read(names[name]) for name in sorted(names)), dtype)
     except SwitchyardError as error:
         logger.debug("%s is not read as a file: %s", fingerprint[0], error)
         return None
@@ -81,7 +84,10 @@ class Unpatched:
 
     def stored(self, name: str) -> TensorInfo:
         """Its shape and dtype."""
-        return self._file.stored(name)
+        if self._mapped:
+            return self._file.stored(name)
+        value = self.read(name)
+        return TensorInfo(tuple(value.shape), value.dtype)
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Bring it into `out`, of its shape and dtype."""
@@ -164,23 +170,27 @@ class PatchedSource:
         """The parameter without its patches, as the host has it."""
         return _stored(self._alive(), self._keys[name])
 
-    def recognise(self, sample: str) -> None:
+    def recognise(self, sample: str, dtype: torch.dtype) -> None:
         """See whether the model's parameters are those of its file, as `sample` of them tells.
 
         What is known of the file, such as a copy that was read ahead, then is known of the model.
+        dtype: the engine's. A model that the host has cast to it is the file as well, since the
+        engine would do the same.
         """
         patcher = self._alive()
         fingerprint = fingerprint_of_model(patcher)
         if fingerprint is None:
             return
-        if file_sample(fingerprint, self._config) != sample:
+        same = file_sample(fingerprint, self._config) == sample
+        if not same and file_sample(fingerprint, self._config, dtype) != sample:
             return
         try:
             file = file_source(fingerprint, self._config)
         except SwitchyardError:  # gone in this moment: the model's own serve as well
             return
-        self.bare = Unpatched(self, file, patcher.get_attachment(FILE) is not None)
-        self.changed = frozenset(self.patched)
+        mapped = same and patcher.get_attachment(FILE) is not None
+        self.bare = Unpatched(self, file, mapped)
+        self.changed = frozenset(n for n, key in self._keys.items() if key in patcher.patches)
         self.lasting = not self.changed
 
     def _alive(self) -> Any:
@@ -210,11 +220,11 @@ class PatchedSource:
         )
 
 
-def _digest(values: Iterable[Tensor | None]) -> str:
+def _digest(values: Iterable[Tensor | None], dtype: torch.dtype | None = None) -> str:
     digest = xxhash.xxh3_128()
     for value in values:
         if value is not None:
-            digest.update(b"".join(contents(value)))
+            digest.update(b"".join(contents(value, dtype)))
     return digest.hexdigest()
 
 
@@ -265,21 +275,31 @@ def _stored(patcher: Any, key: str) -> Tensor:
     return value
 
 
-def contents(tensor: Tensor) -> list[bytes]:
+def contents(tensor: Tensor, dtype: torch.dtype | None = None) -> list[bytes]:
     """What a tensor is known by: dtype, shape, and 64 bytes of its start, middle and end.
 
-    Of one that is not in RAM, or not in one piece, dtype and shape alone.
+    Of one that is not in RAM, or not in one piece, dtype and shape alone. dtype: as if the tensor
+    had been cast to it.
     """
-    known = [f"{tensor.dtype}{tuple(tensor.shape)}".encode()]
+    kind = tensor.dtype if dtype is None else dtype
+    known = [f"{kind}{tuple(tensor.shape)}".encode()]
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return known
-    address, size = tensor.data_ptr(), tensor.nbytes
+    size = tensor.numel() * kind.itemsize
+    address = tensor.data_ptr()
     if address == 0:
         return known
     part = min(64, size)
-    read = ctypes.string_at
-    middle, end = address + (size - part) // 2, address + size - part
-    return [*known, read(address, part), read(middle, part), read(end, part)]
+    starts = 0, (size - part) // 2, size - part
+    if kind == tensor.dtype:
+        return [*known, *(ctypes.string_at(address + start, part) for start in starts)]
+    flat = tensor.detach().reshape(-1)
+    for start in starts:
+        first, end = start // kind.itemsize, -(-(start + part) // kind.itemsize)
+        raw = flat[first:end].to(kind).view(torch.uint8).numpy().tobytes()
+        skipped = start - first * kind.itemsize
+        known.append(raw[skipped : skipped + part])
+    return known
 
 
 class _Same:
