@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from itertools import count
 from time import perf_counter
 from typing import Any
 
@@ -39,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 
-_interrupted = count()
-_interrupts = next(_interrupted)
+_interrupts = 0
+"""Auditions that were interrupted: asked for again, such a one is not taken for finished."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,6 @@ class Row:
 
     name: str
     pictures: Tensor
-    load_ms: float
     swap_ms: float
     steps_ms: float
     status: str
@@ -144,7 +142,7 @@ def audition(pattern: str, request: Request, options: Options) -> Result:
         if not rows:
             raise
         global _interrupts
-        _interrupts = next(_interrupted)  # asked for again, it is not taken for finished
+        _interrupts += 1
         remarks.append(f"stopped after {len(rows)} of {len(names)} checkpoints")
     finally:
         stage.close()
@@ -198,11 +196,9 @@ class _Stage:
         request = self._request
         management.throw_exception_if_processing_interrupted()
         try:
-            started = perf_counter()
             path = folder_paths.get_full_path_or_raise(FOLDER, name)
             model, clip, vae = load_checkpoint(path, replace(self._options, title=name))
             _require_whole(clip, vae)
-            load_ms = (perf_counter() - started) * 1e3
             positive, negative = (
                 _encoded(clip, text) for text in (request.positive, request.negative)
             )
@@ -220,7 +216,6 @@ class _Stage:
             return Row(
                 name,
                 pictures.reshape(-1, *pictures.shape[-3:]),
-                load_ms,
                 swap_ms,
                 steps_ms - swap_ms,
                 status,
