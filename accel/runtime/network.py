@@ -253,7 +253,7 @@ class Network:
         if isinstance(source, Layered) and source.bare is not None:
             known = source.bare.stamp()
             self._wait_for(known)
-            return Overlay(self._nearest(source.bare, known), source, source.changed)
+            return Overlay(self._nearest(source.bare, known), source.change, source.changed)
         if isinstance(source, Combined):
             # From copies in RAM alone: what is parked has been rounded to the arena's dtype.
             parts = [self._in_ram(part, part.stamp()) for part in source.parts]

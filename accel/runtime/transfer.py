@@ -89,15 +89,19 @@ class Sum:
 
 @dataclass(frozen=True)
 class Overlay:
-    """The parameters of one source, but for `names`, which another gives."""
+    """The parameters of a source, of which those in `names` are changed.
+
+    change: a name and the parameter, on the device and not to be written to, to the other value.
+    """
 
     below: Readable
-    above: Readable
+    change: Callable[[str, Tensor], Tensor]
     names: Collection[str]
 
     def read(self, name: str) -> Tensor:
-        """The parameter, from the source that has it."""
-        return (self.above if name in self.names else self.below).read(name)
+        """The parameter, changed if it is to be."""
+        value = self.below.read(name)
+        return self.change(name, value) if name in self.names else value
 
 
 @dataclass(frozen=True)
@@ -312,10 +316,9 @@ class Transfer:
                 yield source.combine([value.to(torch.float32, copy=True) for value in values])
 
     def _overlaid(self, names: Sequence[str], source: Overlay) -> Iterator[Tensor]:
-        below = [name for name in names if name not in source.names]
-        with contextlib.closing(self.values(below, source.below)) as values:
-            for name in names:
-                yield self._direct(name, source.above) if name in source.names else next(values)
+        with contextlib.closing(self.values(names, source.below)) as values:
+            for name, value in zip(names, values, strict=True):
+                yield source.change(name, value) if name in source.names else value
 
     def _from_copy(self, names: Sequence[str], source: HostCopy) -> Iterator[Tensor]:
         """Neighbours cross the bus together, straight from where they lie."""

@@ -61,6 +61,9 @@ class Layered(Protocol):
     def changed(self) -> Collection[str]:
         """The parameters that are not its."""
 
+    def change(self, name: str, bare: torch.Tensor) -> torch.Tensor:
+        """One of these, on the device of `bare`: the other's, at least as exact as an arena's."""
+
 
 class Patch(Protocol):
     """One adapter's change of one parameter."""

@@ -24,7 +24,7 @@ from accel.hosts.comfyui.loaders import load_checkpoint
 from accel.hosts.comfyui.patcher import accelerate
 from accel.hosts.comfyui.pool import NetworkPatcher, pool
 from accel.hosts.comfyui.run import Options
-from accel.hosts.comfyui.weights import PatchedSource, contents
+from accel.hosts.comfyui.weights import PatchedSource, _holds, contents
 from accel.runtime.pool import PINNED, process_pool
 from accel.sources import FileSource
 from accel.tensorfile import TensorInfo
@@ -65,20 +65,25 @@ def files(models_folder, tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch) -> list[str]:
-    """Parameters that are read of a file for a sampling, from now on."""
+    """Parameters that are read of a file or a model for a sampling, from now on; and patched."""
     found: list[str] = []
-    original = FileSource.read_into, PatchedSource.read
+    original = FileSource.read_into, PatchedSource.read, PatchedSource._patched
 
     def read_into(self: FileSource, name: str, out: torch.Tensor) -> None:
         found.append(name)
         original[0](self, name, out)
 
     def read(self: PatchedSource, name: str) -> torch.Tensor:
-        found.append(f"patched {name}" if name in self.changed else name)
+        found.append(name)
         return original[1](self, name)
+
+    def patched(self: PatchedSource, name: str, value: torch.Tensor) -> torch.Tensor:
+        found.append(f"patched {name}")
+        return original[2](self, name, value)
 
     monkeypatch.setattr(FileSource, "read_into", read_into)
     monkeypatch.setattr(PatchedSource, "read", read)
+    monkeypatch.setattr(PatchedSource, "_patched", patched)
     return found
 
 
@@ -140,7 +145,7 @@ def test_the_next_sampling_takes_it_from_where_it_waits(files, tier, reads):
     assert not torch.equal(paint(current), expected)
 
 
-def test_with_a_lora_only_what_it_changes_is_read(files, tier, reads, lora):
+def test_a_lora_is_put_on_what_waits(files, tier, reads, lora):
     expected = paint(load(files[1], lora))
     management.unload_all_models()
     process_pool().shrink("cpu")
@@ -253,6 +258,25 @@ def test_a_file_that_the_host_casts_is_known_too(files, half, tier, reads):
     reads.clear()
     assert torch.equal(paint(load(half)), expected)
     assert reads == []
+
+
+def test_a_lora_on_a_file_that_the_host_casts(files, half, tier, lora):
+    expected = paint(load(half, lora))
+    management.unload_all_models()
+    process_pool().shrink("cpu")
+    paint(load(files[0]))
+    bring(half)
+    assert torch.equal(paint(load(half, lora)), expected)
+
+
+def test_which_precision_holds_another():
+    double, single, short, half = torch.float64, torch.float32, torch.bfloat16, torch.float16
+    eight = torch.float8_e4m3fn, torch.float8_e5m2
+    for wide in (single, short, half):
+        assert _holds(single, wide) and _holds(wide, wide) and _holds(double, wide)
+        assert all(not _holds(one, wide) for one in eight)
+    assert all(_holds(one, narrow) for one in (half, short, single) for narrow in eight)
+    assert not _holds(short, half) and not _holds(half, short) and not _holds(half, single)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

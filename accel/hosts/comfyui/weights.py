@@ -149,10 +149,23 @@ class PatchedSource:
         when the user has interrupted the run.
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
+        return self._patched(name, self.stored_value(name))
+
+    def change(self, name: str, bare: Tensor) -> Tensor:
+        """As `read`, from a copy of the parameter without patches that lies nearer.
+
+        bare: the model's value, or the file's that the host has cast, in whatever dtype.
+        """
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        own = self.stored_value(name)
+        if not _holds(bare.dtype, own.dtype):
+            return self._patched(name, own)
+        # As the model's lies: sums may depend on it.
+        return self._patched(name, bare.reshape(own.shape).to(own.dtype).contiguous())
+
+    def _patched(self, name: str, value: Tensor) -> Tensor:
         key = self._keys[name]
-        patcher = self._alive()
-        value = self.stored_value(name)
-        patches = patcher.patches.get(key)
+        patches = self._alive().patches.get(key)
         if not patches:
             return value
         shape = value.shape
@@ -226,6 +239,12 @@ def _digest(values: Iterable[Tensor | None], dtype: torch.dtype | None = None) -
         if value is not None:
             digest.update(b"".join(contents(value, dtype)))
     return digest.hexdigest()
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every value of the one dtype is one of the other's."""
+    one, other = torch.finfo(wide), torch.finfo(narrow)
+    return one.eps <= other.eps and one.max >= other.max and one.tiny <= other.tiny
 
 
 def identity(patcher: Any) -> Hashable:
