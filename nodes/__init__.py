@@ -8,6 +8,7 @@ from pathlib import Path
 from comfy_api.latest import ComfyExtension, io
 
 from .accelerate import AccelerateControlNet, AccelerateModel
+from .audition import AuditionCheckpoints
 from .loaders import LoadCheckpoint, LoadDiffusionModel
 from .loras import LoadLoraByBlock
 from .report import EngineReport
@@ -31,5 +32,6 @@ class SwitchyardExtension(ComfyExtension):  # type: ignore[misc]
             LoadDiffusionModel,
             LoadLoraByBlock,
             AccelerateControlNet,
+            AuditionCheckpoints,
             EngineReport,
         ]

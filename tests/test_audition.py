@@ -18,8 +18,8 @@ from support import make_lora, make_unet, tiny_config, two_levels
 from accel.cli import main
 from accel.demo import audition, world
 from accel.demo.audition import Options, find, run_audition
-from accel.demo.sheet import Cell, contact_sheet
 from accel.errors import InvalidFile, InvalidInput, OutOfMemory
+from accel.sheet import Cell, contact_sheet
 from accel.sources import FileSource
 from benchmarks import swaps
 

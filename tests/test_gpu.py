@@ -14,6 +14,7 @@ from support import make_lora, make_unet, residuals_for, tiny_config
 
 from accel.cache import DiskCache
 from accel.hardware import describe
+from accel.runtime.pool import Pool
 from accel.session import Engine, Session
 from accel.tuning import Selector
 from accel.tuning.compiling import Compiler
@@ -122,6 +123,25 @@ def test_a_parameters_lora_does_not_depend_on_what_is_launched_with_it(
     engine.set_loras([(paths[0], 0.7), (paths[1], 0.5)])
     for name, alone in weights.constants.items():  # but for a last bit that is rounded otherwise
         torch.testing.assert_close(together[name], alone, rtol=1e-3, atol=1e-6)
+
+
+def test_a_loras_copy_on_the_device_changes_no_bit(plan_cache: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for seed, path in enumerate(paths, 11):
+        lora = {name: value.half() for name, value in make_lora(seed).items()}
+        save_file(lora if seed == 11 else make_lora(seed), path)
+    pools = [Pool({"cuda": room, "pinned": 0}) for room in (1 << 30, 0)]
+    with_copies, without = (
+        Session("cuda", "fp16", cache_dir=plan_cache, pool=pool).engine(half(1)) for pool in pools
+    )
+    sets: list[Any] = [[(paths[0], 0.8)], [(paths[0], 0.3)], [], [(paths[1], 0.5), (paths[0], 1)]]
+    for chosen in sets * 2:
+        storages = []
+        for engine in (with_copies, without):
+            engine.set_loras(chosen)
+            storages.append(engine._network.weights.storage)
+        assert torch.equal(*storages)
+    assert with_copies.report()["pool"]["events"]["loras_brought"] == 2
 
 
 def test_t2i_adapters_toggle_and_are_as_right_as_plain_half_precision(engine: Engine) -> None:

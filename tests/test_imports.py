@@ -29,14 +29,18 @@ LAYERS: dict[str, set[str]] = {
     "runtime": {"kernels", "ops", "plan", "tuning"},
     "capture": {"models", "ops", "plan"},
     "compiler": {"capture", "lora", "models", "passes", "plan", "runtime", "structure", "tuning"},
+    "sheet": set(),
     "sources": {"models", "runtime", "structure"},
     "session": {
         *("capture", "compiler", "lora", "models", "plan", "runtime", "sources", "structure"),
         "tuning",
     },
     "accel": {"compiler", "session", "structure"},  # accel/__init__.py: the public surface
-    "hosts": {"accel", "compiler", "lora", "models", "plan", "runtime", "structure"},
-    "demo": {"accel", "lora", "models", "structure"},
+    "hosts": {
+        *("accel", "compiler", "lora", "models", "plan", "runtime", "sheet", "sources"),
+        "structure",
+    },
+    "demo": {"accel", "lora", "models", "sheet", "structure"},
     "bench": {"accel", "kernels", "models", "tuning"},
     "cli": {
         *("accel", "bench", "compiler", "demo", "lora", "models", "plan", "runtime", "structure"),
@@ -63,7 +67,8 @@ RESTRICTED: dict[tuple[str, ...], set[str]] = {
         *("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server"),
         *("ldm_patched", "modules"),
     ): {"__init__", "accel.hosts", "nodes", "scripts"},
-    ("PIL", "accelerate", "diffusers", "peft", "transformers"): {
+    ("PIL",): {"accel.demo", "accel.sheet"},
+    ("accelerate", "diffusers", "peft", "transformers"): {
         "accel.bench",
         "accel.cli",
         "accel.demo",

@@ -22,7 +22,15 @@ from accel.errors import InvalidFile, OutOfMemory, StructureMismatch
 from accel.runtime.executable import Executable
 from accel.runtime.network import _ADAPTER, Network
 from accel.runtime.pool import PINNED, Pool
-from accel.runtime.transfer import READERS, SLOTS, HostBytes, HostCopy, Transfer, transfer_for
+from accel.runtime.transfer import (
+    READERS,
+    SLOTS,
+    HostBytes,
+    HostCopy,
+    Overlay,
+    Transfer,
+    transfer_for,
+)
 from accel.runtime.weights import Weights
 from accel.session import Engine, Session
 from accel.sources import FileSource, StateDictSource, mixture
@@ -251,6 +259,17 @@ class Slow(StateDictSource):
         super().read_into(name, out)
 
 
+def test_an_overlay_changes_what_it_names(states: list[State], files: list[Path]) -> None:
+    names = list(states[0])
+    below = FileSource(TensorFile(files[0]), two_levels())
+    chosen = {*names[:2], *names[9:40:3], names[-1]}
+    source = Overlay(below, lambda name, value: value + states[1][name], chosen)
+    values = Transfer(CPU, slot_bytes=10_000).values(names, source)
+    for name, value in zip(names, values, strict=True):
+        expected = states[0][name] + (states[1][name] if name in chosen else 0)
+        assert torch.equal(value, expected) and torch.equal(source.read(name), expected)
+
+
 @pytest.mark.parametrize("slot_bytes", [1, 100_000, 1 << 25])
 def test_values_come_in_order_whatever_fits_a_slot(
     states: list[State], files: list[Path], slot_bytes: int
@@ -417,6 +436,90 @@ def test_prefetched_checkpoints_wait_on_the_device_or_in_ram(
         assert torch.equal(engine(**inputs()), expected[1])
         events = engine.report()["pool"]["events"]
         assert tier is None or events[f"hits_{tier}"] >= 1
+
+
+def test_a_prefetch_may_be_for_ram_alone(
+    small_plans: Path, small_unet: Any, files: list[Path]
+) -> None:
+    engine = engine_with(small_plans, small_unet, 6, 6)
+    source = engine.session._source(files[1], engine.config)
+    engine._network.prefetch(source, onto_device=False).result(timeout=60)
+    tiers = engine.report()["pool"]["tiers"]
+    assert (tiers["cpu"]["blocks"], tiers[PINNED]["blocks"]) == (0, 1)
+
+
+class Layers:
+    """A checkpoint of which some parameters are doubled, as a host's patches would."""
+
+    label, lasting = "layers", False
+
+    def __init__(self, bare: Any, changed: set[str]) -> None:
+        self.bare, self.changed = bare, changed
+        self.changes = list[str]()
+
+    def read(self, name: str) -> torch.Tensor:
+        raise AssertionError("it has a file")
+
+    def change(self, name: str, bare: torch.Tensor) -> torch.Tensor:
+        self.changes.append(name)
+        return bare * 2
+
+    def stamp(self) -> object:
+        return object()
+
+
+@pytest.mark.parametrize("tier", ["cpu", PINNED, None])
+def test_what_is_not_changed_of_a_checkpoint_comes_from_where_its_file_waits(
+    small_plans: Path, small_unet: Any, files: list[Path], states: list[State], tier: str | None
+) -> None:
+    engine = engine_with(small_plans, small_unet, 2 * (tier == "cpu"), 2 * (tier == PINNED))
+    network, changed = engine._network, set(list(states[1])[3::50])
+    bare = engine.session._source(files[1], engine.config)
+    network.prefetch(bare).result(timeout=60)
+    source = Layers(bare, changed)
+    network.load(engine.seat, source)
+    assert set(source.changes) == changed
+    found = network.weights.storage.clone()
+    plain = engine_with(small_plans, small_unet, 0)
+    whole = {name: value * (2 if name in changed else 1) for name, value in states[1].items()}
+    plain.load_weights(whole)
+    assert torch.equal(found, plain._network.weights.storage)
+    # One parameter goes back: it comes from there, too.
+    (back, *rest) = sorted(changed)
+    source = Layers(bare, set(rest))
+    network.update(engine.seat, {back}, source)
+    assert source.changes == []
+    plain.load_weights({**whole, back: states[1][back]})
+    assert torch.equal(network.weights.storage, plain._network.weights.storage)
+
+
+def test_what_is_given_up_is_not_waited_for_to_arrive(
+    small_plans: Path, small_unet: Any, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host wants the memory back now, and not once a slow disk has been read."""
+    engine = engine_with(small_plans, small_unet, 2)
+    network, begun, names = engine._network, threading.Event(), list[str]()
+    read = FileSource.read_into
+
+    def slow(self: FileSource, name: str, out: torch.Tensor) -> None:
+        names.append(name)
+        begun.set()
+        threading.Event().wait(0.05)
+        read(self, name, out)
+
+    monkeypatch.setattr(FileSource, "read_into", slow)
+    job = engine.prefetch(files[1])
+    assert begun.wait(60)
+    held = weakref.ref(network)
+    network.free_parked()
+    assert len(names) <= 2 * READERS < len(network.weights.shapes)
+    job.result(timeout=60)
+    events = engine.report()["pool"]["events"]
+    assert events["stopped_prefetches"] == 1 and "failed_prefetches" not in events
+    assert engine.session.pool.bytes("cpu") == 0
+    del engine, network
+    gc.collect()
+    assert held() is None
 
 
 def test_a_load_waits_for_the_prefetch_that_is_ahead_of_it(

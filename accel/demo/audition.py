@@ -6,7 +6,6 @@ decoded, so that the device waits for nothing but the swap.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from .. import Engine, Session
 from ..errors import InvalidFile, StructureMismatch, SwitchyardError
 from ..hardware import describe
 from ..models import UNetConfig
+from ..sheet import Cell, contact_sheet, times
 from ..structure import canonical_names, structure_of
 from ..tensorfile import TensorFile
 from . import material, prompts, world
@@ -29,7 +29,6 @@ from .material import SUPPORTED, Size
 from .modules import empty_module
 from .run import Report, best_device, require_packages
 from .sampling import Conditioning, sample
-from .sheet import Cell, contact_sheet
 
 
 @dataclass(frozen=True)
@@ -136,12 +135,10 @@ def run_audition(options: Options, report: Report = lambda fraction, text: None)
         f"{describe(device).name}, {precision}"
     )
     cells = [
-        Cell(row.checkpoint, f"{row.steps_ms / 1e3:.2f} s, swap {row.swap_ms:.0f} ms", picture)
-        for row, picture in painted
+        Cell(row.checkpoint, times(row.steps_ms, row.swap_ms), picture) for row, picture in painted
     ]
-    columns = options.images if options.images > 1 else math.ceil(math.sqrt(len(cells)))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(heading, cells, columns).save(options.out)
+    contact_sheet(heading, cells, options.images).save(options.out)
     busy = sum(row.steps_ms for row in rows)
     waited = sum(row.idle_ms for row in rows[1:])
     return Result(

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from .. import Engine, Session
 from ..errors import DeviceUnavailable, SwitchyardError
 from ..hardware import describe
+from ..sheet import Column, sheet
 from . import material
 from .material import Material, Size
 from .modules import empty_module, load_weights, merge_lora
 from .sampling import sample
-from .sheet import Column, sheet
 
 Report = Callable[[float, str], None]
 

@@ -17,7 +17,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -32,8 +32,8 @@ from .arena import Arena
 from .calls import calls_ahead
 from .executable import Executable, PromptState, bind_dims
 from .pool import PINNED, Pool, process_pool
-from .transfer import Combined, HostCopy, Readable, Stageable, Sum, transfer_for
-from .weights import Adapter, Adapters, Source, SwapReport, Waiting, Weights
+from .transfer import Combined, HostCopy, Overlay, Readable, Stageable, Sum, transfer_for
+from .weights import Adapter, Adapters, Layered, Source, SwapReport, Waiting, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class Network:
         self._epoch = 0
         self._watched: dict[int, weakref.ref[Adapter]] = {}
         self._coming: dict[Hashable, Future[None]] = {}
+        self._fetching, self._unwanted = threading.Lock(), threading.Event()
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
         self._prompts: dict[Any, PromptState] = {}
         self._optional = [entry.name for entry in plan.inputs if entry.optional]
@@ -117,6 +118,7 @@ class Network:
         return make()
 
     def _give_up_waiting(self) -> None:
+        self._stop_fetching()
         self.pool.shrink(self._tier)
         self._give_back_slots()
 
@@ -147,7 +149,9 @@ class Network:
             return self.load(seat, source)
         try:
             self.activate(seat)
-            return self._write(seat, names, source, source.stamp(), seat.adapters, source)
+            stamp = source.stamp()
+            origin = self._nearest(source, stamp)
+            return self._write(seat, names, source, stamp, seat.adapters, origin)
         except BaseException:
             self.leave(seat)
             raise
@@ -185,8 +189,10 @@ class Network:
         self._bring(seat, source, stamp, seat.adapters)
         self.counters.activations.append(time.perf_counter() - started)
 
-    def prefetch(self, source: Source) -> Future[None]:
+    def prefetch(self, source: Source, onto_device: bool = True) -> Future[None]:
         """Bring a checkpoint nearer in the background: onto the device, else into pinned RAM.
+
+        onto_device: whether the device is asked at all.
 
         A hint: where there is no room, or the source cannot be read by threads or found again,
         nothing happens. What fails is said in the log, and again when the checkpoint is loaded.
@@ -202,9 +208,14 @@ class Network:
             if stamp not in self._coming:
                 # Weakly: what is yet to come must not keep a network whose engines are gone.
                 self._coming[stamp] = _prefetcher().submit(
-                    _prefetch, weakref.ref(self), source, stamp
+                    _prefetch, weakref.ref(self), source, stamp, onto_device
                 )
             return self._coming[stamp]
+
+    def coming(self, stamp: Hashable) -> Future[None] | None:
+        """The prefetch of a checkpoint that has not been waited for, if there is one."""
+        with _coming_lock:
+            return self._coming.get(stamp)
 
     def _bring(self, seat: Seat, source: Source, stamp: Hashable, adapters: Adapters) -> SwapReport:
         """Make all of `source` with `adapters` live, from the nearest place that has it."""
@@ -239,6 +250,10 @@ class Network:
         parked = self.pool.get(self._tier, self._owner, (stamp, ()))
         if parked is not None:
             return Waiting(self.weights, parked.storage)
+        if isinstance(source, Layered) and source.bare is not None:
+            known = source.bare.stamp()
+            self._wait_for(known)
+            return Overlay(self._nearest(source.bare, known), source.change, source.changed)
         if isinstance(source, Combined):
             # From copies in RAM alone: what is parked has been rounded to the arena's dtype.
             parts = [self._in_ram(part, part.stamp()) for part in source.parts]
@@ -360,6 +375,7 @@ class Network:
         """Give up the copies of weights that wait, which are read from their sources again, and
         the room on the device that they went through.
         """
+        self._stop_fetching()
         self.pool.drop(self._owner)
         self._give_back_slots()
 
@@ -376,34 +392,54 @@ class Network:
 
     def _wait_for(self, stamp: Hashable) -> None:
         """Let a prefetch that is under way come to its end: it is ahead of one begun now."""
-        with _coming_lock:
-            job = self._coming.get(stamp)
+        job = self.coming(stamp)
         if job is not None and not job.cancel():  # one that has not begun is not waited for
             wait([job])
 
-    def _fetch(self, source: Source, stamp: Hashable) -> None:
-        """Bring a checkpoint nearer, in the prefetcher's thread."""
-        if self.pool.holds(self._tier, self._owner, (stamp, ())):
-            return
+    def _fetch(
+        self, source: Source, stamp: Hashable, onto_device: bool
+    ) -> Callable[[], object] | None:
+        """Bring a checkpoint onto the device, in the prefetcher's thread.
+
+        Else what is left to do, which takes longer, and holds nothing of the network.
+        """
         transfer = transfer_for(self.device, background=True)
-        self.pool.trim(self._tier)
-        copy = self.pool.get(PINNED, None, stamp)
+        with self._fetching:
+            what, size = (stamp, ()), self.weights.bytes
+            if self.pool.holds(self._tier, self._owner, what):
+                return None
+            self.pool.trim(self._tier)
+            copy = self.pool.get(PINNED, None, stamp)
+            origin = copy or (
+                _Wanted(source, self._unwanted) if isinstance(source, Stageable) else source
+            )
 
-        def on_the_device() -> Parked:
-            storage = self.weights.blank()
-            with _own_stream(self.device):
-                self.weights.write_copy(storage, source if copy is None else copy, transfer)
-            return Parked(storage, ())
+            def read() -> Parked:
+                storage = self.weights.blank()
+                with _own_stream(self.device):
+                    self.weights.write_copy(storage, origin, transfer)
+                return Parked(storage, ())
 
-        what = (stamp, ())
-        if self.pool.put(self._tier, self._owner, what, self.weights.bytes, on_the_device):
-            return
+            if onto_device and self.pool.put(self._tier, self._owner, what, size, read):
+                return None
+            names = list(self.weights.shapes)
         if copy is not None or not isinstance(source, Stageable):
-            return
-        names = list(self.weights.shapes)
-        size = HostCopy.bytes_for(names, source)
-        if size is not None:
-            self.pool.put(PINNED, None, stamp, size, lambda: transfer.gather(names, source))
+            return None
+        stored = HostCopy.bytes_for(names, source)
+        if stored is None:
+            return None
+        gather = partial(transfer.gather, names, source)
+        return partial(self.pool.put, PINNED, None, stamp, stored, gather)
+
+    def _stop_fetching(self) -> None:
+        """Let go of what is on its way to the device; it is not waited for to arrive."""
+        with _coming_lock:
+            jobs = list(self._coming.values())
+        for job in jobs:
+            job.cancel()
+        self._unwanted.set()
+        with self._fetching:
+            self._unwanted.clear()
 
     # Running.
 
@@ -597,17 +633,39 @@ def _prefetcher() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "switchyard-prefetch")
 
 
-def _prefetch(network: weakref.ref[Network], source: Source, stamp: Hashable) -> None:
+def _prefetch(
+    network: weakref.ref[Network], source: Source, stamp: Hashable, onto_device: bool
+) -> None:
     alive = network()
     if alive is None:
         return
+    pool = alive.pool
     try:
         with torch.inference_mode(False), torch.no_grad():
-            alive._fetch(source, stamp)
-        alive.pool.note("prefetches")
+            rest = alive._fetch(source, stamp, onto_device)
+            del alive  # whoever gives the network up meanwhile has its memory
+            if rest is not None:
+                rest()
+        pool.note("prefetches")
+    except CancelledError:
+        pool.note("stopped_prefetches")
     except Exception as error:
-        alive.pool.note("failed_prefetches")
+        pool.note("failed_prefetches")
         logger.warning("%s was not fetched ahead: %s", source.label, error)
+
+
+class _Wanted:
+    """A source that is read from for as long as somebody wants it."""
+
+    def __init__(self, source: Stageable, unwanted: threading.Event) -> None:
+        self.read, self.stored = source.read, source.stored
+        self._source, self._unwanted = source, unwanted
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """As the source does. Raises CancelledError once nobody does."""
+        if self._unwanted.is_set():
+            raise CancelledError
+        self._source.read_into(name, out)
 
 
 @contextlib.contextmanager

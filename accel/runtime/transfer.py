@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -85,6 +85,23 @@ class Sum:
         """The parameter, computed on the CPU."""
         values = [part.read(name).to("cpu", torch.float32, copy=True) for part in self.parts]
         return self.combine(values)
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """The parameters of a source, of which those in `names` are changed.
+
+    change: a name and the parameter, on the device and not to be written to, to the other value.
+    """
+
+    below: Readable
+    change: Callable[[str, Tensor], Tensor]
+    names: Collection[str]
+
+    def read(self, name: str) -> Tensor:
+        """The parameter, changed if it is to be."""
+        value = self.below.read(name)
+        return self.change(name, value) if name in self.names else value
 
 
 @dataclass(frozen=True)
@@ -249,6 +266,8 @@ class Transfer:
         """
         if isinstance(source, (Combined, Sum)):
             yield from self._combined(names, source)
+        elif isinstance(source, Overlay):
+            yield from self._overlaid(names, source)
         elif isinstance(source, HostCopy):
             yield from self._from_copy(names, source)
         elif isinstance(source, Stageable):
@@ -295,6 +314,11 @@ class Transfer:
             ]
             for values in zip(*parts, strict=True):
                 yield source.combine([value.to(torch.float32, copy=True) for value in values])
+
+    def _overlaid(self, names: Sequence[str], source: Overlay) -> Iterator[Tensor]:
+        with contextlib.closing(self.values(names, source.below)) as values:
+            for name, value in zip(names, values, strict=True):
+                yield source.change(name, value) if name in source.names else value
 
     def _from_copy(self, names: Sequence[str], source: HostCopy) -> Iterator[Tensor]:
         """Neighbours cross the bus together, straight from where they lie."""

@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -54,6 +54,22 @@ class Source(Protocol):
 
         Raises `InvalidFile` where what is read changed in a way that must not be read on from.
         """
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """A source whose parameters, but for some, are those of another that is found again."""
+
+    @property
+    def bare(self) -> Source | None:
+        """The other, which lasts; None where there is none."""
+
+    @property
+    def changed(self) -> Collection[str]:
+        """The parameters that are not its."""
+
+    def change(self, name: str, bare: torch.Tensor) -> torch.Tensor:
+        """One of these, on the device of `bare`: the other's, at least as exact as an arena's."""
 
 
 class Patch(Protocol):

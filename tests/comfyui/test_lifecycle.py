@@ -431,8 +431,14 @@ def test_an_interrupt_ends_the_run_and_harms_nothing(load, prompt):
     assert on_engine()
 
 
-def test_a_checkpoint_that_could_not_be_brought_back_leaves_no_copy(load, prompt, monkeypatch):
-    first, second = (accelerate(load(letter=letter), Options(wait=True)) for letter in "ab")
+def test_a_checkpoint_that_could_not_be_brought_back_leaves_no_copy(
+    load, prompt, lora, monkeypatch
+):
+    """Of one with a LoRA, since nobody could find it again; that of a file alone is kept."""
+    first, second = (
+        accelerate(with_loras(load(letter=letter), (lora("1"), 0.5)), Options(wait=True))
+        for letter in "ab"
+    )
     expected = [sample(model, *prompt) for model in (first, second)]
     engine = engine_of(first)
     network = engine.network

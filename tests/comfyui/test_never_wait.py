@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from accel.compiler import open_cache
 from accel.hosts.comfyui import run
 from accel.hosts.comfyui.builder import Builder
-from accel.hosts.comfyui.catalog import Prefetcher
+from accel.hosts.comfyui.catalog import Prefetcher, Reader
 from accel.hosts.comfyui.journal import STATUS_EVENT, journal
 from accel.hosts.comfyui.patcher import accelerate
 from accel.hosts.comfyui.run import Options
@@ -217,3 +218,31 @@ def test_the_next_prompts_file_is_read_from_the_hosts_own_queue(tmp_path, monkey
     prefetcher.look()
     assert prefetcher.wait(30)
     assert list(prefetcher.done) == [(str(folder / "next.safetensors"), 100)]
+
+
+def test_what_is_asked_for_while_a_file_is_read_has_its_turn(tmp_path):
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.write_bytes(b"x" * 10)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def bring(path: str, stop: threading.Event) -> None:
+        begun.set()
+        assert go_on.wait(60)
+
+    reader = Reader(bring)
+    reader.begin(lambda: [str(paths[0])])
+    assert begun.wait(60)
+    for path in paths[1:]:  # the last that is asked for
+        reader.begin(lambda path=path: [str(path)])
+    go_on.set()
+    assert reader.wait(60)
+    assert [Path(path).name for path, _ in reader.done] == ["a", "c"]
+    begun.clear()
+    go_on.clear()
+    reader.begin(lambda: [str(paths[1])])
+    assert begun.wait(60)
+    reader.begin(lambda: [str(paths[2])])
+    threading.Timer(0.1, go_on.set).start()
+    reader.stop()
+    assert [Path(path).name for path, _ in reader.done] == ["a", "c", "b"]

@@ -23,6 +23,7 @@ PARTS = ("__init__.py", "accel", "example_workflows", "locales", "nodes", "pypro
 NODES = {
     "SwitchyardAccelerate",
     "SwitchyardAccelerateControlNet",
+    "SwitchyardAuditionCheckpoints",
     "SwitchyardLoadCheckpoint",
     "SwitchyardLoadDiffusionModel",
     "SwitchyardLoadLoraByBlock",

@@ -21,6 +21,7 @@ NODES = (
     "SwitchyardLoadDiffusionModel",
     "SwitchyardLoadLoraByBlock",
     "SwitchyardAccelerateControlNet",
+    "SwitchyardAuditionCheckpoints",
     "SwitchyardReport",
 )
 
@@ -109,6 +110,7 @@ NEVER_SHOWN = {
     "logged for developers, and the file's weights stay a copy": {
         "the checkpoint {}; needed is {}",
     },
+    "drawn on a sheet of pictures": {"{}; {} steps, seed {}"},
     "faults of the pack": {"the graph has no output"},
     "the same in every language": {"{}x"},
     "no texts": {

@@ -1,8 +1,8 @@
 """The files of the models folder, and the engines on disk: what serves what.
 
 A file is known by its header alone; no weight is read. Files change, so facts are kept by path,
-size and time of change. `Prefetcher` reads the files of the next prompt in the queue into the
-system's cache while the present one is being sampled. The host's functions are passed in.
+size and time of change. `Prefetcher` reads the files of the next prompt in the queue ahead, while
+the present one is being sampled. The host's functions are passed in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -374,32 +374,42 @@ def _memory(networks: list[Mapping[str, Any]], last_used: float | None) -> dict[
     }
 
 
-class Prefetcher:
-    """Reads the files of the next prompt in the queue into the system's cache. One per process.
+Paths = Callable[[], Iterable[str]]
+"""The files to read, for whoever asks when it is their turn."""
 
-    queue: the host's queue of prompts. locate: full path of a file.
-    One file at a time, in a thread of low priority, and only what the memory has room for.
+Bring = Callable[[str, threading.Event], None]
+"""Brings a file that has been read still nearer, unless it is told to stop."""
+
+
+class Reader:
+    """Reads files that come next into the system's cache.
+
+    One file at a time, in a thread of low priority, and only what the memory has room for. bring:
+    what is done with each that has been read.
     """
 
-    def __init__(self, queue: Any, locate: Locate) -> None:
-        self._queue, self._locate = queue, locate
+    def __init__(self, bring: Bring | None = None) -> None:
+        self._bring = bring
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        self._read_for: Any = None
+        self._busy = False
+        self._after: Paths | None = None
         self.done: deque[tuple[str, int]] = deque(maxlen=32)
         """The last files that were read, and how many bytes of each."""
 
-    def look(self) -> None:
-        """Begin to read what the next prompt needs and the running one does not; returns at once.
+    def begin(self, paths: Paths) -> None:
+        """Begin to read what `paths`, asked in the thread, names; returns at once.
 
-        Does nothing while files are being read, nor again for the same prompt.
+        While files are being read it waits for its turn, in place of what waited before.
         """
         with self._lock:
-            if self._thread is not None and self._thread.is_alive():
+            if self._busy:
+                self._after = paths
                 return
+            self._busy = True
             self._stop.clear()
-            self._thread = threading.Thread(target=self._read_next, daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(paths,), daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -416,20 +426,20 @@ class Prefetcher:
             thread.join(seconds)
         return thread is None or not thread.is_alive()
 
-    def _read_next(self) -> None:
+    def _run(self, paths: Paths) -> None:
         _lower_priority()
-        try:
-            running, waiting = queued_prompts(self._queue)
-            if waiting is None or waiting[0] == self._read_for:
-                return
-            self._read_for, prompt = waiting
-            present = {file for other in running for file in model_files(other)}
-            for folder, name in model_files(prompt):
-                path = self._locate(folder, name)
-                if path is not None and (folder, name) not in present:
+        following: Paths | None = paths
+        while following is not None:
+            try:
+                for path in following():
                     self._read(path)
-        except Exception:  # a convenience: it must never be what a user has to look at
-            logger.debug("the next prompt's files were not read ahead", exc_info=True)
+            except Exception:  # a convenience: it must never be what a user has to look at
+                logger.debug("a file that comes next was not read ahead", exc_info=True)
+            with self._lock:
+                following, self._after = self._after, None
+                if self._stop.is_set():
+                    following = None
+                self._busy = following is not None
 
     def _read(self, path: str) -> None:
         size = os.stat(path).st_size
@@ -449,6 +459,38 @@ class Prefetcher:
                     break
         self.done.append((path, read))
         logger.debug("read %s ahead in %.1f s", path, time.perf_counter() - started)
+        if self._bring is not None and read == size:
+            self._bring(path, self._stop)
+
+
+class Prefetcher(Reader):
+    """Reads the files of the next prompt in the queue. One per process.
+
+    queue: the host's queue of prompts. locate: full path of a file. bring: as for `Reader`.
+    """
+
+    def __init__(self, queue: Any, locate: Locate, bring: Bring | None = None) -> None:
+        super().__init__(bring)
+        self._queue, self._locate = queue, locate
+        self._read_for: Any = None
+
+    def look(self) -> None:
+        """Begin to read what the next prompt needs and the running one does not; returns at once.
+
+        Does nothing again for the same prompt.
+        """
+        self.begin(self._next)
+
+    def _next(self) -> Iterator[str]:
+        running, waiting = queued_prompts(self._queue)
+        if waiting is None or waiting[0] == self._read_for:
+            return
+        self._read_for, prompt = waiting
+        present = {file for other in running for file in model_files(other)}
+        for folder, name in model_files(prompt):
+            path = self._locate(folder, name)
+            if path is not None and (folder, name) not in present:
+                yield path
 
 
 def queued_prompts(queue: Any) -> tuple[list[Any], tuple[str, Any] | None]:

@@ -225,6 +225,14 @@ def forget(graph_key: str) -> None:
         pool.pool().forget(graph_key)
 
 
+def bring(path: str, stop: threading.Event) -> None:
+    """Bring a file nearer to the engine that will run it, if any engine is in memory."""
+    if f"{__package__}.pool" in sys.modules:
+        from .ahead import bring_nearer
+
+        bring_nearer(path, stop)
+
+
 def host() -> dict[str, Any]:
     """Versions of the host and of torch, and whether its memory is dynamic."""
     memory = sys.modules.get("comfy.memory_management")
@@ -323,7 +331,7 @@ class _ReaderAhead:
         if self._prefetcher is None:
             from .catalog import Prefetcher
 
-            self._prefetcher = Prefetcher(self._queue, self._locate)
+            self._prefetcher = Prefetcher(self._queue, self._locate, bring)
         self._prefetcher.look()
 
 

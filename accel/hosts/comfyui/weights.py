@@ -7,8 +7,10 @@ the host reads works. They are computed in float32 and rounded once, into the ar
 from __future__ import annotations
 
 import ctypes
+import logging
 import weakref
 from collections.abc import Hashable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModel
+from ...errors import SwitchyardError, UnsupportedModel
 from ...models import UNetConfig
+from ...sources import FileSource
 from ...structure import canonical_names
-from ...tensorfile import fingerprint_of
+from ...tensorfile import Fingerprint, TensorFile, TensorInfo, fingerprint_of
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "diffusion_model."
 
@@ -36,6 +41,67 @@ _found: weakref.WeakKeyDictionary[nn.Module, list[tuple[dict[str, Any], str, str
 _tokens: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
 
 
+@lru_cache(maxsize=64)
+def file_source(fingerprint: Fingerprint, config: UNetConfig) -> FileSource:
+    """A file's network. It is not mapped by this. Raises as opening it does."""
+    return FileSource(TensorFile(fingerprint[0]), config)
+
+
+@lru_cache(maxsize=64)
+def file_sample(
+    fingerprint: Fingerprint, config: UNetConfig, dtype: torch.dtype | None = None
+) -> str | None:
+    """What `PatchedSource.sample` gives for a model whose parameters are those of the file.
+
+    dtype: what the host has cast them to. None for a file that cannot be read, or is of another
+    structure.
+    """
+    try:
+        file = TensorFile(fingerprint[0])  # its mapping goes with it
+        names = canonical_names(file.tensors, config)
+        return _digest((file.read(names[name]) for name in sorted(names)), dtype)
+    except SwitchyardError as error:
+        logger.debug("%s is not read as a file: %s", fingerprint[0], error)
+        return None
+
+
+class Unpatched:
+    """The parameters of a model without patches, where they are those of its file.
+
+    mapped: whether the model has them from the mapped file; else they are copies in RAM. Readers
+    stop at the user's interrupt.
+    """
+
+    lasting = True
+
+    def __init__(self, owner: PatchedSource, file: FileSource, mapped: bool) -> None:
+        self._owner, self._file, self._mapped = owner, file, mapped
+        self.label = file.label
+
+    def read(self, name: str) -> Tensor:
+        """The parameter as the model has it."""
+        return self._owner.stored_value(name)
+
+    def stored(self, name: str) -> TensorInfo:
+        """Its shape and dtype."""
+        if self._mapped:
+            return self._file.stored(name)
+        value = self.read(name)
+        return TensorInfo(tuple(value.shape), value.dtype)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Bring it into `out`, of its shape and dtype."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if self._mapped:
+            self._file.read_into(name, out)
+        else:
+            out.copy_(self.read(name))
+
+    def stamp(self) -> Hashable:
+        """The file's."""
+        return self._file.stamp()
+
+
 class PatchedSource:
     """The parameters of a patcher's model, each with the patches that are on it.
 
@@ -43,9 +109,10 @@ class PatchedSource:
     device: where patches are computed.
     Only a weak reference to the patcher is held: a seat must not keep in RAM what the host has
     given up.
-    """
 
-    lasting = False
+    bare: the model without patches, once `recognise` has found that it is its file. changed: the
+    parameters that have patches then. lasting: whether it is the file, without any.
+    """
 
     def __init__(
         self, patcher: Any, config: UNetConfig, prefix: str, device: torch.device, label: str
@@ -53,6 +120,10 @@ class PatchedSource:
         self._patcher = weakref.ref(patcher)
         self._device = device
         self.label = label
+        self.bare: Unpatched | None = None
+        self.changed: frozenset[str] = frozenset()
+        self.lasting = False
+        self._config = config
         self._keys = {
             name: prefix + source
             for name, source in _canonical(patcher.model, config, prefix).items()
@@ -78,10 +149,23 @@ class PatchedSource:
         when the user has interrupted the run.
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
+        return self._patched(name, self.stored_value(name))
+
+    def change(self, name: str, bare: Tensor) -> Tensor:
+        """As `read`, from a copy of the parameter without patches that lies nearer.
+
+        bare: the model's value, or the file's that the host has cast, in whatever dtype.
+        """
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        own = self.stored_value(name)
+        if not _holds(bare.dtype, own.dtype):
+            return self._patched(name, own)
+        # As the model's lies: sums may depend on it.
+        return self._patched(name, bare.reshape(own.shape).to(own.dtype).contiguous())
+
+    def _patched(self, name: str, value: Tensor) -> Tensor:
         key = self._keys[name]
-        patcher = self._alive()
-        value = _stored(patcher, key)
-        patches = patcher.patches.get(key)
+        patches = self._alive().patches.get(key)
         if not patches:
             return value
         shape = value.shape
@@ -95,6 +179,33 @@ class PatchedSource:
             )
         return changed
 
+    def stored_value(self, name: str) -> Tensor:
+        """The parameter without its patches, as the host has it."""
+        return _stored(self._alive(), self._keys[name])
+
+    def recognise(self, sample: str, dtype: torch.dtype) -> None:
+        """See whether the model's parameters are those of its file, as `sample` of them tells.
+
+        What is known of the file, such as a copy that was read ahead, then is known of the model.
+        dtype: the engine's. A model that the host has cast to it is the file as well, since the
+        engine would do the same.
+        """
+        patcher = self._alive()
+        fingerprint = fingerprint_of_model(patcher)
+        if fingerprint is None:
+            return
+        same = file_sample(fingerprint, self._config) == sample
+        if not same and file_sample(fingerprint, self._config, dtype) != sample:
+            return
+        try:
+            file = file_source(fingerprint, self._config)
+        except SwitchyardError:  # gone in this moment: the model's own serve as well
+            return
+        mapped = same and patcher.get_attachment(FILE) is not None
+        self.bare = Unpatched(self, file, mapped)
+        self.changed = frozenset(n for n, key in self._keys.items() if key in patcher.patches)
+        self.lasting = not self.changed
+
     def _alive(self) -> Any:
         patcher = self._patcher()
         if patcher is None:
@@ -102,8 +213,10 @@ class PatchedSource:
         return patcher
 
     def stamp(self) -> Hashable:
-        """Another each time: what may change is compared before a sampling."""
-        return object()
+        """The file's, where it is that; else another each time: what may change is compared before
+        a sampling.
+        """
+        return self.bare.stamp() if self.bare is not None and self.lasting else object()
 
     def sample(self) -> str:
         """A digest of a few bytes of every parameter: writes into them in place show in it.
@@ -112,16 +225,38 @@ class PatchedSource:
         """
         patcher = self._alive()
         backup = patcher.backup
-        digest = xxhash.xxh3_128()
-        for parameters, leaf, key in _places(patcher.model, self._keys.values()):
-            value = backup[key].weight if key in backup else parameters[leaf]
-            if value is not None:
-                digest.update(b"".join(contents(value)))
-        return digest.hexdigest()
+        keys = (self._keys[name] for name in sorted(self._keys))
+        places = _places(patcher.model, keys)
+        return _digest(
+            backup[key].weight if key in backup else parameters[leaf]
+            for parameters, leaf, key in places
+        )
+
+
+def _digest(values: Iterable[Tensor | None], dtype: torch.dtype | None = None) -> str:
+    digest = xxhash.xxh3_128()
+    for value in values:
+        if value is not None:
+            digest.update(b"".join(contents(value, dtype)))
+    return digest.hexdigest()
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every value of the one dtype is one of the other's."""
+    one, other = torch.finfo(wide), torch.finfo(narrow)
+    return one.eps <= other.eps and one.max >= other.max and one.tiny <= other.tiny
 
 
 def identity(patcher: Any) -> Hashable:
     """What a MODEL's unpatched weights are known by: its file where that is known, else itself."""
+    fingerprint = fingerprint_of_model(patcher)
+    if fingerprint is not None:
+        return fingerprint, patcher.model.get_dtype()
+    return _tokens.setdefault(patcher.model, object())
+
+
+def fingerprint_of_model(patcher: Any) -> Fingerprint | None:
+    """Of the .safetensors file that a MODEL was loaded from; None where that is not known."""
     path = patcher.get_attachment(FILE)
     if path is None:
         made = getattr(patcher, "cached_patcher_init", None)
@@ -129,10 +264,10 @@ def identity(patcher: Any) -> Hashable:
         path = arguments[0] if arguments and isinstance(arguments[0], str) else None
     if path is not None and Path(path).suffix == ".safetensors":
         try:
-            return fingerprint_of(path), patcher.model.get_dtype()
+            return fingerprint_of(path)
         except OSError:
             pass
-    return _tokens.setdefault(patcher.model, object())
+    return None
 
 
 def _places(owner: nn.Module, keys: Iterable[str]) -> list[tuple[dict[str, Any], str, str]]:
@@ -159,21 +294,31 @@ def _stored(patcher: Any, key: str) -> Tensor:
     return value
 
 
-def contents(tensor: Tensor) -> list[bytes]:
+def contents(tensor: Tensor, dtype: torch.dtype | None = None) -> list[bytes]:
     """What a tensor is known by: dtype, shape, and 64 bytes of its start, middle and end.
 
-    Of one that is not in RAM, or not in one piece, dtype and shape alone.
+    Of one that is not in RAM, or not in one piece, dtype and shape alone. dtype: as if the tensor
+    had been cast to it.
     """
-    known = [f"{tensor.dtype}{tuple(tensor.shape)}".encode()]
+    kind = tensor.dtype if dtype is None else dtype
+    known = [f"{kind}{tuple(tensor.shape)}".encode()]
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return known
-    address, size = tensor.data_ptr(), tensor.nbytes
+    size = tensor.numel() * kind.itemsize
+    address = tensor.data_ptr()
     if address == 0:
         return known
     part = min(64, size)
-    read = ctypes.string_at
-    middle, end = address + (size - part) // 2, address + size - part
-    return [*known, read(address, part), read(middle, part), read(end, part)]
+    starts = 0, (size - part) // 2, size - part
+    if kind == tensor.dtype:
+        return [*known, *(ctypes.string_at(address + start, part) for start in starts)]
+    flat = tensor.detach().reshape(-1)
+    for start in starts:
+        first, end = start // kind.itemsize, -(-(start + part) // kind.itemsize)
+        raw = flat[first:end].to(kind).view(torch.uint8).numpy().tobytes()
+        skipped = start - first * kind.itemsize
+        known.append(raw[skipped : skipped + part])
+    return known
 
 
 class _Same:

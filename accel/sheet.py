@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,8 +54,14 @@ class Cell:
     picture: Tensor
 
 
-def contact_sheet(heading: str, cells: Sequence[Cell], columns: int) -> Image.Image:
-    """Pictures row by row, `columns` in each, under a heading."""
+def times(steps_ms: float, swap_ms: float) -> str:
+    """What is written below a picture of an audition."""
+    return f"{steps_ms / 1e3:.2f} s, swap {swap_ms:.0f} ms"
+
+
+def contact_sheet(heading: str, cells: Sequence[Cell], images: int = 1) -> Image.Image:
+    """Pictures under a heading, in about a square; a row for each `images`, where they are more."""
+    columns = images if images > 1 else math.ceil(math.sqrt(len(cells)))
     rows = -(-len(cells) // columns)
     step = CELL + 2 * CAPTION
     width = MARGIN + columns * (CELL + MARGIN)
