@@ -23,8 +23,9 @@ import os
 import random
 import sys
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ Size = tuple[int, int]
 
 
 def main() -> None:
-    """Run every model and write one JSON object, after each model."""
+    """Run every model and write one JSON object, after each row."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", default="sd15,sdxl")
@@ -71,8 +72,9 @@ def main() -> None:
         for model in options.models.split(","):
             case = case_of(model, ANCHORS[1])
             ceiling = machine["ceilings"]["matmul_tflops"]
-            document["rows"] += rows_of(case, sizes, options.device, Path(folder), ceiling)
-            results.save(document, options.out)
+            for row in rows_of(case, sizes, options.device, Path(folder), ceiling):
+                document["rows"].append(row)
+                results.save(document, options.out)  # what was measured stays, whatever comes
 
 
 def drawn(count: int, seed: int) -> list[Size]:
@@ -90,8 +92,8 @@ def rows_of(
     ceiling: float,
     isolated: bool = True,
     anchors: Sequence[Size] = ANCHORS,
-) -> list[dict[str, Any]]:
-    """The rows of a model. ceiling: TFLOP/s of a large product."""
+) -> Iterator[dict[str, Any]]:
+    """The rows of a model, as they are measured. ceiling: TFLOP/s of a large product."""
 
     def run(what: str, kind: str, at: Sequence[Size]) -> dict[str, Any]:
         say(f"{case.model}: {what}")
@@ -102,33 +104,37 @@ def rows_of(
         )
         return found
 
-    cold = run("caches are empty", "engine", [(case.width, case.height)])
+    def start(operation: str, found: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("weights_ms", "settled_s")
+        facts = {name: found[name] for name in names}
+        return _row(case, operation, ms=found["start_ms"], **facts)
+
+    yield start("engine_build", run("caches are empty", "engine", [(case.width, case.height)]))
     engine = run("sizes at random", "engine", [(case.width, case.height), *sizes])
-    nearest = [run(f"{w}x{h}", "engine", [(w, h)])["sizes"][0] for w, h in anchors]
-    others = {
-        "libraries": run("libraries alone", "libraries", sizes)["sizes"],
-        "tuned at one size": run("tuned at one size", "one", sizes)["sizes"],
-    }
+    yield start("engine_fetch", engine)
     own = engine["sizes"][1:]
-    rows = [
-        _row(case, name, ms=start["start_ms"], weights_ms=start["weights_ms"])
-        for name, start in (("engine_build", cold), ("engine_fetch", engine))
-    ]
-    rows[0]["settled_s"] = cold["settled_s"]
     for size in own:
-        place = {"width": size["width"], "height": size["height"]}
-        extra, compiled = size["first_ms"] - size["ms"], size["compiled"]
-        rows.append(_row(case, "new_size", **place, ms=extra, compiled=compiled))
+        extra = size["first_ms"] - size["ms"]
+        yield _row(case, "new_size", **_place(size), ms=extra, compiled=size["compiled"])
+    nearest = [run(f"{w}x{h}", "engine", [(w, h)])["sizes"][0] for w, h in anchors]
+    for size in own:
         like = min(nearest, key=lambda anchor: abs(_pixels(anchor) - _pixels(size)))
         share = (size["tflop"] / size["ms"]) / (like["tflop"] / like["ms"])
         facts = {"ms_step": size["ms"], "mfu": size["tflop"] / size["ms"] * 1e3 / ceiling}
         of = f"{like['width']}x{like['height']}"
-        rows.append(_row(case, "random_size_mfu", **place, value=share, of=of, **facts))
+        yield _row(case, "random_size_mfu", **_place(size), value=share, of=of, **facts)
     total = sum(size["ms"] for size in own)
-    for over, found in others.items():
+    for over, what, kind in (
+        ("libraries", "libraries alone", "libraries"),
+        ("tuned at one size", "tuned at one size", "one"),
+    ):
+        found = run(what, kind, sizes)["sizes"]
         gain = sum(size["ms"] for size in found) / total - 1
-        rows.append(_row(case, "random_size_gain", value=gain, over=over, sizes=len(own)))
-    return rows
+        yield _row(case, "random_size_gain", value=gain, over=over, sizes=len(own))
+
+
+def _place(size: Mapping[str, Any]) -> dict[str, int]:
+    return {"width": size["width"], "height": size["height"]}
 
 
 def _row(case: Case, operation: str, **facts: Any) -> dict[str, Any]:
@@ -227,8 +233,8 @@ class _OfOneSize(_Libraries):
 
 
 def say(text: str) -> None:
-    """Tell what is being done."""
-    print(text, file=sys.stderr, flush=True)
+    """Tell what is being done, and since when."""
+    print(f"{time.strftime('%X')} {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
