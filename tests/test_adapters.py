@@ -17,6 +17,7 @@ from accel.runtime.network import _ADAPTER
 from accel.runtime.pool import Pool
 from accel.runtime.transfer import Transfer
 from accel.session import Engine, Session
+from accel.sources import FileSource
 
 ENOUGH = 1 << 30
 
@@ -122,6 +123,35 @@ def test_a_lora_whose_strength_is_zero_or_that_changes_nothing_stays_where_it_is
     engine.set_loras([(files[0], 0.5)])
     engine.set_loras([(files[0], 0.5), (files[1], 0.0)])
     assert len(crossings) == 1
+
+
+def test_onto_bare_weights_nothing_is_read(
+    small_plans: Path,
+    small_unet: Any,
+    checkpoint: Path,
+    files: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They stand in the arena, also where no copy of them finds room."""
+    engine = engine_with(small_plans, small_unet, checkpoint, 0)
+    bare, asked = weights(engine), list[str]()
+    for method in ("read", "read_into"):
+        own = getattr(FileSource, method)
+
+        def spy(self: Any, name: str, *rest: Any, own: Any = own) -> Any:
+            asked.append(name)
+            return own(self, name, *rest)
+
+        monkeypatch.setattr(FileSource, method, spy)
+    engine.set_loras([(files[0], 0.8), (files[1], -0.4)])
+    assert not asked and not torch.equal(weights(engine), bare)
+    first = weights(engine)
+    engine.set_loras([(files[0], 0.8), (files[1], 0.4)])
+    assert asked, "what the LoRAs stand on"
+    engine.set_loras([(files[0], 0.8), (files[1], -0.4)])
+    assert torch.equal(weights(engine), first)
+    engine.set_loras([])
+    assert torch.equal(weights(engine), bare)
 
 
 def test_other_blocks_strengths_cross_no_bus(

@@ -172,7 +172,10 @@ class Network:
         if not _standing(seat.adapters):
             self._park()  # what LoRAs are put on, and taken off from
         names = _differing(self.weights.shapes, seat.adapters, adapters)
-        origin = self._nearest(source, stamp)
+        if _differing(names, (), seat.adapters):
+            origin = self._nearest(source, stamp)
+        else:  # what stands in the arena is what would be read
+            origin = Waiting(self.weights, self.weights.storage)
         return self._write(seat, names, source, stamp, adapters, origin).since(started)
 
     def activate(self, seat: Seat) -> None:
