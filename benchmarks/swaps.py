@@ -361,9 +361,7 @@ class Bench:
                 ("add_difference", 3, lambda: self.engine.add_difference(a, b, c, 0.5)),
             ):
                 moved = parts * self.stored
-                yield self.row(
-                    operation, [change] * 3, self.across_the_bus, moved=moved, tier=tier
-                )
+                yield self.row(operation, [change] * 3, self.across_the_bus, moved=moved, tier=tier)
 
     def forwards(self) -> Row:
         """A forward after many swaps: as fast as before them, and the same bit for bit."""
