@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +107,23 @@ def measure(
     checkpoints: int = 8,
     diffusers: bool = True,
     only_loras: bool = False,
-) -> list[Row]:
-    """All rows of a case. folder: where the checkpoints are written. limits: `ceilings`."""
+) -> Iterator[Row]:
+    """The rows of a case, each once it is measured.
+
+    folder: where the checkpoints are written. limits: `ceilings`.
+    """
     say(f"writing {checkpoints} checkpoints")
     files = write_checkpoints(case, device, folder, checkpoints)
     bench = Bench(case, device, files, limits)
-    rows = [] if only_loras else [*bench.checkpoints(), *bench.mixes()]
-    rows += [*bench.loras(), *bench.schedule(), *bench.forwards()]
+    if not only_loras:
+        yield from bench.checkpoints()
+        yield from bench.mixes()
+    yield from bench.loras()
+    yield bench.schedule()
+    yield bench.forwards()
     bench.close()
     if diffusers:
-        rows += diffusers_rows(case, device, files)
-    return rows
+        yield from diffusers_rows(case, device, files)
 
 
 def write_checkpoints(case: Case, device: torch.device, folder: Path, count: int) -> list[Path]:
@@ -226,20 +232,18 @@ class Bench:
             row["held"] = row["ms"] <= row["must_ms"]
         return row
 
-    def checkpoints(self) -> list[Row]:
+    def checkpoints(self) -> Iterator[Row]:
         """Checkpoints in turn from files, from pinned RAM, and from the device."""
         loads = [lambda path=path: self.engine.load_weights(path) for path in self.files] * ROUNDS
         self.budgets(0, 0)
-        rows = [
-            self.row(
-                "checkpoint_file",
-                loads,
-                self.across_the_bus,
-                lambda limit: 800.0,
-                moved=self.stored,
-                tier="page cache",
-            )
-        ]
+        yield self.row(
+            "checkpoint_file",
+            loads,
+            self.across_the_bus,
+            lambda limit: 800.0,
+            moved=self.stored,
+            tier="page cache",
+        )
         for operation, tier, device, pinned in (
             ("checkpoint_pinned", "pinned RAM", 0, ENOUGH),
             ("checkpoint_seat", "device", ENOUGH, 0),
@@ -254,25 +258,20 @@ class Bench:
             if held["blocks"] < len(self.files):
                 say(f"only {held['blocks']} of {len(self.files)} checkpoints fit: {tier}")
             if tier == "device":
-                rows.append(
-                    self.row(
-                        operation, loads, self.within, lambda limit: 12.0, moved=self.arena, **facts
-                    )
+                yield self.row(
+                    operation, loads, self.within, lambda limit: 12.0, moved=self.arena, **facts
                 )
             else:
-                rows.append(
-                    self.row(
-                        operation,
-                        loads,
-                        self.across_the_bus,
-                        lambda limit: 1.25 * limit,
-                        moved=self.stored,
-                        **facts,
-                    )
+                yield self.row(
+                    operation,
+                    loads,
+                    self.across_the_bus,
+                    lambda limit: 1.25 * limit,
+                    moved=self.stored,
+                    **facts,
                 )
-        return rows
 
-    def loras(self) -> list[Row]:
+    def loras(self) -> Iterator[Row]:
         """One LoRA on, stronger, off, then five at once; with the bare weights parked and not."""
         lora = random_lora(self.case.config)
         path = self.files[0].with_name("lora.safetensors")
@@ -282,7 +281,6 @@ class Bench:
             other = self.files[0].with_name(f"lora-{index}.safetensors")
             save_file(one, other)
             five.append((other, 0.3 + 0.1 * index))
-        rows = []
         for tier, device, pinned in (("device", ENOUGH, 0), ("pinned RAM", 0, ENOUGH)):
             self.budgets(device, pinned)
             self.engine.set_loras([])
@@ -315,7 +313,7 @@ class Bench:
                             loras=1,
                         )
                     )
-            rows += [_merged(found) for found in times.values()]
+            yield from map(_merged, times.values())
             self.engine.set_loras(five)
             self.engine.set_loras([])
             rounds = []
@@ -331,10 +329,9 @@ class Bench:
                     )
                 )
                 self.engine.set_loras([])
-            rows.append(_merged(rounds))
-        return rows
+            yield _merged(rounds)
 
-    def schedule(self) -> list[Row]:
+    def schedule(self) -> Row:
         """A switch of LoRAs between two steps, which must take less than a step."""
         self.budgets(ENOUGH, 0)
         path = self.files[0].with_name("lora.safetensors")
@@ -350,12 +347,11 @@ class Bench:
             loras=1,
         )
         self.engine.set_loras([])
-        return [row]
+        return row
 
-    def mixes(self) -> list[Row]:
+    def mixes(self) -> Iterator[Row]:
         """Two checkpoints mixed from pinned RAM, and a difference of three; from files, too."""
         a, b, c = (self.files[index % len(self.files)] for index in range(3))
-        rows = []
         for tier, pinned in (("page cache", 0), ("pinned RAM", ENOUGH)):
             self.budgets(0, pinned)
             for path in (a, b, c) if pinned else ():
@@ -365,12 +361,9 @@ class Bench:
                 ("add_difference", 3, lambda: self.engine.add_difference(a, b, c, 0.5)),
             ):
                 moved = parts * self.stored
-                rows.append(
-                    self.row(operation, [change] * 3, self.across_the_bus, moved=moved, tier=tier)
-                )
-        return rows
+                yield self.row(operation, [change] * 3, self.across_the_bus, moved=moved, tier=tier)
 
-    def forwards(self) -> list[Row]:
+    def forwards(self) -> Row:
         """A forward after many swaps: as fast as before them, and the same bit for bit."""
         self.budgets(ENOUGH, 0)
         lora = self.files[0].with_name("lora.safetensors")
@@ -380,19 +373,17 @@ class Bench:
         self.engine.set_loras([])
         self.engine.load_weights(self.files[0])
         after = timed(self.forward, self.device, FORWARDS)
-        return [
-            {
-                "variant": "engine",
-                "operation": "forward_after_swaps",
-                **after,
-                "swaps": SWAPS,
-                "limit_ms": self.fresh_ms,
-                "must_ms": 1.01 * self.fresh_ms,
-                "held": after["ms"] <= 1.01 * self.fresh_ms,
-                "equal": bool(torch.equal(self.forward(), self.fresh)),
-                "pool": self.pool.report(),
-            }
-        ]
+        return {
+            "variant": "engine",
+            "operation": "forward_after_swaps",
+            **after,
+            "swaps": SWAPS,
+            "limit_ms": self.fresh_ms,
+            "must_ms": 1.01 * self.fresh_ms,
+            "held": after["ms"] <= 1.01 * self.fresh_ms,
+            "equal": bool(torch.equal(self.forward(), self.fresh)),
+            "pool": self.pool.report(),
+        }
 
 
 def _merged(rows: Sequence[Row]) -> Row:
@@ -458,7 +449,7 @@ def audition_row(folder: Path, size: tuple[int, int], device: str, steps: int = 
     }
 
 
-def diffusers_rows(case: Case, device: torch.device, files: Sequence[Path]) -> list[Row]:
+def diffusers_rows(case: Case, device: torch.device, files: Sequence[Path]) -> Iterator[Row]:
     """The same by diffusers: a file into its module, and a LoRA loaded and fused."""
     unet: Any = make_module(case.config, 0, device, case.dtype)
 
@@ -478,7 +469,7 @@ def diffusers_rows(case: Case, device: torch.device, files: Sequence[Path]) -> l
     def load() -> None:
         unet.load_state_dict(load_file(next(files_in_turn), device=str(device)))
 
-    rows = [row("checkpoint_file", load) | {"tier": "page cache"}]
+    yield row("checkpoint_file", load) | {"tier": "page cache"}
     lora = peft_lora(random_lora(case.config), case.config)
 
     def fuse() -> None:
@@ -490,8 +481,7 @@ def diffusers_rows(case: Case, device: torch.device, files: Sequence[Path]) -> l
         unet.unload_lora()
 
     for operation, change in (("lora_on", fuse), ("lora_off", unfuse)):
-        rows.append(row(operation, change, 1) | {"loras": 1})
-    return rows
+        yield row(operation, change, 1) | {"loras": 1}
 
 
 def peft_lora(kohya: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:

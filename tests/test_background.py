@@ -33,8 +33,21 @@ def work():
 background.start("test", work, stop=stopped.set)
 """
 
+READING = """
+import threading
+from accel.hosts.comfyui import catalog
+begun = threading.Event()
+def bring(path, stop):
+    begun.set()
+    stop.wait()
+    print("ended", flush=True)
+catalog.has_room_for = lambda size: True
+catalog.Reader(bring).begin(lambda: [catalog.__file__])
+begun.wait()
+"""
 
-@pytest.mark.parametrize("code", [BUSY, WAITING], ids=["busy", "waiting"])
+
+@pytest.mark.parametrize("code", [BUSY, WAITING, READING], ids=["busy", "waiting", "reading"])
 def test_threads_end_before_python_does(code: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60

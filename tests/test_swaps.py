@@ -28,9 +28,9 @@ def test_every_figure_has_its_row(
     for name, value in {"SWAPS": 4, "FORWARDS": 1, "ROUNDS": 1, "LORA_ROUNDS": 1}.items():
         monkeypatch.setattr(swaps, name, value)
     monkeypatch.setenv("SWITCHYARD_CACHE_DIR", str(small_plans))
-    rows = swaps.measure(case, CPU, tmp_path, LIMITS, checkpoints=2)
     found: dict[tuple[Any, ...], Any] = {
-        (row["variant"], row["operation"], row.get("tier"), row.get("loras")): row for row in rows
+        (row["variant"], row["operation"], row.get("tier"), row.get("loras")): row
+        for row in swaps.measure(case, CPU, tmp_path, LIMITS, checkpoints=2)
     }
     tiers = ("page cache", "pinned RAM", "device")
     operations = ("checkpoint_file", "checkpoint_pinned", "checkpoint_seat")
@@ -55,3 +55,23 @@ def test_every_figure_has_its_row(
         *(("checkpoint_file", "page cache", None), ("lora_on", None, 1), ("lora_off", None, 1)),
     ):
         assert found["diffusers", operation, tier, count]["ms"] > 0
+
+
+def test_a_row_comes_as_soon_as_it_is_measured(
+    case: Case, small_plans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWITCHYARD_CACHE_DIR", str(small_plans))
+    monkeypatch.setattr(swaps, "FORWARDS", 1)
+    row = swaps.Bench.row
+
+    def late(self: swaps.Bench, operation: str, *rest: Any, **facts: Any) -> swaps.Row:
+        if operation == "checkpoint_pinned":
+            raise TimeoutError(operation)
+        return row(self, operation, *rest, **facts)
+
+    monkeypatch.setattr(swaps.Bench, "row", late)
+    found = []
+    with pytest.raises(TimeoutError):
+        for one in swaps.measure(case, CPU, tmp_path, LIMITS, checkpoints=1):
+            found.append(one["operation"])
+    assert found == ["checkpoint_file"]

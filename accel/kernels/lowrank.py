@@ -108,8 +108,10 @@ def _add_products(
 
     where = offset + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     inside = inside_m[:, None] & inside_n[None, :]
-    total += tl.load(base + where, inside, other=0.0).to(tl.float32)
-    tl.store(out + where, total.to(out.dtype.element_ty), inside)
+    value = tl.load(base + where, inside, other=0.0).to(tl.float32)
+    # Without changes it is a copy: added to zero, -0 would lose its sign.
+    value = tl.where(count == 0, value, value + total)
+    tl.store(out + where, value.to(out.dtype.element_ty), inside)
 
 
 def add_products(

@@ -180,7 +180,8 @@ def add(base: Tensor, out: Tensor, parameters: Sequence[tuple[Place, Sequence[Ch
         scales if len(scales) else np.zeros(1, np.float32),
     )
     tables = [torch.from_numpy(table).to(out.device) for table in numbers]
-    kernel.add_products(*tables, base, out).run()
+    with torch.cuda.device_of(out):  # Triton launches on the GPU that is current
+        kernel.add_products(*tables, base, out).run()
 
 
 def _kernel() -> Any:

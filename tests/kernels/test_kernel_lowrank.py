@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,37 @@ def test_one_place_at_a_time_gives_the_same_bits() -> None:
         lowrank.add(arena.values, alone, [row])
     lowrank.add(arena.values, together, rows)
     assert torch.equal(alone.nan_to_num(), together.nan_to_num())
+
+
+def test_a_copy_keeps_the_sign_of_zeros() -> None:
+    """As taking a LoRA off must, where what else is launched is changed."""
+    values = torch.tensor([0.0, -0.0], dtype=torch.float16, device=DEVICE).repeat(2 * 64 * 32)
+    first, second = (values[4096 * index :][:4096].view(64, 64) for index in range(2))
+    places = [place_of(view) for view in (first, second)]
+    out = torch.ones_like(values)
+    changes: list[list[Change]] = [[], [change((64, 64), 4, torch.float32)]]
+    lowrank.add(values, out, list(zip(places, changes, strict=True)))  # type: ignore[arg-type]
+    assert torch.equal(out[:4096].view(torch.int16), values[:4096].view(torch.int16))
+    assert bool((out[4096:] != 0).all())
+
+
+def test_it_is_launched_on_the_gpu_of_the_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another may be current where LoRAs are put on."""
+    current: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    ran: list[Tensor] = []
+    stand_in = SimpleNamespace(run=lambda: ran.extend(current))
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(kernel, "add_products", lambda *_: stand_in)
+    out = torch.zeros(64, device=DEVICE)
+    lowrank.add(out, out, [(Place(0, 8, 8, 8, 1), [])])
+    assert len(ran) == 1 and ran[0] is out
 
 
 def test_places_that_the_kernel_cannot_write_are_left_to_others() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from ... import background
 from ...cache import Entry
 from ...compiler import SHIPPED
 from ...errors import InvalidFile, SwitchyardError
@@ -409,8 +410,8 @@ class Reader:
                 return
             self._busy = True
             self._stop.clear()
-            self._thread = threading.Thread(target=self._run, args=(paths,), daemon=True)
-            self._thread.start()
+            # What is done with a file is PyTorch's work, too.
+            self._thread = background.start("next", self._run, paths, stop=self._stop.set)
 
     def stop(self) -> None:
         """Stop reading, and wait for the thread."""
