@@ -27,8 +27,7 @@ import torch
 
 from accel.bench import machine
 from accel.hardware import Hardware, describe
-from accel.kernels import Call, Config, Kernel, TensorSpec, candidates, kernels
-from accel.kernels import matmul_hopper as family
+from accel.kernels import Call, Config, Kernel, TensorSpec, candidates
 from accel.ops import get
 from accel.tuning.compiling import Compiler
 from accel.tuning.measure import LAUNCHES, Clock, Operands
@@ -62,9 +61,6 @@ SHAPES: tuple[Shape, ...] = (
     (2048, 640, 1920, "none", "", F16),
 )
 
-IMPORTANT = 2
-"""Of how many shapes variants are timed that the kernel would not propose."""
-
 SUSTAINED_S = 0.08
 
 PATIENCE = 10.0
@@ -85,34 +81,13 @@ def call_of(shape: Shape) -> Call:
     return Call("linear", spec(rows, columns), tensors, {"activation": activation})
 
 
-def variants(call: Call, hardware: Hardware, many: bool) -> list[Config]:
-    """Of this kernel: those that it proposes, and others."""
-    (kernel,) = (k for k in kernels() if k.name == NAME)
-    assert kernel.configs is not None
-    found = [dict(config) for config in kernel.configs(call, hardware)]
-    if many:
-        first = dict(found[0])
-        changes: list[Config] = [{"lag": 0}, {"lag": 3}, {"pdl": False}]
-        found[3:3] = [{**first, **change} for change in changes]
-    activation = call.attrs["activation"]
-    for width in family.WIDTHS[activation]:
-        for cluster in family.CLUSTERS if many else (2,):
-            stages, blocks = (
-                family.Tile(width, activation).stages,
-                family.programs_of(cluster, hardware),
-            )
-            found.append(dict(family.variant(width, cluster, stages, blocks)))
-    distinct = {json.dumps(config, sort_keys=True): config for config in found}
-    return [config for config in distinct.values() if kernel.fits(call, config, hardware)]
-
-
 def work(hardware: Hardware) -> Iterator[tuple[Shape, Call, list[tuple[Kernel, Config]]]]:
     """Shapes with their candidates, the most important first."""
-    for place, shape in enumerate(SHAPES):
+    for shape in SHAPES:
         call = call_of(shape)
-        others = [c for c in candidates(call, hardware)[:-1] if c[0].name != NAME]
-        (kernel,) = (k for k in kernels() if k.name == NAME)
-        own = [(kernel, config) for config in variants(call, hardware, place < IMPORTANT)]
+        found = candidates(call, hardware)[:-1]
+        own = [candidate for candidate in found if candidate[0].name == NAME]
+        others = [candidate for candidate in found if candidate[0].name != NAME]
         yield shape, call, own[:1] + others + own[1:]
 
 

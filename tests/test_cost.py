@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from accel.cache import DiskCache
-from accel.kernels import Call, Config, Kernel
+from accel.kernels import Call, Config, Kernel, matmul_hopper
 from accel.tuning import cost, work
 from accel.tuning.chips import KNOWN, chip_of
 from accel.tuning.compiling import Compiler
@@ -29,7 +29,10 @@ sys.path.append(str(Path(__file__).parent / "kernels"))
 from harness import chip as hardware_of
 
 ROOT = Path(__file__).resolve().parents[1]
-H200 = next(chip for chip in KNOWN if chip.name == "NVIDIA H200")
+H100, H200 = (
+    next(chip for chip in KNOWN if chip.name == name)
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+)
 GPU = dataclasses.replace(
     hardware_of(),
     name="NVIDIA H200",
@@ -197,7 +200,7 @@ def test_what_moves_bytes_takes_as_long_as_they_take() -> None:
 def test_every_kernel_that_was_measured_is_described() -> None:
     for path in ROOT.glob("tuning_profiles/*.json"):
         for key, entry in json.loads(path.read_text())["entries"].items():
-            assert Model(H200).us(call_of(key), entry["kernel"], entry["config"]) is not None, key
+            assert work.works(H200, call_of(key), entry["kernel"], entry["config"]), key
 
 
 def test_what_is_not_known_is_not_predicted() -> None:
@@ -205,6 +208,23 @@ def test_what_is_not_known_is_not_predicted() -> None:
     assert model.us(linear(64, 320, 320), "somebody.linear", {}) is None
     assert model.us(linear(64, 320, 320), TMA, {"block_m": 64}) is None
     assert model.us(linear(64, 320, 320), TMA, TILE | {"block_m": 0}) is None
+
+
+def test_of_what_was_measured_at_few_sizes_nothing_is_said_elsewhere() -> None:
+    """It is timed, and not chosen: here, and on a chip where it was never measured."""
+    config = matmul_hopper.variant(160, 1, 5, 132)
+    call, near, far = (linear(rows, 640, 640) for rows in (8192, 8064, 2048))
+    ours = kernel("cuda.matmul", True)
+    pairs = [(ours, config), (LIBRARY, {}), (OURS, TILE)]
+    known = {call.key: [("cuda.matmul", config, 1.0), ("cublas.linear", {}, 20.0)]}
+    model = Model(H200, None, known)
+    assert model.rank(near, pairs)[0].kernel is ours
+    other = linear(8064, 640, 1280)
+    for unsaid, asked in ((model, far), (model, other), (Model(H100, None, carried=known), near)):
+        last = unsaid.rank(asked, pairs)[-1]
+        assert last.kernel is ours and last.us is None
+        assert (ours, config) in unsaid.prune(asked, pairs, 1)
+        assert (ours, config) in unsaid.contenders(asked, pairs)
 
 
 # Calibration.

@@ -84,10 +84,8 @@ template <int COLUMNS> struct MatrixProduct;
     }                                                                                             \
   };
 
-MATRIX_PRODUCT(128, 64, 64, 65, 66)
 MATRIX_PRODUCT(160, 80, 80, 81, 82)
 MATRIX_PRODUCT(192, 96, 96, 97, 98)
-MATRIX_PRODUCT(240, 120, 120, 121, 122)
 MATRIX_PRODUCT(256, 128, 128, 129, 130)
 
 // To stand before products whose registers other instructions have written.

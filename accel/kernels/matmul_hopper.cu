@@ -11,25 +11,23 @@
 //   when the second is at its own end. Neither needs further registers for that, as it would for
 //   two tiles at a time, nor operands of its own, as it would if each had a tile for itself.
 // - What is read from L2 costs time and power. In a CLUSTER of two, blocks have the same columns:
-//   each sends for half of the weight's step, to both of them. In one of four, two and two have the
-//   same rows as well, and each sends for half of those.
+//   each sends for half of the weight's step, to both of them.
 // - Where launches OVERLAP, the first of the weight is there when the launch before has ended.
 // - Bias and residual are on their way while products are made. Results leave through the copy
 //   engine, box by box, each warp by itself.
 //
-// Compiled with WIDTH, STAGES, SLOTS (boxes of a warp that shared memory has room for), CLUSTER
-// (1, 2 or 4), LAG, GROUP, GEGLU, BIAS, RESIDUAL, OVERLAP, BF16.
+// Compiled with WIDTH, STAGES, CLUSTER (1 or 2), GROUP, GEGLU, BIAS, RESIDUAL, OVERLAP, BF16.
 
 #include "hopper.cuh"
 
 constexpr int ROWS = 128;
 constexpr int STEP = 64;  // of the depth, in a row of 128 bytes, which are swizzled
 constexpr int ROW_BYTES = 128;
+constexpr int LAG = 2;
 constexpr int WARPS = 8;  // that multiply
 // A further warpgroup, whose first warp sends for operands, leaves its registers to the others.
 constexpr int THREADS = 32 * (WARPS + 4);
 constexpr int REGISTERS = 232, FEW_REGISTERS = 40;  // of a thread
-constexpr int DOWN = CLUSTER > 1 ? 2 : 1, ACROSS = CLUSTER / DOWN;  // blocks of a cluster
 constexpr int PART = WIDTH / 2;
 constexpr int X_BYTES = ROWS * ROW_BYTES;
 constexpr int PART_BYTES = PART * ROW_BYTES;
@@ -41,36 +39,36 @@ constexpr int BOX = OUT % 64 == 0 ? 64 : OUT % 32 == 0 ? 32 : 16;
 constexpr int BOX_ROW = BOX * 2;
 constexpr int BOX_BYTES = 16 * BOX_ROW;
 constexpr int BOXES = OUT / BOX;
-static_assert(BOXES % SLOTS == 0 && LAG < STAGES && PART % 8 == 0);
+static_assert(LAG < STAGES && PART % 8 == 0);
 
 // ---- What lies where ----------------------------------------------------------------------------
 
 // Of shared memory, in bytes from its start, which is a multiple of 1024.
 constexpr int SLOTS_AT = STAGES * STAGE_BYTES;
-constexpr int BARRIERS_AT = SLOTS_AT + WARPS * SLOTS * BOX_BYTES;
+constexpr int BARRIERS_AT = SLOTS_AT + WARPS * BOXES * BOX_BYTES;
 
 struct Shared {
   uint32 start;
 
   __device__ __forceinline__ uint32 stage(int i) const { return start + i * STAGE_BYTES; }
   __device__ __forceinline__ uint32 slot(int warp, int i) const {
-    return start + SLOTS_AT + (warp * SLOTS + i) * BOX_BYTES;
+    return start + SLOTS_AT + (warp * BOXES + i) * BOX_BYTES;
   }
   // A stage's operands are there; it may be written again; a slot's residual is there; the first
   // warpgroup is ahead.
   __device__ __forceinline__ uint32 full(int i) const { return start + BARRIERS_AT + 8 * i; }
   __device__ __forceinline__ uint32 empty(int i) const { return full(STAGES + i); }
   __device__ __forceinline__ uint32 added(int warp, int i) const {
-    return full(2 * STAGES + warp * SLOTS + i);
+    return full(2 * STAGES + warp * BOXES + i);
   }
   __device__ __forceinline__ uint32 ahead() const { return added(WARPS, 0); }
 
   __device__ __forceinline__ void init() const {
     for (int i = 0; i < STAGES; i++) {
       barrier_init(full(i), 1);
-      barrier_init(empty(i), WARPS * (DOWN + ACROSS - 1));
+      barrier_init(empty(i), WARPS * CLUSTER);
     }
-    for (int i = 0; i < WARPS * SLOTS; i++) barrier_init(added(0, i), 1);
+    for (int i = 0; i < WARPS * BOXES; i++) barrier_init(added(0, i), 1);
     barrier_init(ahead(), 1);
     barriers_ready();
   }
@@ -88,19 +86,17 @@ struct Ring {
   }
 };
 
-// All tiles that this block makes, of rectangles of them that its cluster makes. Groups of GROUP
-// rows of those, within a group column by column, so that L2 has what is read at one time.
+// All tiles that this block makes, one of each pair that its cluster makes, if it is of one. Groups
+// of GROUP rows of those, within a group column by column, so that L2 has what is read at one time.
 struct Tiles {
-  int tile, count, stride, down, across;  // of rectangles
-  int down_rank, across_rank;             // this block's place in them
+  int rank;                               // in the cluster
+  int tile, count, stride, down, across;  // of pairs, if there are any
   int row, column;                        // the first ones of the tile, GEGLU: of the values
 
   __device__ __forceinline__ Tiles(int rows, int columns) {
-    int rank = CLUSTER > 1 ? cluster_rank() : 0;
-    down_rank = rank % DOWN;
-    across_rank = rank / DOWN;
-    down = (rows + ROWS * DOWN - 1) / (ROWS * DOWN);
-    across = (columns + OUT * ACROSS - 1) / (OUT * ACROSS);
+    rank = CLUSTER > 1 ? cluster_rank() : 0;
+    down = (rows + ROWS * CLUSTER - 1) / (ROWS * CLUSTER);
+    across = (columns + OUT - 1) / OUT;
     count = down * across;
     tile = blockIdx.x / CLUSTER;
     stride = gridDim.x / CLUSTER;
@@ -116,8 +112,8 @@ struct Tiles {
     int left = down - group * GROUP;
     int height = left < GROUP ? left : GROUP;
     height = height < 1 ? 1 : height;  // beyond the last tile
-    row = ((group * GROUP + within % height) * DOWN + down_rank) * ROWS;
-    column = (within / height * ACROSS + across_rank) * OUT;
+    row = ((group * GROUP + within % height) * CLUSTER + rank) * ROWS;
+    column = within / height * OUT;
   }
 };
 
@@ -141,13 +137,7 @@ struct Sender {
   const Descriptor *x, *weight;
 
   __device__ __forceinline__ void send_rows(const Steps& at, int stage) const {
-    uint32 to = memory.stage(stage), full = memory.full(stage);
-    int first = at.tiles.row, share = at.tiles.across_rank * (ROWS / 2);
-    if (ACROSS == 1)
-      copy_box(to, x, full, at.step * STEP, first, 0, 0);
-    else
-      copy_box_to(5 << at.tiles.down_rank, to + share * ROW_BYTES, x, full, at.step * STEP,
-                  first + share, 0, 0);
+    copy_box(memory.stage(stage), x, memory.full(stage), at.step * STEP, at.tiles.row, 0, 0);
   }
   // The first to be sent of a stage, whose barrier learns of all that is to come.
   __device__ __forceinline__ void send_weight(const Steps& at, int stage) const {
@@ -157,11 +147,10 @@ struct Sender {
     for (int part = 0; part < 2; part++) {
       uint32 to = memory.stage(stage) + X_BYTES + part * PART_BYTES;
       int first = at.tiles.column + (GEGLU ? 0 : part * PART), half = GEGLU ? part : 0;
-      if (DOWN == 1)
+      if (CLUSTER == 1)
         copy_box(to, weight, full, at.step * STEP, first, half, 0);
-      else if (part == at.tiles.down_rank)
-        copy_box_to(3 << (DOWN * at.tiles.across_rank), to, weight, full, at.step * STEP, first,
-                    half, 0);
+      else if (part == at.tiles.rank)
+        copy_box_to(3, to, weight, full, at.step * STEP, first, half, 0);
     }
   }
 };
@@ -270,7 +259,7 @@ struct Result {
   }
 };
 
-// The slots of one warp.
+// The slots of one warp, one for each box.
 struct Slots {
   const Shared& memory;
   const Descriptor *residual, *out;
@@ -279,26 +268,26 @@ struct Slots {
                       // instructions, and in sixteen columns which eight
 
   __device__ __forceinline__ void send_for(int box, int first, int column) const {
-    uint32 barrier = memory.added(warp, box % SLOTS);
+    uint32 barrier = memory.added(warp, box);
     barrier_expect(barrier, BOX_BYTES);
-    copy_box(memory.slot(warp, box % SLOTS), residual, barrier, column + box * BOX, first, 0, 0);
+    copy_box(memory.slot(warp, box), residual, barrier, column + box * BOX, first, 0, 0);
   }
   // Once the slots are free of what was stored from them.
   __device__ __forceinline__ void begin(int first, int column) const {
     if (RESIDUAL && lane == 0) {
       stores_read<0>();
 #pragma unroll
-      for (int box = 0; box < SLOTS; box++) send_for(box, first, column);
+      for (int box = 0; box < BOXES; box++) send_for(box, first, column);
     }
   }
   __device__ __forceinline__ void leave(const Result& result, int first, int column) {
 #pragma unroll
     for (int box = 0; box < BOXES; box++) {
-      uint32 slot = memory.slot(warp, box % SLOTS), line = slot + row * BOX_ROW;
+      uint32 slot = memory.slot(warp, box), line = slot + row * BOX_ROW;
       if (RESIDUAL) {
-        barrier_wait(memory.added(warp, box % SLOTS), turn ^ (box / SLOTS & 1));
+        barrier_wait(memory.added(warp, box), turn);
       } else {
-        if (lane == 0) stores_read<SLOTS - 1>();
+        if (lane == 0) stores_read<BOXES - 1>();
         __syncwarp();
       }
 #pragma unroll
@@ -318,23 +307,15 @@ struct Slots {
       if (lane == 0) {
         store_box(out, slot, column + box * BOX, first, 0, 0);
         stores_issued();
-        if (RESIDUAL && box + SLOTS < BOXES) {
-          stores_read<0>();
-          send_for(box + SLOTS, first, column);
-        }
       }
     }
-    turn ^= BOXES / SLOTS & 1;
+    turn ^= 1;
   }
 };
 
-// After the products of a stage, of a whole warp: to every block that sends something there, which
-// are this one and those beside it.
-__device__ __forceinline__ void free_stage(const Shared& memory, const Tiles& tiles, int stage,
-                                           int lane) {
-  int rank = tiles.down_rank + DOWN * tiles.across_rank;
-  if (lane < CLUSTER && (CLUSTER < 4 || lane != (rank ^ 3)))
-    barrier_arrive(memory.empty(stage), lane);
+// After the products of a stage, of a whole warp: to every block that sends something there.
+__device__ __forceinline__ void free_stage(const Shared& memory, int stage, int lane) {
+  if (lane < CLUSTER) barrier_arrive(memory.empty(stage), lane);
 }
 
 __device__ __forceinline__ void multiply(const Shared& memory, Tiles tiles, int steps,
@@ -347,7 +328,7 @@ __device__ __forceinline__ void multiply(const Shared& memory, Tiles tiles, int 
   Ring ring = {0, 0};
   Result result;
   int alone = group == 0 ? (LAG < steps ? LAG : steps) : 0;  // steps till the other may begin
-  if (LAG > 0 && group == 1) barrier_wait(memory.ahead(), 0);
+  if (group == 1) barrier_wait(memory.ahead(), 0);
   for (; tiles.there(); tiles.next()) {
     int first = tiles.row + warp * 16, before = 0;
     for (int step = 0; step < steps; step++, ring.next()) {
@@ -356,18 +337,18 @@ __device__ __forceinline__ void multiply(const Shared& memory, Tiles tiles, int 
       result.multiply(x + stage, weight + stage, step > 0);
       if (step > 0) {
         products_done<1>();
-        free_stage(memory, tiles, before, lane);
+        free_stage(memory, before, lane);
       } else {  // what has time till the end
         slots.begin(first, tiles.column);
         if (BIAS) result.load_bias(bias, tiles.column, columns, lane);
       }
       before = ring.stage;
-      if (LAG > 0 && alone > 0 && --alone == 0 && warp == 0 && lane == 0)
-        barrier_arrive(memory.ahead(), tiles.down_rank + DOWN * tiles.across_rank);
+      if (alone > 0 && --alone == 0 && warp == 0 && lane == 0)
+        barrier_arrive(memory.ahead(), tiles.rank);
     }
     products_done<0>();
     pin(result.sums);
-    free_stage(memory, tiles, before, lane);
+    free_stage(memory, before, lane);
     slots.leave(result, first, tiles.column);
   }
   if (lane == 0) stores_read<0>();

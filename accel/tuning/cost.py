@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 from ..kernels.registry import Call, Config, Kernel
 from .chips import Chip
 from .keys import call_of
-from .profile import family_of
+from .profile import NEAR, family_of
 from .profile_file import FIT_VERSION, MOST_FACTOR, fit_fault
 from .work import HIDDEN, Work, works
 
@@ -100,6 +100,11 @@ algorithm, which is the worst that held-out sizes got."""
 NUMBERED = {"cublaslt.": "algorithm", "cudnn_frontend.": "plan"}
 """Kernels of libraries that choose by a number in a list of the library's own making, for each GPU,
 version and size."""
+
+NEAR_BY_ALONE = frozenset({"cuda.matmul"})
+"""Kernels of which too little was measured to say how long they take elsewhere: constants that all
+calls but one gave missed that one by up to a fifth, and what they chose took up to an eighth longer
+than the best. They are known where the same weights were measured at a size near by (`NEAR`)."""
 
 WORTH = 0.003
 """Expected gain, as a share of its time, for which a candidate is timed in idle time. At sizes that
@@ -307,12 +312,28 @@ class Model:
     ) -> tuple[list[int], _Carried | None]:
         """The places of the candidates that the model knows, and what is expected of these."""
         options = self._options(call, candidates)
-        known = [place for place, logs in enumerate(options) if logs.size]
+        known = [
+            place
+            for place, logs in enumerate(options)
+            if logs.size and self._may_say(call.key, candidates[place][0])
+        ]
         if not known:
             return known, None
         named = [candidates[place] for place in known]
         points = _points(call.key, named, [options[place] for place in known])
         return known, self._group(call.key).carried(points)
+
+    def _may_say(self, key: str, kernel: str) -> bool:
+        """Whether enough is known of a kernel to predict its times of a call."""
+        if kernel not in NEAR_BY_ALONE:
+            return True
+        rows = family_of(key)[1]
+        return any(
+            kernel == name and max(rows, there) <= NEAR * min(rows, there)
+            for other, times in self._measured.get(_group_of(key), {}).items()
+            for there in [family_of(other)[1]]
+            for name, *_ in times
+        )
 
     def _options(
         self, call: Call, candidates: Sequence[tuple[str, Config]], chip: Chip | None = None
