@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from comfyui.server import Server
+from sparse import ldm_shapes, sparse_file
+
+from accel.compiler import open_cache
+from accel.hosts.comfyui import routes as server_side
+from accel.hosts.comfyui.builder import Builder
+from accel.hosts.comfyui.journal import Journal
+from accel.tuning.profile import profiled
 
 from .browser import Desk
 from .samples import Routes
 from .test_graph import BUILD, EMPTY, NODE, SUBGRAPH
+from .test_run import SET as LAY_OUT
 
 pytestmark = pytest.mark.comfyui
 
@@ -107,6 +118,46 @@ def test_the_panel_says_what_the_workflow_will_take(desk: Desk, routes: Routes) 
     panel.get_by_text("about 2.0 s · 1.0 GiB").wait_for()
     desk.run(MODE, [ids["fast"], BYPASSED])
     panel.get_by_text("about ").wait_for(state="detached")
+
+
+def test_what_the_server_answers_is_what_is_said(
+    desk: Desk, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pack's own answers, as if an H200 that has run nothing were the device."""
+    gpu, name = profiled()["NVIDIA H200"], "sd_xl_base_1.0.safetensors"
+    monkeypatch.setattr(server_side, "_hardware", lambda: (gpu.name, gpu, None))
+    path = sparse_file(tmp_path / name, ldm_shapes("sdxl", "model.diffusion_model."))
+    names = {"checkpoints": [name]}
+    answers = server_side.Panel(
+        lambda folder: names.get(folder, []),
+        lambda folder, name: str(path),
+        list,
+        Builder(open_cache(tmp_path / "cache", 1 << 30), lambda data: None),
+        Journal(tmp_path / "cache" / "journal.json"),
+    )
+    state = answers.state() | {"host": server.get("/switchyard/state")["host"]}
+    desk.page.route("**/switchyard/state", lambda route: route.fulfill(json=state))
+    desk.page.route(
+        "**/switchyard/checkpoints", lambda route: route.fulfill(json=answers.checkpoints())
+    )
+    said: list[dict[str, Any]] = []
+
+    def predict(route: Any) -> None:
+        said.append(answers.predict(route.request.post_data_json))
+        route.fulfill(json=said[-1])
+
+    desk.page.route("**/switchyard/predict", predict)
+    size = {"width": 1024, "height": 1024, "batch_size": 1}
+    ids = build(desk, values={"loader": {"ckpt_name": name}, "latent": size})
+    places = {"loader": [0, 0], "latent": [0, 200], "text": [360, 200], "fast": [360, 0]}
+    desk.run(LAY_OUT, [ids, {}, places | {"sampler": [820, 0]}, {"text": [400, 180]}])
+    panel = desk.open_panel()
+    panel.get_by_text(re.compile("^about ")).wait_for()
+    panel.get_by_text(name).wait_for()
+    (answer,) = said
+    text = f"about {answer['seconds']:.1f} s · {answer['bytes'] / 2**30:.1f} GiB of VRAM"
+    assert text in panel.inner_text() and 0.2 < answer["seconds"] < 2
+    desk.picture("predicted")
 
 
 def test_in_chinese(desk: Desk, routes: Routes) -> None:
