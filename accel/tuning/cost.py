@@ -103,7 +103,7 @@ version and size."""
 
 NEAR_BY_ALONE = frozenset({"cuda.matmul"})
 """Kernels of which too little was measured to say how long they take elsewhere: constants that all
-calls but one gave missed that one by up to a fifth, and what they chose took up to an eighth longer
+calls but one gave missed that one by up to a quarter, and what they chose took up to an eighth longer
 than the best. They are known where the same weights were measured at a size near by (`NEAR`)."""
 
 WORTH = 0.003
