@@ -103,8 +103,9 @@ version and size."""
 
 NEAR_BY_ALONE = frozenset({"cuda.matmul"})
 """Kernels of which too little was measured to say how long they take elsewhere: constants that all
-calls but one gave missed that one by up to a quarter, and what they chose took up to an eighth longer
-than the best. They are known where the same weights were measured at a size near by (`NEAR`)."""
+calls but one gave missed that one by up to a quarter, and what they chose took up to an eighth
+longer than the best. They are known where the same weights were measured at a size near by
+(`NEAR`)."""
 
 WORTH = 0.003
 """Expected gain, as a share of its time, for which a candidate is timed in idle time. At sizes that
