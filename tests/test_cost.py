@@ -218,9 +218,11 @@ def test_of_what_was_measured_at_few_sizes_nothing_is_said_elsewhere() -> None:
     pairs = [(ours, config), (LIBRARY, {}), (OURS, TILE)]
     known = {call.key: [("cuda.matmul", config, 1.0), ("cublas.linear", {}, 20.0)]}
     model = Model(H200, None, known)
-    assert model.rank(near, pairs)[0].kernel is ours
+    for told in (model, Model(H200, None, carried=known, origin=H200)):
+        assert told.rank(near, pairs)[0].kernel is ours
     other = linear(8064, 640, 1280)
-    for unsaid, asked in ((model, far), (model, other), (Model(H100, None, carried=known), near)):
+    elsewhere = Model(H100, None, carried=known, origin=H200)
+    for unsaid, asked in ((model, far), (model, other), (elsewhere, near)):
         last = unsaid.rank(asked, pairs)[-1]
         assert last.kernel is ours and last.us is None
         assert (ours, config) in unsaid.prune(asked, pairs, 1)

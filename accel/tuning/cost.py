@@ -328,10 +328,13 @@ class Model:
         """Whether enough is known of a kernel to predict its times of a call."""
         if kernel not in NEAR_BY_ALONE:
             return True
-        rows = family_of(key)[1]
+        rows, group = family_of(key)[1], _group_of(key)
+        measured = self._measured.get(group, {})
+        if self._origin.name == self.chip.name:  # with other versions of libraries
+            measured = {**self._carried.get(group, {}), **measured}
         return any(
             kernel == name and max(rows, there) <= NEAR * min(rows, there)
-            for other, times in self._measured.get(_group_of(key), {}).items()
+            for other, times in measured.items()
             for there in [family_of(other)[1]]
             for name, *_ in times
         )
