@@ -12,7 +12,8 @@ tune_candidates, tune_seconds: for `accel tune` of SD1.5 and SDXL with their Con
 512² to 1536². Candidates are listed as on that GPU, but for the libraries' own algorithms, of which
 as many are assumed as the file has of its calls. Seconds are those of the GPU, by times that the
 model predicts; of the model itself, as it takes here; and of the host, by what `COSTS` assumes:
-it knows nothing of how long cuDNN takes to make its plans.
+it knows nothing of how long cuDNN takes to make its plans. Nor is counted what the model says
+nothing of, which `accel tune` times (`cost.NEAR_BY_ALONE`).
 """
 
 from __future__ import annotations

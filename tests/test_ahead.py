@@ -96,7 +96,7 @@ def cost(call: Call, have: set[str]) -> float:
 
 def test_a_few_pieces_of_code_serve_sizes_that_are_not_among_those_asked() -> None:
     load_triton()
-    between = calls((4096, 9216))
+    between = calls((2304, 9216))
     spent = []
     for most in (0, 4, 12):
         chosen = covering(calls(), GPU, model(), most)

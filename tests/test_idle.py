@@ -200,6 +200,7 @@ def test_what_is_sure_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     _, key = shipped()
     call, measured = resized(key, 14000), Measured(lambda place: 9.0)
     monkeypatch.setattr("accel.tuning.cost.WORTH", 10.0)
+    monkeypatch.setattr("accel.tuning.cost.NEAR_BY_ALONE", frozenset())
     selector = chooser(monkeypatch, measured, DiskCache(tmp_path, 1 << 20, "profile-test"))
     selector.select([call])
     assert selector.guessed() == [call]

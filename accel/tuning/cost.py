@@ -103,8 +103,9 @@ version and size."""
 
 NEAR_BY_ALONE = frozenset({"cuda.matmul"})
 """Kernels of which too little was measured to say how long they take elsewhere: constants that all
-calls but one gave missed that one by up to a fifth, and what they chose took up to an eighth longer
-than the best. They are known where the same weights were measured at a size near by (`NEAR`)."""
+calls but one gave missed that one by up to a quarter, and what they chose took up to an eighth
+longer than the best. They are known where the same weights were measured at a size near by
+(`NEAR`)."""
 
 WORTH = 0.003
 """Expected gain, as a share of its time, for which a candidate is timed in idle time. At sizes that
@@ -327,10 +328,13 @@ class Model:
         """Whether enough is known of a kernel to predict its times of a call."""
         if kernel not in NEAR_BY_ALONE:
             return True
-        rows = family_of(key)[1]
+        rows, group = family_of(key)[1], _group_of(key)
+        measured = self._measured.get(group, {})
+        if self._origin.name == self.chip.name:  # with other versions of libraries
+            measured = {**self._carried.get(group, {}), **measured}
         return any(
             kernel == name and max(rows, there) <= NEAR * min(rows, there)
-            for other, times in self._measured.get(_group_of(key), {}).items()
+            for other, times in measured.items()
             for there in [family_of(other)[1]]
             for name, *_ in times
         )
