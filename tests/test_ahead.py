@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_cost import GPU, resized, shipped
 
+from accel import background
 from accel.cache import DiskCache
 from accel.compiler import SHIPPED
 from accel.kernels import Call, Kernel, candidates, load_triton
@@ -365,7 +366,7 @@ def test_without_an_answer_it_is_done_here(
 
 def test_a_program_that_ends_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "_BOOT", HANGS)
-    monkeypatch.setattr(compiling, "_closing", threading.Event())
+    monkeypatch.setattr(background, "closing", threading.Event())
     answers: list[Any] = []
     thread = threading.Thread(target=lambda: answers.append(made_apart(os.getpid, GPU)))
     thread.start()
