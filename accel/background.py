@@ -52,3 +52,8 @@ def _finish() -> None:
 
 
 atexit.register(_finish)
+# Executors wait for their threads before that. What Python has for them takes what came last first,
+# so that of `concurrent.futures` has to be there already; without it they come to their end later.
+_before_executors: Callable[[Callable[[], object]], object]
+_before_executors = getattr(threading, "_register_atexit", lambda _: None)
+_before_executors(closing.set)

@@ -80,7 +80,7 @@ class AuditionCheckpoints(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoints: str, **others: Any) -> str:
+    def fingerprint_inputs(cls, checkpoints: str | None, **others: Any) -> str:
         """Files come and go while the inputs stay the same."""
         from ..accel.hosts.comfyui.audition import state_of
 

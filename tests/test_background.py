@@ -46,8 +46,19 @@ catalog.Reader(bring).begin(lambda: [catalog.__file__])
 begun.wait()
 """
 
+EXECUTOR = """
+from concurrent.futures import ThreadPoolExecutor
+from accel import background
+def work():
+    background.closing.wait()
+    print("ended", flush=True)
+ThreadPoolExecutor(1).submit(work)
+"""
 
-@pytest.mark.parametrize("code", [BUSY, WAITING, READING], ids=["busy", "waiting", "reading"])
+CODES = {"busy": BUSY, "waiting": WAITING, "reading": READING, "executor": EXECUTOR}
+
+
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES)
 def test_threads_end_before_python_does(code: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60

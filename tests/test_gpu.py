@@ -144,6 +144,20 @@ def test_a_loras_copy_on_the_device_changes_no_bit(plan_cache: Path, tmp_path: P
     assert with_copies.report()["pool"]["events"]["loras_brought"] == 2
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_loras_are_put_on_on_a_gpu_that_is_not_current(plan_cache: Path) -> None:
+    pool = Pool({"cuda": 0, "pinned": 0})
+    first, second = (
+        Session(device, "fp16", cache_dir=plan_cache, pool=pool).engine(half(1))
+        for device in ("cuda:0", "cuda:1")
+    )
+    with torch.cuda.device(0):
+        for engine in (first, second):
+            engine.set_loras([(make_lora(11), 0.8)])
+    storages = [engine._network.weights.storage.cpu() for engine in (first, second)]
+    assert torch.equal(*storages)
+
+
 def test_t2i_adapters_toggle_and_are_as_right_as_plain_half_precision(engine: Engine) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     module, worst = half(1).cuda(), 0.0

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from support import make_lora, make_unet, two_levels
 
+from accel import background
 from accel.errors import InvalidFile, OutOfMemory, StructureMismatch
 from accel.runtime.executable import Executable
 from accel.runtime.network import _ADAPTER, Network
@@ -520,6 +521,34 @@ def test_what_is_given_up_is_not_waited_for_to_arrive(
     del engine, network
     gc.collect()
     assert held() is None
+
+
+@pytest.mark.parametrize("onto_device", [True, False])
+def test_the_end_of_the_process_does_not_wait_for_what_comes_next(
+    small_plans: Path,
+    small_unet: Any,
+    files: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    onto_device: bool,
+) -> None:
+    engine = engine_with(small_plans, small_unet, 2, 6)
+    ends, names = threading.Event(), list[str]()
+    monkeypatch.setattr(background.closing, "is_set", ends.is_set)
+    read = FileSource.read_into
+
+    def ending(self: FileSource, name: str, out: torch.Tensor) -> None:
+        names.append(name)
+        ends.set()
+        read(self, name, out)
+
+    monkeypatch.setattr(FileSource, "read_into", ending)
+    source = engine.session._source(files[1], engine.config)
+    engine._network.prefetch(source, onto_device).result(timeout=60)
+    assert 1 <= len(names) <= READERS
+    events = engine.report()["pool"]["events"]
+    assert events["stopped_prefetches"] == 1 and "failed_prefetches" not in events
+    tiers = engine.report()["pool"]["tiers"]
+    assert (tiers["cpu"]["blocks"], tiers[PINNED]["blocks"]) == (0, 0)
 
 
 def test_a_load_waits_for_the_prefetch_that_is_ahead_of_it(

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..background import closing
 from ..errors import OutOfMemory, SwitchyardError
 from ..plan.schema import Plan
 from ..tuning import Selector, selector_for
@@ -665,8 +666,8 @@ class _Wanted:
         self._source, self._unwanted = source, unwanted
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
-        """As the source does. Raises CancelledError once nobody does."""
-        if self._unwanted.is_set():
+        """As the source does. Raises CancelledError once nobody does, or the process ends."""
+        if self._unwanted.is_set() or closing.is_set():
             raise CancelledError
         self._source.read_into(name, out)
 

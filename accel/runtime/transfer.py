@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from mmap import PAGESIZE
@@ -24,6 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..background import closing
 from ..plan.memory import align
 from ..tensorfile import TensorInfo
 
@@ -277,10 +278,15 @@ class Transfer:
                 yield self._direct(name, source)
 
     def gather(self, names: Sequence[str], source: Stageable) -> HostCopy:
-        """A copy of the source in RAM, pinned where the device is a GPU; read by all readers."""
+        """A copy of the source in RAM, pinned where the device is a GPU; read by all readers.
+
+        Raises CancelledError where the process ends meanwhile.
+        """
         copy = HostCopy(names, source, pin=self.device.type == "cuda")
 
         def read(name: str) -> None:
+            if closing.is_set():  # the process ends, and waits for this
+                raise CancelledError
             with torch.inference_mode(False), torch.no_grad():
                 source.read_into(name, copy.read(name))
 

@@ -201,6 +201,14 @@ def test_files_that_come_and_go_are_seen(folder):
     assert state_of("set") != before
 
 
+def test_files_are_seen_where_another_node_gives_the_pattern(folder):
+    """The host asks with None then; an error would have it painted anew each time."""
+    before = state_of(None)
+    assert state_of(None) == before == state_of("*")
+    (folder / "set" / "a.safetensors").unlink()
+    assert state_of(None) != before
+
+
 def test_the_memory_is_the_hosts_to_take_back(folder):
     audition("set/[ac]*", request(steps=1), OPTIONS)
     management.unload_all_models()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,14 @@ import pytest
 import torch
 
 from accel.errors import OutOfMemory
-from accel.hosts.comfyui import controlnet
+from accel.hosts.comfyui import ahead, controlnet
 from accel.hosts.comfyui.builder import builder
 from accel.hosts.comfyui.controlnet import EngineMixin, accelerate_controlnet, why_not
 from accel.hosts.comfyui.journal import STATUS_EVENT, journal
 from accel.hosts.comfyui.patcher import accelerate
 from accel.hosts.comfyui.pool import NetworkPatcher, pool
 from accel.hosts.comfyui.run import Options
+from accel.runtime.pool import PINNED, process_pool
 from accel.runtime.weights import weights_bytes
 
 from .checkpoints import ensure
@@ -137,6 +139,18 @@ def test_nets_in_turn_share_an_engine(load, net):
         result = sample(model, *applied(prompts(), fast[index]))
         assert relative_error(result, expected[index]) < TOLERANCE
     assert [engine.instance for engine in engines()] == [0]
+
+
+def test_no_file_is_brought_to_its_engine(load, net, models_folder, monkeypatch):
+    """Which file a net is of the host does not tell: it would wait there for nothing."""
+    monkeypatch.setattr(ahead, "has_room_for", lambda size: True)
+    sample(load(), *applied(prompts(), accelerate_controlnet(net(), WAIT)))
+    (own,) = engines()
+    (path,) = ensure(models_folder, "controlnet/tiny-sd15-2.safetensors")
+    size = own.loaded_size()
+    ahead.bring_nearer(str(path), threading.Event())
+    assert own.loaded_size() == size
+    assert process_pool().report()["tiers"].get(PINNED, {"blocks": 0})["blocks"] == 0
 
 
 def chain(first: Any, second: Any, kind: str = "tiny-sd15") -> tuple[list[Any], list[Any]]:

@@ -29,11 +29,14 @@ logger = logging.getLogger(__name__)
 def bring_nearer(path: str, stop: threading.Event) -> None:
     """Bring a file's network to the engine that will run it, if that is loaded; waits for it.
 
-    Nothing happens where memory is short, and for a file of another structure or precision.
+    Nothing happens where memory is short, for a file of another structure or precision, and for a
+    ControlNet.
     """
     for patcher in pool().engines():
         config = patcher.structure.config
         assert config is not None
+        if config.kind != "unet":  # the host does not tell which file a ControlNet is of
+            continue
         try:
             source = file_source(fingerprint_of(path), config)
         except (OSError, SwitchyardError) as error:

@@ -106,11 +106,14 @@ def names_of(pattern: str) -> list[str]:
     return found
 
 
-def state_of(pattern: str) -> str:
-    """What an audition depends on beside its inputs: the files, and that none was interrupted."""
+def state_of(pattern: str | None) -> str:
+    """What an audition depends on beside its inputs: the files, and that none was interrupted.
+
+    pattern: None where another node gives it, and it is not known yet: any file counts.
+    """
     stamps = []
     with suppress(InvalidInput):
-        for name in names_of(pattern):
+        for name in names_of("*" if pattern is None else pattern):
             path = folder_paths.get_full_path(FOLDER, name)
             with suppress(OSError):
                 status = os.stat(path)
