@@ -126,6 +126,7 @@ class Weights:
             self.shapes: dict[str, tuple[int, ...]] = {}
             self._places: dict[str, list[tuple[str, torch.Tensor]]] = {}
             self._table: dict[str, lowrank.Place | None] = {}
+            self._launches = False
             for constant, offset in zip(plan.constants, offsets, strict=True):
                 self._place(constant, offset)
 
@@ -221,7 +222,11 @@ class Weights:
 
         parked: whether their values are parked; those without changes are then copied by it, too.
         """
-        if not (adapters or parked) or not lowrank.available(self.device, self.dtype):
+        # Copies alone are not worth a compiler that somebody waits for.
+        if not adapters and not (parked and self._launches):
+            return {}
+        self._launches = lowrank.available(self.device, self.dtype)
+        if not self._launches:
             return {}
         found: Together = {}
         for name in names:
