@@ -13,6 +13,7 @@ from typing import Any
 import comfy.model_management as management
 import comfy.sd
 import comfy.utils
+import comfyui_version
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -174,9 +175,13 @@ def test_a_file_of_the_host_own_loader_is_known_too(files, tier, reads):
     paint(load(files[0]))
     bring(files[1])
     reads.clear()
-    model = accelerate(comfy.sd.load_checkpoint_guess_config(files[1])[0], Options(wait=True))
-    found = paint(model)
-    assert reads == []
+    loaded = comfy.sd.load_checkpoint_guess_config(files[1])[0]
+    found = paint(accelerate(loaded, Options(wait=True)))
+    # Older hosts do not say which file a MODEL is of: its own weights are as good.
+    told = hasattr(loaded, "cached_patcher_init")
+    version = tuple(map(int, comfyui_version.__version__.split(".")[:2]))
+    assert told or version < (0, 33)
+    assert (reads == []) == told
     assert torch.equal(found, paint(load(files[1])))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import comfy.sd
@@ -30,9 +31,10 @@ def load_by_block(model: Any, path: str, strength: float, given: BlockWeights) -
         if name in known.of
     }
     state, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    patched, _ = comfy.sd.load_lora_for_models(
-        model, None, state, strength, 0, lora_metadata=metadata
-    )
+    # Older hosts do not keep what a file says of itself.
+    kept = "lora_metadata" in signature(comfy.sd.load_lora_for_models).parameters
+    more = {"lora_metadata": metadata} if kept else {}
+    patched, _ = comfy.sd.load_lora_for_models(model, None, state, strength, 0, **more)
     for key, patches in list(patched.patches.items()):
         before, weight = len(model.patches.get(key, ())), by_key.get(key, 1.0)
         added = [(weight * own, *rest) for own, *rest in patches[before:] if weight != 0]
