@@ -81,7 +81,8 @@ def test_no_loop_spills_its_registers(variants: list[dict[str, Any]]) -> None:
 
 
 def test_matrix_products_run_on_tensor_cores(variants: list[dict[str, Any]]) -> None:
-    dots = [row for row in variants if row["dots"]]
+    # Weights are summed in float32 proper, which no tensor core does.
+    dots = [row for row in variants if row["dots"] and row["kernel"] != "weights"]
     assert dots and not [row for row in dots if row["chip"] == "75"]
     wrong = [row for row in dots if row["tensor_cores"] is None]
     assert not wrong, "\n".join(["", *named(wrong)])
