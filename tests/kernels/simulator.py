@@ -64,7 +64,7 @@ class Simulator:
         key = hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
         path = self.folder / f"{name}-{key}.so"
         if not path.exists():
-            options = ["-std=c++17", "-O2", "-pthread", "-shared", "-fPIC", "-x", "c++", "-"]
+            options = ["-std=c++17", "-O1", "-pthread", "-shared", "-fPIC", "-x", "c++", "-"]
             command = [str(COMPILER), *defines, *options, "-o", str(path)]
             # Read as if it lay there, so that the header is the simulated one.
             done = subprocess.run(

@@ -18,7 +18,7 @@ from accel.kernels import kernels, load_triton
 REGISTERS = 64 << 10
 """Of one multiprocessor; a block must find place in it."""
 
-OLDER_CHIPS = ("75", "89", "90", "120")
+OLDER_CHIPS = ("75", "89", "90")
 """That the older Triton compiles for."""
 
 STACK = 64
