@@ -97,7 +97,7 @@ def assert_merged(
     It is the same bit for bit from the copy of its tensors that a device keeps.
     """
     own = dict(net.named_parameters())
-    near = Near(lora, InRam(tensors_of(lora)), transfer_for(torch.device("cpu")))
+    near = Near(lora, InRam(tensors_of(lora)).brought(transfer_for(torch.device("cpu"))))
     copied, given = ({tensor.data_ptr() for tensor in tensors_of(one)} for one in (near, lora))
     assert copied and copied.isdisjoint(given), "all of it is copied"
     assert set(lora.patches) == set(merged)

@@ -15,7 +15,7 @@ from support import make_lora, make_unet, two_levels
 from accel.runtime.adapters import InRam, Near, tensors_of
 from accel.runtime.network import _ADAPTER
 from accel.runtime.pool import Pool
-from accel.runtime.transfer import Transfer
+from accel.runtime.transfer import Transfer, _runs
 from accel.session import Engine, Session
 from accel.sources import FileSource
 
@@ -51,8 +51,8 @@ def engine(small_plans: Path, small_unet: Any, checkpoint: Path) -> Engine:
     return engine_with(small_plans, small_unet, checkpoint, ENOUGH)
 
 
-def engine_with(plans: Path, module: Any, checkpoint: Path, room: int) -> Engine:
-    pool = Pool({"cpu": room, "pinned": 0}, free=lambda tier: 1 << 40)
+def engine_with(plans: Path, module: Any, checkpoint: Path, room: int, pinned: int = 0) -> Engine:
+    pool = Pool({"cpu": room, "pinned": pinned}, free=lambda tier: 1 << 40)
     engine = Session("cpu", "fp32", cache_dir=plans, pool=pool).engine(module)
     engine.load_weights(checkpoint)
     return engine
@@ -113,6 +113,41 @@ def test_a_lora_that_is_used_again_crosses_once(
     assert report["tiers"]["cpu"]["bytes"] == engine._network.weights.bytes + copies
     assert sorted(waiting(engine)) == ["LoRA", "LoRA", "weights"]
     assert plain.report()["pool"]["tiers"]["cpu"]["bytes"] == 0
+
+
+def test_without_room_on_the_device_a_lora_that_is_used_again_waits_in_pinned_ram(
+    small_plans: Path, small_unet: Any, checkpoint: Path, files: list[Path]
+) -> None:
+    """The same bit for bit. Pinning takes longer than a LoRA's one use."""
+    engine = engine_with(small_plans, small_unet, checkpoint, 0, ENOUGH)
+    plain = engine_with(small_plans, small_unet, checkpoint, 0)
+    one, two = (files[0], 0.8), (files[1], 0.5)
+    for chosen, pinned in (
+        ([one], 0),
+        ([], 0),
+        ([one], 1),
+        ([(files[0], 0.3), two], 1),
+        ([two], 2),
+    ):
+        for each in (engine, plain):
+            each.set_loras(chosen)
+        assert torch.equal(weights(engine), weights(plain))
+        report = engine.report()["pool"]
+        assert report["events"].get("loras_pinned", 0) == pinned
+        assert report["tiers"]["pinned"]["bytes"] == pinned * size_of(files[0], engine)
+    engine.session.pool.set_budget("pinned", size_of(files[0], engine))
+    assert waiting(engine) == ["LoRA"]
+    engine._network.free_parked()
+    assert waiting(engine) == []
+
+
+def test_what_lies_together_crosses_together() -> None:
+    rows = torch.zeros(4, 1024, dtype=torch.uint8)
+    other = torch.zeros(8)
+    pieces = [rows[0, :1000], rows[1, :8].view(torch.float32), rows[3], other]
+    pieces.sort(key=lambda piece: piece.data_ptr())
+    runs = [[piece.nbytes for piece in run] for run in _runs(pieces)]
+    assert sorted(runs) == [[32], [1000, 8], [1024]]
 
 
 def test_a_lora_whose_strength_is_zero_or_that_changes_nothing_stays_where_it_is(

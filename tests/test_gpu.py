@@ -125,23 +125,27 @@ def test_a_parameters_lora_does_not_depend_on_what_is_launched_with_it(
         torch.testing.assert_close(together[name], alone, rtol=1e-3, atol=1e-6)
 
 
-def test_a_loras_copy_on_the_device_changes_no_bit(plan_cache: Path, tmp_path: Path) -> None:
+def test_a_loras_copy_on_the_device_or_in_pinned_ram_changes_no_bit(
+    plan_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accel.runtime.weights.LAUNCH_BYTES", 40 << 10)
     paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     for seed, path in enumerate(paths, 11):
         lora = {name: value.half() for name, value in make_lora(seed).items()}
         save_file(lora if seed == 11 else make_lora(seed), path)
-    pools = [Pool({"cuda": room, "pinned": 0}) for room in (1 << 30, 0)]
-    with_copies, without = (
+    rooms = [(1 << 30, 0), (0, 1 << 30), (0, 0)]
+    pools = [Pool({"cuda": device, "pinned": pinned}) for device, pinned in rooms]
+    engines = [
         Session("cuda", "fp16", cache_dir=plan_cache, pool=pool).engine(half(1)) for pool in pools
-    )
+    ]
     sets: list[Any] = [[(paths[0], 0.8)], [(paths[0], 0.3)], [], [(paths[1], 0.5), (paths[0], 1)]]
-    for chosen in sets * 2:
-        storages = []
-        for engine in (with_copies, without):
+    for chosen in sets * 3:
+        for engine in engines:
             engine.set_loras(chosen)
-            storages.append(engine._network.weights.storage)
-        assert torch.equal(*storages)
-    assert with_copies.report()["pool"]["events"]["loras_brought"] == 2
+        first, *others = (engine._network.weights.storage for engine in engines)
+        assert all(torch.equal(first, other) for other in others)
+    events = [engine.report()["pool"]["events"] for engine in engines]
+    assert events[0]["loras_brought"] == events[1]["loras_pinned"] == 2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")

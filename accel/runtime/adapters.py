@@ -1,8 +1,8 @@
-"""LoRAs on the device: the tensors of those that were used last need not cross the bus again.
+"""LoRAs near the device: the tensors of those that were used last need not be fetched again.
 
 A rank-32 LoRA of SDXL has some 1,500 tensors, 200 to 400 MB, which any change of its strength asks
-for. What is kept is a copy of the adapter whose patches have their tensors on the device; what they
-compute is the same bit for bit.
+for. What is kept is a copy of the adapter whose patches have their tensors on the device, or in
+pinned RAM; what they compute is the same bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..plan.memory import align
 from ..tensorfile import TensorInfo
-from .transfer import Transfer
+from .transfer import HostCopy, Transfer
 
 if TYPE_CHECKING:
     from .weights import Adapter, Patch
@@ -40,9 +40,17 @@ class InRam:
         return sum(align(tensor.nbytes) for tensor in self.tensors.values())
 
     def brought(self, transfer: Transfer) -> dict[int, Tensor]:
-        """Copies on the device, by `id` of the tensors. Raises `torch.OutOfMemoryError`."""
-        copies = transfer.bring(list(self.tensors), self)
+        """Copies on the device, by `id` of the tensors. Raises `torch.OutOfMemoryError`.
+
+        What is pinned must stay until they are there.
+        """
+        copies, names = transfer.bring_pinned(self.tensors), list(self.tensors)
+        copies |= transfer.bring([name for name in names if name not in copies], self)
         return {id(tensor): copies[name] for name, tensor in self.tensors.items()}
+
+    def within(self, copy: HostCopy) -> dict[int, Tensor]:
+        """What stands for them in a copy of this source, by `id` of the tensors."""
+        return {id(tensor): copy.read(name) for name, tensor in self.tensors.items()}
 
     def read(self, name: str) -> Tensor:
         """The tensor itself."""
@@ -59,23 +67,25 @@ class InRam:
 
 
 class Near:
-    """An adapter with a device's copies of its tensors in RAM. It does not keep the adapter alive.
+    """An adapter with copies in place of tensors in RAM. It does not keep the adapter alive.
 
-    Raises `torch.OutOfMemoryError`.
+    moved: the copies by `id` of the tensors. kept: what must stay for as long as they are used.
     """
 
-    def __init__(self, adapter: Adapter, in_ram: InRam, transfer: Transfer) -> None:
-        moved = in_ram.brought(transfer)
-        self.name = adapter.name
+    def __init__(
+        self, adapter: Adapter, moved: Mapping[int, Tensor], kept: HostCopy | None = None
+    ) -> None:
+        self.name, self.kept = adapter.name, kept
         self.patches: Mapping[str, Patch] = {
             name: _moved(patch, moved) for name, patch in adapter.patches.items()
         }
 
 
-def tensors_of(adapter: Adapter) -> Iterator[Tensor]:
-    """All that its patches hold."""
-    for patch in adapter.patches.values():
-        yield from _tensors(patch)
+def tensors_of(adapter: Adapter, order: Iterable[str] | None = None) -> Iterator[Tensor]:
+    """All that its patches hold, in the order of the parameters that are given."""
+    for name in adapter.patches if order is None else order:
+        if name in adapter.patches:
+            yield from _tensors(adapter.patches[name])
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

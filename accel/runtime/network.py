@@ -297,29 +297,39 @@ class Network:
         )
 
     def _copy_of(self, adapter: Adapter) -> Adapter:
-        """An adapter's copy on the device; itself where there is no room for one.
+        """An adapter's copy on the device, else in pinned RAM; itself where there is no room.
 
         It goes with the adapter: a file's stays while the file is known, a state dict's for as long
-        as that LoRA is on.
+        as that LoRA is on. Pinning takes time: only what is used again is.
         """
-        what = (_ADAPTER, id(adapter))
-        copy: Near | None = self.pool.get(self._tier, self._owner, what)
-        if copy is not None:
-            return copy
-        in_ram = InRam(tensors_of(adapter))
+        what, again = (_ADAPTER, id(adapter)), id(adapter) in self._watched
+        for tier in (self._tier, PINNED):
+            copy: Near | None = self.pool.get(tier, self._owner, what)
+            if copy is not None:
+                return copy
+        in_ram = InRam(tensors_of(adapter, self.weights.shapes))
         if not in_ram.tensors:
             return adapter
+        transfer = transfer_for(self.device)
 
         def bring() -> Near:
             self.pool.note("loras_brought")
-            return Near(adapter, in_ram, transfer_for(self.device))
+            return Near(adapter, in_ram.brought(transfer))
+
+        def pin() -> Near:
+            self.pool.note("loras_pinned")
+            copy = transfer.gather(list(in_ram.tensors), in_ram)
+            return Near(adapter, in_ram.within(copy), copy)
 
         self._watch(adapter)
-        copy = self.pool.put(
-            *(self._tier, self._owner, what, in_ram.bytes, bring),
-            instead_of=lambda other: other[0] is _ADAPTER,  # all else takes longer to have again
-        )
-        return adapter if copy is None else copy
+        for tier, make in ((self._tier, bring), (PINNED, pin))[: 1 + again]:
+            copy = self.pool.put(
+                *(tier, self._owner, what, in_ram.bytes, make),
+                instead_of=_is_adapter,  # all else takes longer to have again
+            )
+            if copy is not None:
+                return copy
+        return adapter
 
     def _watch(self, adapter: Adapter) -> None:
         """Give up an adapter's copy once it is gone: another may come to have its identity."""
@@ -605,6 +615,11 @@ def _source_of(seat: Seat) -> Source:
     if seat.source is None:
         raise SwitchyardError("this engine has no weights: load_weights first")
     return seat.source
+
+
+def _is_adapter(what: Any) -> bool:
+    """Whether a block of the pool is an adapter's copy."""
+    return isinstance(what, tuple) and what[:1] == (_ADAPTER,)
 
 
 def _standing(adapters: Adapters) -> tuple[tuple[int, float], ...]:

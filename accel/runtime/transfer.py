@@ -14,7 +14,15 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Hashable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -308,6 +316,34 @@ class Transfer:
                     storage[start : start + sent.numel()].copy_(sent)
             return {name: item.view(storage) for name, item in items.items()}
 
+    def bring_pinned(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the device of those tensors that are pinned; what lies together goes together.
+
+        The work has only been asked for: the tensors must stay until it is done. Raises
+        `torch.OutOfMemoryError`.
+        """
+        if self._stream is None:
+            return {}
+        pinned = [name for name, tensor in tensors.items() if tensor.is_pinned()]
+        pinned.sort(key=lambda name: tensors[name].data_ptr())
+        found: dict[str, Tensor] = {}
+        current = torch.cuda.current_stream(self.device)
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
+            for run in _runs([tensors[name] for name in pinned]):
+                begin = run[0].storage_offset() * run[0].element_size()
+                size = run[-1].data_ptr() + run[-1].nbytes - run[0].data_ptr()
+                raw = torch.empty(0, dtype=torch.uint8)
+                raw.set_(run[0].untyped_storage(), begin, (size,), (1,))
+                there = raw.to(self.device, non_blocking=True)
+                there.record_stream(current)
+                for tensor in run:
+                    start = tensor.data_ptr() - run[0].data_ptr()
+                    part = there[start : start + tensor.nbytes]
+                    name = pinned[len(found)]
+                    found[name] = part.view(tensor.dtype).view(tensor.shape)
+        current.wait_stream(self._stream)
+        return found
+
     def _direct(self, name: str, source: Readable) -> Tensor:
         # The raw bytes go over the bus; the cast and the transposition happen on the device.
         return source.read(name).detach().to(self.device, non_blocking=True)
@@ -455,6 +491,21 @@ def _neighbours(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
             yield run
             run = []
         run.append(item)
+    if run:
+        yield run
+
+
+def _runs(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors, sorted by address, in lists of those of one storage that lie side by side."""
+    run: list[Tensor] = []
+    for tensor in tensors:
+        if run and (
+            tensor.untyped_storage().data_ptr() != run[-1].untyped_storage().data_ptr()
+            or tensor.data_ptr() > align(run[-1].data_ptr() + run[-1].nbytes)
+        ):
+            yield run
+            run = []
+        run.append(tensor)
     if run:
         yield run
 

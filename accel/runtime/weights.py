@@ -25,11 +25,17 @@ from . import lowrank
 from .adapters import InRam
 from .transfer import Readable, Transfer, transfer_for
 
-Together = dict[str, tuple[lowrank.Place, list[lowrank.Change]]]
-"""Parameters that one launch writes: where they lie, and their changes."""
+Entry = tuple[lowrank.Place, list[lowrank.Change]]
+"""Where a parameter lies that is written by a launch of many, and its changes."""
+
+Together = dict[str, Entry]
+"""Parameters that one launch writes."""
 
 FACTOR_BYTES = 64 << 20
 """Of LoRAs' factors that are brought to the device for one launch, where the pool has no room."""
+
+LAUNCH_BYTES = 256 << 20
+"""Of parameters that cross the bus, after which those that arrived get their changes."""
 
 
 class Source(Protocol):
@@ -192,22 +198,37 @@ class Weights:
     ) -> tuple[int, int]:
         """Bytes and constants written."""
         parked = source.storage if isinstance(source, Waiting) else None
-        together = self._together(names, adapters, parked is not None)
-        # What is not parked is first written without its changes, which are then added in place.
-        rest = [name for name in names if parked is None or name not in together]
+        # Copies alone are not worth a compiler that somebody waits for.
+        if adapters or (parked is not None and self._launches):
+            self._launches = lowrank.available(self.device, self.dtype)
+        launches = self._launches and bool(adapters or parked is not None)
+        together: Together = {}
+        if launches and parked is not None:
+            entries = ((name, self._entry(name, adapters, parked=True)) for name in names)
+            together = {name: entry for name, entry in entries if entry is not None}
+        rest = [name for name in names if name not in together]
         with (
             torch.inference_mode(False),
             torch.no_grad(),
             torch.autocast(self.device.type, enabled=False),
             contextlib.closing(transfer.values(rest, source)) as values,
         ):
+            base, size = storage if parked is None else parked, 0
             for name, raw in zip(rest, values, strict=True):
                 value = raw.reshape(self.shapes[name])
-                changed = value if name in together else self._changed(name, value, adapters)
+                entry = self._entry(name, adapters) if launches and parked is None else None
+                changed = self._changed(name, value, adapters) if entry is None else value
                 for _, place in self._places[name]:
                     _same_place(place, storage).copy_(changed)
-            if together:
-                self._add(together, storage if parked is None else parked, storage, transfer)
+                if entry is None:
+                    continue
+                # Changed in place together with others, while what is next crosses the bus.
+                together[name] = entry
+                size += value.nbytes
+                if size >= LAUNCH_BYTES:
+                    self._add(together, base, storage, transfer)
+                    together, size = {}, 0
+            self._add(together, base, storage, transfer)
         written = [place for name in names for place in self._places[name]]
         total = sum(place.numel() * place.element_size() for _, place in written)
         return total, len({constant for constant, _ in written})
@@ -217,28 +238,18 @@ class Weights:
         places = (place for _, place in self._places[name])
         return _same_place(max(places, key=lambda place: place.element_size()), storage)
 
-    def _together(self, names: Collection[str], adapters: Adapters, parked: bool) -> Together:
-        """The parameters that one launch writes, with their changes.
+    def _entry(self, name: str, adapters: Adapters, parked: bool = False) -> Entry | None:
+        """A parameter for a launch of many; None if it is written by itself.
 
-        parked: whether their values are parked; those without changes are then copied by it, too.
+        parked: whether its value is parked; one without changes is then copied by the launch, too.
         """
-        # Copies alone are not worth a compiler that somebody waits for.
-        if not adapters and not (parked and self._launches):
-            return {}
-        self._launches = lowrank.available(self.device, self.dtype)
-        if not self._launches:
-            return {}
-        found: Together = {}
-        for name in names:
-            changes = _changes(name, adapters)
-            place = self._tabled(name)
-            if place is None or not (changes or parked):
-                continue
-            tabled = [lowrank.change_of(*change, self.device) for change in changes]
-            known = [change for change in tabled if change is not None]
-            if len(known) == len(changes):
-                found[name] = (place, known)
-        return found
+        changes = _changes(name, adapters)
+        place = self._tabled(name)
+        if place is None or not (changes or parked):
+            return None
+        tabled = [lowrank.change_of(*change, self.device) for change in changes]
+        known = [change for change in tabled if change is not None]
+        return (place, known) if len(known) == len(changes) else None
 
     def _tabled(self, name: str) -> lowrank.Place | None:
         """A parameter's place as the kernel takes it; None for what it cannot write."""

@@ -260,6 +260,21 @@ def test_an_arena_equals_one_that_is_written_parameter_by_parameter(
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
 
 
+def test_some_are_changed_while_others_are_still_to_come(
+    engine: Engine, launched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack: list[Any] = [(make_lora(3, two_levels()), 0.7)]
+    engine.set_loras(stack)
+    whole, launches = values(engine), len(launched)
+    engine.set_loras([(make_lora(4, two_levels()), 0.7)])
+    launched.clear()
+    monkeypatch.setattr("accel.runtime.weights.LAUNCH_BYTES", 20 << 10)
+    engine.set_loras(stack)
+    parked = engine.report()["pool"]["tiers"]["cpu"]["bytes"] > 0
+    assert launches == 1 and (len(launched) == 1 if parked else len(launched) > 3)
+    assert torch.equal(values(engine), whole)
+
+
 def test_a_parameter_does_not_depend_on_what_is_launched_with_it(
     engine: Engine, launched: list[int], tmp_path: Path
 ) -> None:
