@@ -282,10 +282,18 @@ class Network:
 
         start: a copy of the arena that is brought in first.
         """
-        near = self._near(adapters, names)
+        tries = iter([(origin, self._near(adapters, names))])
+        del origin
+
+        def write() -> SwapReport:
+            # From anew where memory ran out: the arena that was read may be half written over, and
+            # copies that wait are to go.
+            place, near = next(tries, None) or (self._nearest(source, stamp), adapters)
+            return self.weights.write(names, place, near)
+
         with self._rewriting(seat, source, stamp, adapters):
             whole = None if start is None else self.weights.restore(start)
-            report = self._room_for(lambda: self.weights.write(names, origin, near))
+            report = self._room_for(write)
         return report if whole is None else replace(whole, bytes=whole.bytes + report.bytes)
 
     def _near(self, adapters: Adapters, names: Collection[str]) -> Adapters:

@@ -21,6 +21,7 @@ from accel.lora.lowrank import LowRank
 from accel.runtime import lowrank
 from accel.runtime.lowrank import Change, Place, place_of
 from accel.runtime.pool import Pool
+from accel.runtime.weights import Weights
 from accel.session import Engine, Session
 
 ARENAS = (torch.float16, torch.bfloat16, torch.float32)
@@ -272,6 +273,33 @@ def test_some_are_changed_while_others_are_still_to_come(
     engine.set_loras(stack)
     parked = engine.report()["pool"]["tiers"]["cpu"]["bytes"] > 0
     assert launches == 1 and (len(launched) == 1 if parked else len(launched) > 3)
+    assert torch.equal(values(engine), whole)
+
+
+def test_memory_that_runs_out_half_way_leaves_nothing_changed_twice(
+    engine: Engine, launched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On bare weights the arena is read from and written to."""
+    lora = make_lora(3, two_levels())
+    engine.set_loras([(lora, 0.7)])
+    whole = values(engine)
+    engine.set_loras([])
+    launched.clear()
+    add = lowrank.add
+
+    def one_by_one(self: Weights, together: Any) -> Any:
+        return ({name: entry} for name, entry in together.items())
+
+    def full(*arguments: Any) -> None:
+        if len(launched) == 2:
+            launched.append(0)
+            raise torch.OutOfMemoryError("full")
+        add(*arguments)
+
+    monkeypatch.setattr(Weights, "_portions", one_by_one)
+    monkeypatch.setattr(lowrank, "add", full)
+    engine.set_loras([(lora, 0.7)])
+    assert 0 in launched and len(launched) > 3
     assert torch.equal(values(engine), whole)
 
 
