@@ -674,7 +674,7 @@ def choices(calls: Sequence[Call], gpu: Hardware) -> dict[str, Choice]:
 def test_sdxl_runs_what_was_measured_and_another_process_chooses_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The digest is of the choices that a process made at commit a4124b9.
+    """The digest is of the choices that a process made at commit 9bd2873.
 
     Whoever measures the profile anew, or has other kernels, puts another one here.
     """
