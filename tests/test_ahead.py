@@ -196,9 +196,9 @@ def test_a_new_size_compiles_nothing_once_the_plan_is_prepared(
     wait_for(lambda: later.settled)
     assert len(compiled) == 2
     assert later._model is not None
-    ready = set(later._model._groups)
+    ready = set(later._model._points)
     later._model.predictions(call_of(KEYS[0].format(m=9216)), [("cublas.linear", {})])
-    assert ready and set(later._model._groups) == ready, "a new size has nothing left to learn"
+    assert ready and set(later._model._points) == ready, "a new size has nothing left to learn"
     another = chooser(cache=DiskCache(tmp_path, 1 << 20, "test"))
     monkeypatch.setattr(ahead, "SIZES", ahead.SIZES[:1])
     with caplog.at_level(logging.WARNING):
@@ -325,7 +325,8 @@ def test_the_few_are_found_elsewhere_once_a_machine(
         selector.prepare("a plan", partial(list, calls()))
         wait_for(lambda one=selector: one.settled)
         found = {family: len(pairs) for family, pairs in selector._ahead.items()}
-        assert found.keys() == {family_of(call.key)[0] for call in calls()}
+        # Of some a library's kernel is the best at every size.
+        assert found and found.keys() <= {family_of(call.key)[0] for call in calls()}
         monkeypatch.setattr(compiling, "_BOOT", NOTHING)  # the second finds them on disk
     (file,) = tmp_path.rglob("ahead/*.json")
     file.write_bytes(file.read_bytes()[:-9])

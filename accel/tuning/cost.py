@@ -88,6 +88,11 @@ _TELLS_RANGE = 0.7
 _TELLS_OTHER = 0.15  # what another algorithm's does
 _FITTED_CHOICE = 0.15
 
+NEAREST, NEAREST_LIKE = 3, 1
+"""Of the measured calls with no more rows, and with more, so many tell of a call: of those of its
+own family, and of each other one with the same weights. Few: a matrix of all that a profile knows
+takes many threads to invert, which wait for one another while kernels are compiled."""
+
 DOUBT, HOPE = 0.75, 0.5
 """Standard deviations by which a candidate of uncertain time counts as slower when one is chosen,
 and as quicker when several are to be timed."""
@@ -200,7 +205,8 @@ class Model:
         for key, times in (carried or {}).items():
             self._carried[_group_of(key)][key] = times
         self._measured: dict[str, dict[str, Times]] = defaultdict(dict)
-        self._groups: dict[str, _Group] = {}
+        self._points: dict[str, list[_Point]] = {}
+        self._groups: dict[str, dict[tuple[str, ...], _Group]] = defaultdict(dict)
         self.add(measured or {})
 
     def add(self, measured: Mapping[str, Times]) -> None:
@@ -208,11 +214,13 @@ class Model:
         for key, times in measured.items():
             group = _group_of(key)
             self._measured[group][key] = times
+            self._points.pop(key, None)
             self._groups.pop(group, None)
 
     def make_ready(self, key: str) -> None:
         """Understand what was measured of the like of a call, by its key, ahead of predictions."""
-        self._group(key)
+        for other in self._like(key):
+            self._points_of(other)
 
     def us(self, call: Call, kernel: str, config: Config) -> float | None:
         """Microseconds of a run; None for a kernel that the model does not know."""
@@ -363,16 +371,26 @@ class Model:
             for (name, _), label, factor in zip(candidates, labels, factors, strict=True)
         ]
 
-    def _group(self, key: str) -> _Group:
+    def _like(self, key: str) -> dict[str, Times]:
         """What was measured of calls of the same weights."""
-        name = _group_of(key)
-        if name not in self._groups:
-            points: list[_Point] = []
-            own = self._measured.get(name, {})
-            for other, times in {**self._carried.get(name, {}), **own}.items():
-                points += self._measured_points(other, times, here=other in own)
-            self._groups[name] = _Group(points)
-        return self._groups[name]
+        group = _group_of(key)
+        return {**self._carried.get(group, {}), **self._measured.get(group, {})}
+
+    def _group(self, key: str) -> _Group:
+        """What was measured of the nearest calls of the same weights."""
+        groups = self._groups[_group_of(key)]
+        nearest = _nearest(key, self._like(key))
+        if nearest not in groups:
+            groups[nearest] = _Group([p for other in nearest for p in self._points_of(other)])
+        return groups[nearest]
+
+    def _points_of(self, key: str) -> list[_Point]:
+        """What was measured of one call."""
+        if key not in self._points:
+            own = self._measured.get(_group_of(key), {})
+            times = own[key] if key in own else self._carried[_group_of(key)][key]
+            self._points[key] = self._measured_points(key, times, here=key in own)
+        return self._points[key]
 
     def _measured_points(self, key: str, times: Times, here: bool) -> list[_Point]:
         """here: whether these are times of this chip."""
@@ -440,6 +458,23 @@ def _points(
             zip(candidates, labels, options, strict=True)
         )
     ]
+
+
+def _nearest(key: str, others: Iterable[str]) -> tuple[str, ...]:
+    """Of measured calls those with hardly fewer and hardly more rows, some of each family.
+
+    What is farther tells nothing that these don't: likeness fades with the rows by a constant rate.
+    """
+    family, rows = family_of(key)
+    found: dict[tuple[str, bool], list[tuple[int, str]]] = defaultdict(list)
+    for other in others:
+        its, its_rows = family_of(other)
+        found[its, its_rows > rows].append((abs(its_rows - rows), other))
+    return tuple(
+        other
+        for (its, _), side in sorted(found.items())
+        for _, other in sorted(side)[: NEAREST if its == family else NEAREST_LIKE]
+    )
 
 
 class _Columns:

@@ -17,6 +17,7 @@ import string
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,7 @@ _STRIDES = re.compile(r"@(?:\d+,)+(\d+,\d+)")
 _SIZES = re.compile(r"(size|upsample)=\((\d+),(\d+)\)")
 
 
+@lru_cache(maxsize=1 << 14)
 def family_of(call: str) -> tuple[str, int]:
     """A call's key with letters for the sizes that an image decides, and the rows of its result.
 

@@ -184,6 +184,8 @@ class Selector:
 
     def _prepare(self, plan: str, calls: Callable[[], Iterable[Call]]) -> None:
         try:
+            # What predictions take once is not for the first new size.
+            self._make_ready()
             # All that decides it beside the calls: a later version of the pack has others.
             names = sorted(kernel.name for kernel in kernels.kernels())
             tables = [self.profile.fit, names, ahead.SIZES, ahead.MOST]
@@ -198,8 +200,6 @@ class Selector:
                     return
                 variants = variants_of(found)
                 self.compiler.remember(about, variants)
-            else:  # nothing was predicted yet: what that takes once is not for the first new size
-                self._make_ready()
             with self._lock:
                 for kernel, config, call in variants:
                     self._ahead[family_of(call.key)[0]].append((kernel, config))
