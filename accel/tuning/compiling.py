@@ -18,6 +18,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,7 +42,9 @@ Variant = tuple[Kernel, Config, Call]
 FEW = 24
 """Distinct kernels that threads compile before more processes would have started."""
 
-MOST_PROCESSES = 16
+MOST_PROCESSES, EACH = 16, 4
+"""Processes at most, and kernels for which another is worth its start."""
+
 PROCESS_BYTES = 1 << 30
 """Main memory that a process must find free."""
 
@@ -122,7 +125,10 @@ class Compiler:
         unknown = {k: variant for k, (variant, _) in found.items() if not self._knows(k)}
         self.waited_for += len(unknown)
         if len(unknown) > FEW:
+            started = time.perf_counter()
             compile_apart(unknown, self.hardware, processors())
+            seconds = time.perf_counter() - started
+            logger.info("%d kernels were compiled in %.1f s", len(unknown), seconds)
 
         def warm(item: tuple[str, tuple[Variant, AnyLaunch]]) -> str | None:
             key, (_, launch) = item
@@ -240,7 +246,7 @@ def compile_apart(
     that crashes or hangs costs what it was at, which is not tried again, and another goes on.
     """
     free = psutil.virtual_memory().available // PROCESS_BYTES
-    count = min(MOST_PROCESSES, max(1, most), math.ceil(len(variants) / 8), free)
+    count = min(MOST_PROCESSES, max(1, most), math.ceil(len(variants) / EACH), free)
     distinct = {id(variant): variant for variant in variants.values()}.values()
     shares = [list(distinct)[index::count] for index in range(count)]
     if not shares:
