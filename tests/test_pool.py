@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from mmap import PAGESIZE
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from accel import background
 from accel.errors import InvalidFile, OutOfMemory, StructureMismatch
 from accel.runtime.executable import Executable
 from accel.runtime.network import _ADAPTER, Network
-from accel.runtime.pool import PINNED, Pool
+from accel.runtime.pool import PATIENCE, PINNED, Pool
 from accel.runtime.transfer import (
     READERS,
     SLOTS,
@@ -30,6 +31,7 @@ from accel.runtime.transfer import (
     HostCopy,
     Overlay,
     Transfer,
+    _neighbours,
     transfer_for,
 )
 from accel.runtime.weights import Weights
@@ -224,6 +226,23 @@ def test_what_is_expected_stays_though_it_was_there_before() -> None:
     assert [pool.holds("cpu", None, what) for what in "abc"] == [True, False, True]
 
 
+def test_what_was_expected_in_vain_gives_way_at_last() -> None:
+    pool = Pool({"cpu": 10}, free=roomy)
+    assert ahead(pool, "a", 10) is not None
+    for _ in range(PATIENCE - 1):
+        assert ahead(pool, "b", 10) is None
+    assert ahead(pool, "b", 10) is not None
+
+
+def test_what_is_used_from_a_nearer_tier_is_not_expected_any_more() -> None:
+    owner, pool = object(), Pool({"cpu": 20}, free=roomy)
+    ahead(pool, "a", 10)
+    ahead(pool, "b", 10)
+    pool.use(owner, {"a"})
+    pool.use(owner, {"c"})
+    assert ahead(pool, "d", 10) is not None and pool.holds("cpu", None, "b")
+
+
 def test_nothing_goes_in_vain_for_what_is_fetched_ahead() -> None:
     limited, short = Pool({"cpu": 30}, free=roomy), Pool(free=lambda tier: 30 - short._bytes(tier))
     for pool in (limited, short):
@@ -409,7 +428,7 @@ def test_slots_that_stay_can_be_had_back(states: list[State]) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 5000])
 def test_what_can_be_pinned_shares_no_page(size: int) -> None:
-    host = HostBytes(size, pin=False)
+    host = HostBytes(size)
     assert host.tensor.numel() == size and host.tensor.data_ptr() % PAGESIZE == 0
     room = host.tensor.untyped_storage()
     assert host.tensor.storage_offset() + -(-size // PAGESIZE) * PAGESIZE <= room.nbytes()
@@ -435,8 +454,63 @@ def test_a_file_that_changed_is_not_read_from(states: list[State], tmp_path: Pat
 
 def test_a_copy_in_ram_has_the_size_that_was_counted(states: list[State]) -> None:
     source = StateDictSource(states[0], two_levels())
-    copy = HostCopy(list(states[0]), source, pin=False)
+    copy = HostCopy(list(states[0]), source)
     assert copy.host.tensor.numel() == HostCopy.bytes_for(list(states[0]), source)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 20_000, 1 << 24])
+def test_a_copy_is_pinned_in_pieces_once_they_are_filled(
+    states: list[State], monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    """None shares a page with another, and nothing that crosses at once lies in two."""
+    monkeypatch.setattr("accel.runtime.transfer.PIECE_BYTES", piece_bytes)
+    pinned: list[tuple[int, int]] = []
+    transfer, names = Transfer(CPU), list(states[0])
+    source = StateDictSource(states[0], two_levels())
+
+    def pin(self: HostBytes, start: int, end: int) -> None:
+        pinned.append((start, end))
+        for name, item in items.items():
+            if start <= item.start < end:
+                assert torch.equal(item.view(self.tensor), states[0][name]), "it is filled"
+
+    items = HostCopy(names, source).items
+    monkeypatch.setattr(HostBytes, "pin", pin)
+    transfer.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+    copy = transfer.gather(names, source)
+    assert copy.items == items
+    pages = [page for a, b in pinned for page in range(a // PAGESIZE, -(-b // PAGESIZE))]
+    assert len(pages) == len(set(pages)) and all(start % PAGESIZE == 0 for start, _ in pinned)
+    for run in _neighbours([copy.items[name] for name in names], 1 << 30):
+        begin, end = run[0].start, run[-1].start + run[-1].bytes
+        assert sum(a <= begin and end <= b for a, b in pinned) == 1
+    assert len(pinned) == 1 if piece_bytes == 1 << 24 else len(pinned) > 10
+
+
+def test_memory_that_cannot_be_pinned_ends_a_copy_in_ram(
+    states: list[State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pin(self: HostBytes, start: int, end: int) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(HostBytes, "pin", pin)
+    transfer = Transfer(CPU)
+    transfer.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+    with pytest.raises(torch.OutOfMemoryError):
+        transfer.gather(list(states[0]), StateDictSource(states[0], two_levels()))
+
+
+def test_a_copy_of_the_arena_has_what_no_parameter_changes(
+    small_plans: Path, small_unet: Any, files: list[Path]
+) -> None:
+    """The frequencies of the timestep, and what lies between constants, which kernels may read."""
+    engine = engine_with(small_plans, small_unet, 0)
+    weights = engine._network.weights
+    copy = torch.full_like(weights.storage, 0xFF)
+    source = engine.session._source(files[0], engine.config)
+    engine.load_weights(files[0])
+    weights.write_copy(copy, source, transfer_for(CPU))
+    assert torch.equal(copy, weights.storage)
 
 
 # Engines with a pool.

@@ -728,4 +728,6 @@ def _own_stream(device: torch.device) -> Iterator[None]:
             with torch.cuda.stream(stream):
                 yield
         finally:
-            stream.synchronize()
+            done = torch.cuda.Event(blocking=True)  # waiting for it leaves a core to others
+            done.record(stream)
+            done.synchronize()

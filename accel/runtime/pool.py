@@ -47,13 +47,16 @@ RAM_RESERVE = 2 << 30
 class Block:
     """`data` of `bytes` bytes; None while it is being made.
 
-    expected: it was fetched ahead, and has not been used yet.
+    expected: 0, or where it was fetched ahead and has not been used yet: by which request.
     """
 
     bytes: int
     data: Any = None
-    expected: bool = False
+    expected: int = 0
 
+
+PATIENCE = 8
+"""Requests to fetch ahead, after which what was fetched before them is not expected any more."""
 
 Key = tuple[str, Hashable, Hashable]
 """Tier, owner, and what it is. An owner's blocks can be counted and given up together."""
@@ -79,6 +82,7 @@ class Pool:
         self._gone: deque[tuple[Hashable, Which]] = deque()
         self._given_up: list[Any] = []
         self._uses: dict[Hashable, frozenset[Hashable]] = {}
+        self._requests = 0
         self._counters: Counter[str] = Counter()
 
     def budget(self, tier: str) -> int | None:
@@ -111,7 +115,8 @@ class Pool:
             key = (tier, owner, what)
             if self._touched(key) is None:
                 return False
-            self._blocks[key].expected = True
+            self._requests += 1
+            self._blocks[key].expected = self._requests
             return True
 
     def use(self, owner: Hashable, what: Collection[Hashable]) -> None:
@@ -120,7 +125,10 @@ class Pool:
         Nothing that is fetched ahead takes such a block's place, whoever has it in whatever tier.
         """
         with self._turn():
-            self._uses[owner] = frozenset(what)
+            self._uses[owner] = uses = frozenset(what)
+            for key, block in self._blocks.items():
+                if key[2] in uses:
+                    block.expected = 0
 
     def put(
         self,
@@ -143,8 +151,8 @@ class Pool:
         is kept.
         """
         key = (tier, owner, what)
-        block = Block(size, expected=ahead)
-        if not self._reserve(key, block, instead_of):
+        block = Block(size)
+        if not self._reserve(key, block, instead_of, ahead):
             with self._turn():
                 return self._touched(key)
         while True:
@@ -164,10 +172,14 @@ class Pool:
                 raise
             return block.data
 
-    def _reserve(self, key: Key, block: Block, instead_of: Which) -> bool:
+    def _reserve(self, key: Key, block: Block, instead_of: Which, ahead: bool) -> bool:
         """Count a block that is yet to be made, after others have gone as its size needs it."""
-        tier, ahead = key[0], block.expected
+        tier = key[0]
         limit = self.budget(tier)
+        if ahead:
+            with self._turn():
+                self._requests += 1
+                block.expected = self._requests
         while True:  # between two turns, memory that was given up comes free
             with self._turn():
                 if key in self._blocks:  # made, or being made by somebody else
@@ -290,7 +302,7 @@ class Pool:
         if block is None or block.data is None:
             return None
         self._blocks.move_to_end(key)
-        block.expected = False
+        block.expected = 0
         return block.data
 
     def _bytes(self, tier: str, owner: Hashable = None) -> int:
@@ -315,8 +327,10 @@ class Pool:
     def _may_go(self, key: Key, block: Block, which: Which, ahead: bool) -> bool:
         if block.data is None or not which(key[2]):
             return False
-        in_use = block.expected or any(key[2] in uses for uses in self._uses.values())
-        return not (ahead and in_use)
+        if not ahead:
+            return True
+        expected = block.expected and self._requests - block.expected < PATIENCE
+        return not expected and not any(key[2] in uses for uses in self._uses.values())
 
     def _remove(self, key: Key, block: Block) -> None:
         if self._blocks.get(key) is block:  # its owner may be gone meanwhile
