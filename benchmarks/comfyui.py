@@ -267,6 +267,24 @@ def lora(model: str, name: str, device: str) -> dict[str, Any]:
 # --- in a server's process --------------------------------------------------------------------
 
 
+def import_main(comfyui: Path) -> ModuleType:
+    """ComfyUI's main module, imported as its own start does it: allocator first."""
+    sys.path[:0] = [str(comfyui), str(ROOT / "tests")]
+    from comfyui.launch import define_torchvision_ops, tolerate_missing_packages
+
+    if "--cpu" in sys.argv:  # else torch must not come before ComfyUI's choice of an allocator
+        define_torchvision_ops()
+    tolerate_missing_packages()
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import cuda_malloc  # sets the allocator, before anything imports torch
+    import main
+
+    main.cuda_malloc = cuda_malloc  # which it imports itself only where it is the program
+    return main
+
+
 class Server:
     """ComfyUI's server in this process, and clocks around what it does."""
 
@@ -284,7 +302,7 @@ class Server:
         sys.argv += ["--disable-all-custom-nodes", "--disable-api-nodes", *flags]
         self.flags = sys.argv[1:]
         started = time.perf_counter()
-        self.main = self._import_main(arguments.comfyui)
+        self.main = import_main(arguments.comfyui)
         nodes = self.main.nodes
         if not arguments.extra_nodes:
 
@@ -317,24 +335,6 @@ class Server:
                     raise
                 time.sleep(0.05)
         self.start_s = time.perf_counter() - started
-
-    @staticmethod
-    def _import_main(comfyui: Path) -> ModuleType:
-        """ComfyUI's main module, imported as its own start does it: allocator first."""
-        sys.path[:0] = [str(comfyui), str(ROOT / "tests")]
-        from comfyui.launch import define_torchvision_ops, tolerate_missing_packages
-
-        if "--cpu" in sys.argv:  # else torch must not come before ComfyUI's choice of an allocator
-            define_torchvision_ops()
-        tolerate_missing_packages()
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        import cuda_malloc  # sets the allocator, before anything imports torch
-        import main
-
-        main.cuda_malloc = cuda_malloc  # which it imports itself only where it is the program
-        return main
 
     def _watch(self) -> None:
         """Clocks around the sampler, its steps, and the end of a prompt."""

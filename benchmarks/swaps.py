@@ -1,24 +1,32 @@
 """How long weights take to change: checkpoints from every tier, LoRAs, mixes, beside diffusers'.
 
     python -m benchmarks.swaps --out swaps.json [--model sdxl] [--checkpoints 8] [--folder DIR]
+                               [--only PART,...] [--comfyui PATH]
 
 Random weights at full size in `--checkpoints` files, which are written to the folder first and stay
 in the page cache if RAM allows. Each row of an operation has the median, fastest and slowest of
 its times (`ms`, until the weights are in place and the device is done), `bytes` written to the
 arena, `tier` that they came from, `limit_ms` (what the bus or the card's memory needs for the bytes
 that move, by the copies measured in this run), `must_ms` where there is a bound to hold, and
-`first_step_ms` of the forward after it. All of it is checked: the last checkpoint, without LoRAs,
-must give a fresh engine's output bit for bit. Diffusers' rows have `variant` "diffusers".
+`first_step_ms` of the forward after it. LoRAs' `factors` are where their own tensors came from.
+`step_beside_prefetch` is a step, on its own stream to its end, while the next checkpoint is fetched
+to `tier`; `alone_ms` is the same while none is. All of it is checked: the last checkpoint, without
+LoRAs, must give a fresh engine's output bit for bit. Diffusers' rows have `variant` "diffusers";
+"comfyui" are those of ComfyUI's own loader and patcher with the same files, where one is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +57,17 @@ SWAPS = 20
 FORWARDS = 30
 ROUNDS = 2
 LORA_ROUNDS = 7
+WARMUPS = 5
+FETCHES = {"device": 4, "pinned RAM": 2}
+COMFYUI_SECONDS = 120
+
+PARTS = (
+    *("checkpoints", "mixes", "prefetch", "loras", "schedule", "forwards"),
+    *("diffusers", "comfyui", "audition"),
+)
+LORA_PARTS = ("loras", "schedule", "forwards", "comfyui")
+
+ROOT = Path(__file__).resolve().parents[1]
 
 Row = dict[str, Any]
 
@@ -65,12 +84,17 @@ def main() -> None:
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--commit")
     parser.add_argument("--skip-diffusers", action="store_true")
-    parser.add_argument("--only-loras", action="store_true")
+    parser.add_argument("--only", help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--only-loras", action="store_true", help=f"= {','.join(LORA_PARTS)}")
+    parser.add_argument("--comfyui", type=Path, help="a ComfyUI's folder, to be measured beside")
     arguments = parser.parse_args()
+    parts = chosen(arguments)
     device = enter(arguments.device)
     width, height = (int(side) for side in arguments.size.split("x"))
     case = case_of(arguments.model, (width, height), precision=arguments.precision)
     command = f"python -m benchmarks.swaps --model {arguments.model} --size {arguments.size}"
+    if set(parts) != set(PARTS):
+        command += f" --only {','.join(parts)}"
     machine = {
         "meta": meta(arguments.commit or commit() or UNKNOWN, command, device),
         "ceilings": ceilings(device),
@@ -83,15 +107,26 @@ def main() -> None:
             Path(folder),
             machine["ceilings"],
             arguments.checkpoints,
-            not (arguments.skip_diffusers or arguments.only_loras),
-            arguments.only_loras,
+            parts,
+            arguments.comfyui,
         ):
             document["rows"].append(case.facts | row)
             results.save(document, arguments.out)  # what was measured stays, whatever comes
-        if case.model in SUPPORTED and not arguments.only_loras:
-            row = audition_row(Path(folder), (width, height), arguments.device)
-            document["rows"].append(case.facts | row)
-            results.save(document, arguments.out)
+
+
+def chosen(arguments: argparse.Namespace) -> list[str]:
+    """The parts to measure, in order."""
+    only = LORA_PARTS if arguments.only_loras else PARTS
+    if arguments.only:
+        only = tuple(arguments.only.split(","))
+        if unknown := set(only) - set(PARTS):
+            raise SystemExit(f"--only: {', '.join(sorted(unknown))}: use {', '.join(PARTS)}")
+    skipped = {"diffusers"} if arguments.skip_diffusers else set()
+    if arguments.comfyui is None:
+        skipped.add("comfyui")
+    if arguments.model not in SUPPORTED:
+        skipped.add("audition")
+    return [part for part in PARTS if part in only and part not in skipped]
 
 
 def say(text: str) -> None:
@@ -105,25 +140,37 @@ def measure(
     folder: Path,
     limits: dict[str, float | None],
     checkpoints: int = 8,
-    diffusers: bool = True,
-    only_loras: bool = False,
+    parts: Collection[str] = PARTS,
+    comfyui: Path | None = None,
 ) -> Iterator[Row]:
     """The rows of a case, each once it is measured.
 
-    folder: where the checkpoints are written. limits: `ceilings`.
+    folder: where the checkpoints are written. limits: `ceilings`. parts: of `PARTS`. comfyui: a
+    ComfyUI's folder, which that part needs.
     """
     say(f"writing {checkpoints} checkpoints")
     files = write_checkpoints(case, device, folder, checkpoints)
-    bench = Bench(case, device, files, limits)
-    if not only_loras:
-        yield from bench.checkpoints()
-        yield from bench.mixes()
-    yield from bench.loras()
-    yield bench.schedule()
-    yield bench.forwards()
-    bench.close()
-    if diffusers:
+    own: dict[str, Callable[[Bench], Iterator[Row]]] = {
+        "checkpoints": Bench.checkpoints,
+        "mixes": Bench.mixes,
+        "prefetch": Bench.prefetch,
+        "loras": Bench.loras,
+        "schedule": Bench.schedule,
+        "forwards": Bench.forwards,
+    }
+    if not own.keys().isdisjoint(parts):
+        bench = Bench(case, device, files, limits)
+        for part, rows in own.items():
+            if part in parts:
+                yield from rows(bench)
+        bench.close()
+    if "diffusers" in parts:
         yield from diffusers_rows(case, device, files)
+    if "comfyui" in parts:
+        assert comfyui is not None
+        yield from comfyui_rows(case, device, files, comfyui)
+    if "audition" in parts:
+        yield audition_row(folder, (case.width, case.height), str(device))
 
 
 def write_checkpoints(case: Case, device: torch.device, folder: Path, count: int) -> list[Path]:
@@ -162,6 +209,22 @@ class Bench:
         self.fresh_ms = timed(self.forward, device, FORWARDS)["ms"]
         self.arena = int(self.engine.report()["weights_bytes"])
         self.stored = files[0].stat().st_size
+
+    @cached_property
+    def five(self) -> list[tuple[Path, float]]:
+        """LoRAs in files beside the checkpoints, and strengths: the one of rank 32, four others."""
+        kinds = [random_lora(self.case.config), *mixed_loras(self.case.config)]
+        found = []
+        for index, (one, strength) in enumerate(zip(kinds, (0.8, 0.3, 0.4, 0.5, 0.6), strict=True)):
+            path = self.files[0].with_name(f"lora-{index}.safetensors")
+            save_file(one, path)
+            found.append((path, strength))
+        return found
+
+    @property
+    def lora(self) -> Path:
+        """The one of rank 32."""
+        return self.five[0][0]
 
     def close(self) -> None:
         """Give the memory back."""
@@ -273,14 +336,7 @@ class Bench:
 
     def loras(self) -> Iterator[Row]:
         """One LoRA on, stronger, off, then five at once; with the bare weights parked and not."""
-        lora = random_lora(self.case.config)
-        path = self.files[0].with_name("lora.safetensors")
-        save_file(lora, path)
-        five = [(path, 0.8)]
-        for index, one in enumerate(mixed_loras(self.case.config)):
-            other = self.files[0].with_name(f"lora-{index}.safetensors")
-            save_file(one, other)
-            five.append((other, 0.3 + 0.1 * index))
+        path = self.lora
         for tier, device, pinned in (("device", ENOUGH, 0), ("pinned RAM", 0, ENOUGH)):
             self.budgets(device, pinned)
             self.engine.set_loras([])
@@ -296,6 +352,14 @@ class Bench:
             for _ in range(2):  # the file is parsed once, and its first use parks the bare weights
                 self.engine.set_loras([(path, 0.5)])
                 self.engine.set_loras([])
+            if parked:
+                fresh = path.with_name("fresh-lora.safetensors")
+                fresh.write_bytes(path.read_bytes())
+                change = partial(self.engine.set_loras, [(fresh, 0.8)])
+                facts = {"tier": tier, "loras": 1, "factors": "page cache"}
+                yield self.row("lora_first_on", [change], limit, **facts)
+                self.engine.set_loras([])
+            factors = "device" if parked else "RAM"
             times: dict[str, list[Any]] = {"lora_on": [], "lora_strength": [], "lora_off": []}
             for _ in range(LORA_ROUNDS):
                 for operation, chosen in (
@@ -311,43 +375,96 @@ class Bench:
                             bound,
                             tier=tier,
                             loras=1,
+                            factors=factors,
                         )
                     )
             yield from map(_merged, times.values())
-            self.engine.set_loras(five)
+            self.engine.set_loras(self.five)
             self.engine.set_loras([])
             rounds = []
             for _ in range(LORA_ROUNDS):
                 rounds.append(
                     self.row(
                         "lora_on",
-                        [lambda: self.engine.set_loras(five)],
+                        [lambda: self.engine.set_loras(self.five)],
                         limit,
                         lambda limit_ms: 200.0,
                         tier=tier,
                         loras=5,
+                        factors=factors,
                     )
                 )
                 self.engine.set_loras([])
             yield _merged(rounds)
 
-    def schedule(self) -> Row:
+    def schedule(self) -> Iterator[Row]:
         """A switch of LoRAs between two steps, which must take less than a step."""
         self.budgets(ENOUGH, 0)
-        path = self.files[0].with_name("lora.safetensors")
+        self.engine.set_loras([])
+        self.engine.load_weights(self.files[0])
+        path = self.lora
         self.engine.schedule_loras([(path, 0.8, 0.0, 0.5)])
         self.engine.at_step(0, 2)
         switches = [lambda step=step: self.engine.at_step(step, 2) for step in (1, 0)] * LORA_ROUNDS
-        row = self.row(
+        yield self.row(
             "lora_schedule",
             switches,
             self.within,
             lambda limit: self.fresh_ms,
             tier="device",
             loras=1,
+            factors="device",
         )
         self.engine.set_loras([])
-        return row
+
+    def prefetch(self) -> Iterator[Row]:
+        """A step while the next checkpoint is fetched, beside as many steps while none is."""
+        for tier, device, pinned in (("device", ENOUGH, 0), ("pinned RAM", 0, ENOUGH)):
+            say(f"step_beside_prefetch to {tier}")
+            self.engine.load_weights(self.files[0])
+            self.budgets(0, 0)
+            self.budgets(device, pinned)
+            alone, beside, fetched = [], [], []
+            for path in self.files[1 : 1 + FETCHES[tier]] or self.files:
+                self.steps(lambda count: count >= WARMUPS)
+                began = time.perf_counter()
+                job = self.engine.prefetch(path)
+                count, ms = self.steps(lambda count, job=job: count > 0 and job.done())
+                fetched.append((time.perf_counter() - began) * 1e3)
+                beside.append(ms)
+                alone.append(self.steps(lambda done, count=count: done >= count)[1])
+            held = self.pool.report()["tiers"][str(self.device) if device else PINNED]
+            alone_ms, ms = statistics.median(alone), statistics.median(beside)
+            yield {
+                "variant": "engine",
+                "operation": "step_beside_prefetch",
+                "tier": tier,
+                "from": "page cache",
+                "ms": ms,
+                "ms_min": min(beside),
+                "ms_max": max(beside),
+                "alone_ms": alone_ms,
+                "alone_ms_min": min(alone),
+                "alone_ms_max": max(alone),
+                "prefetch_ms": statistics.median(fetched),
+                "waiting": held["blocks"],
+                "must_ms": 1.03 * alone_ms,
+                "held": ms <= 1.03 * alone_ms,
+            }
+
+    def steps(self, enough: Callable[[int], bool]) -> tuple[int, float]:
+        """Steps until `enough` of their count: how many, and the mean milliseconds of one.
+
+        Each is waited for, but not what else the device does meanwhile.
+        """
+        synchronize(self.device)
+        started, count = time.perf_counter(), 0
+        while not enough(count):
+            self.forward()
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+            count += 1
+        return count, (time.perf_counter() - started) * 1e3 / max(count, 1)
 
     def mixes(self) -> Iterator[Row]:
         """Two checkpoints mixed from pinned RAM, and a difference of three; from files, too."""
@@ -363,19 +480,20 @@ class Bench:
                 moved = parts * self.stored
                 yield self.row(operation, [change] * 3, self.across_the_bus, moved=moved, tier=tier)
 
-    def forwards(self) -> Row:
+    def forwards(self) -> Iterator[Row]:
         """A forward after many swaps: as fast as before them, and the same bit for bit."""
         self.budgets(ENOUGH, 0)
-        lora = self.files[0].with_name("lora.safetensors")
+        lora = self.lora
         for index in range(SWAPS):
             self.engine.load_weights(self.files[index % len(self.files)])
             self.engine.set_loras([(lora, 0.5)] if index % 2 else [])
         self.engine.set_loras([])
         self.engine.load_weights(self.files[0])
         after = timed(self.forward, self.device, FORWARDS)
-        return {
+        yield {
             "variant": "engine",
             "operation": "forward_after_swaps",
+            "tier": "device",
             **after,
             "swaps": SWAPS,
             "limit_ms": self.fresh_ms,
@@ -436,6 +554,7 @@ def audition_row(folder: Path, size: tuple[int, int], device: str, steps: int = 
     return {
         "variant": "engine",
         "operation": "audition",
+        "tier": "prefetched",
         "pictures": len(result.rows),
         "steps": steps,
         "ms": statistics.median(row.steps_ms for row in result.rows),
@@ -481,7 +600,38 @@ def diffusers_rows(case: Case, device: torch.device, files: Sequence[Path]) -> I
         unet.unload_lora()
 
     for operation, change in (("lora_on", fuse), ("lora_off", unfuse)):
-        yield row(operation, change, 1) | {"loras": 1}
+        yield row(operation, change, 1) | {"loras": 1, "tier": "device", "factors": "RAM"}
+
+
+def comfyui_rows(
+    case: Case, device: torch.device, files: Sequence[Path], comfyui: Path
+) -> Iterator[Row]:
+    """The same by ComfyUI's own loader and patcher, in a process of its own."""
+    say("comfyui")
+    python = comfyui / ".venv" / "bin" / "python"
+    lora = files[0].with_name("lora-0.safetensors")
+    if not lora.exists():
+        save_file(random_lora(case.config), lora)
+    command = [str(python if python.exists() else sys.executable), "-m", "benchmarks.swaps_comfyui"]
+    command += [str(comfyui.resolve()), "--model", case.model]
+    command += ["--size", f"{case.width}x{case.height}", "--batch", str(case.batch)]
+    command += [*map(str, files[:3]), "--lora", str(lora)]
+    if device.type == "cpu":
+        command.append("--cpu")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    late = threading.Timer(COMFYUI_SECONDS * (8 if device.type == "cpu" else 1), process.kill)
+    late.start()
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        if process.wait():
+            say(f"comfyui: ended with {process.returncode}")
+    finally:
+        late.cancel()
+        process.kill()
+        process.wait()
 
 
 def peft_lora(kohya: dict[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:

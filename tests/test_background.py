@@ -37,7 +37,7 @@ READING = """
 import threading
 from accel.hosts.comfyui import catalog
 begun = threading.Event()
-def bring(path, stop):
+def bring(path, stop, keep):
     begun.set()
     stop.wait()
     print("ended", flush=True)

@@ -7,7 +7,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -516,6 +516,17 @@ def test_the_next_prompts_file_is_read_and_no_other(files: Models) -> None:
     assert read_ahead(prefetcher) == [("b", 1000), ("c", 1000)]
     queue.queue.pop(0)
     assert len(read_ahead(prefetcher)) == 2
+
+
+def test_what_the_running_and_the_next_prompt_need_is_to_stay(files: Models) -> None:
+    told = []
+
+    def bring(path: str, stop: threading.Event, keep: Collection[str]) -> None:
+        told.append((Path(path).name, [Path(other).name for other in keep]))
+
+    queue = queue_of([{"1": node(ckpt_name="a")}], [{"1": node(ckpt_name="b")}])
+    read_ahead(Prefetcher(queue, files.locate, bring))
+    assert told == [("b", ["a", "b"])]
 
 
 def test_nothing_is_read_where_memory_is_short(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from mmap import PAGESIZE
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from accel import background
 from accel.errors import InvalidFile, OutOfMemory, StructureMismatch
 from accel.runtime.executable import Executable
 from accel.runtime.network import _ADAPTER, Network
-from accel.runtime.pool import PINNED, Pool
+from accel.runtime.pool import PATIENCE, PINNED, Pool
 from accel.runtime.transfer import (
     READERS,
     SLOTS,
@@ -30,6 +31,7 @@ from accel.runtime.transfer import (
     HostCopy,
     Overlay,
     Transfer,
+    _neighbours,
     transfer_for,
 )
 from accel.runtime.weights import Weights
@@ -193,6 +195,89 @@ def test_only_what_may_goes_for_a_block() -> None:
     assert put("g", lambda: "data") is None, "nothing is there that may go"
 
 
+def ahead(pool: Pool, what: object, size: int) -> Any:
+    return pool.put("cpu", None, what, size, lambda: what, ahead=True)
+
+
+def test_what_is_fetched_ahead_takes_the_place_of_nothing_that_is_needed() -> None:
+    owner, pool = object(), Pool({"cpu": 30}, free=roomy)
+    for what in "abc":
+        fill(pool, what, 10)
+    pool.use(owner, {"a"})
+    assert ahead(pool, "d", 10) is not None and not pool.holds("cpu", None, "b")
+    assert ahead(pool, "e", 10) is not None and not pool.holds("cpu", None, "c")
+    assert ahead(pool, "f", 10) is None, "a is in use, and the others have not been used yet"
+    assert [pool.holds("cpu", None, what) for what in "ade"] == [True] * 3
+    pool.get("cpu", None, "d")
+    assert ahead(pool, "f", 10) is not None and not pool.holds("cpu", None, "d")
+    assert fill(pool, "g", 10) is not None, "who is waited for takes the oldest, whatever it is"
+    assert [pool.holds("cpu", None, what) for what in "aef"] == [False, True, True]
+    pool.use(owner, ())
+    fill(pool, "e", 10)  # is used, so that it may go
+    assert ahead(pool, "h", 10) is not None
+
+
+def test_what_is_expected_stays_though_it_was_there_before() -> None:
+    pool = Pool({"cpu": 20}, free=roomy)
+    for what in "ab":
+        fill(pool, what, 10)
+    assert pool.expect("cpu", None, "a") and not pool.expect("cpu", None, "c")
+    assert ahead(pool, "c", 10) is not None
+    assert [pool.holds("cpu", None, what) for what in "abc"] == [True, False, True]
+
+
+def test_what_was_expected_in_vain_gives_way_at_last() -> None:
+    pool = Pool({"cpu": 10}, free=roomy)
+    assert ahead(pool, "a", 10) is not None
+    for _ in range(PATIENCE - 1):
+        assert ahead(pool, "b", 10) is None
+    assert ahead(pool, "b", 10) is not None
+
+
+def test_what_is_used_from_a_nearer_tier_is_not_expected_any_more() -> None:
+    owner, pool = object(), Pool({"cpu": 20}, free=roomy)
+    ahead(pool, "a", 10)
+    ahead(pool, "b", 10)
+    pool.use(owner, {"a"})
+    pool.use(owner, {"c"})
+    assert ahead(pool, "d", 10) is not None and pool.holds("cpu", None, "b")
+
+
+def test_nothing_goes_in_vain_for_what_is_fetched_ahead() -> None:
+    limited, short = Pool({"cpu": 30}, free=roomy), Pool(free=lambda tier: 30 - short._bytes(tier))
+    for pool in (limited, short):
+        fill(pool, "a", 10)
+        fill(pool, "b", 10)
+        pool.use(None, {"a"})
+        assert ahead(pool, "c", 25) is None
+        assert pool.bytes("cpu") == 20
+        assert ahead(pool, "c", 20) is not None and pool.holds("cpu", None, "a")
+
+
+def test_memory_comes_free_while_others_may_use_the_pool() -> None:
+    """To unpin memory takes a good part of a second."""
+    pool, waited = Pool({"cpu": 10}, free=roomy), []
+
+    class Data:
+        def __del__(self) -> None:
+            asks = threading.Thread(target=pool.bytes, args=("cpu",))
+            asks.start()
+            asks.join(timeout=5)
+            waited.append(asks.is_alive())
+
+    pool.put("cpu", None, "a", 10, Data)
+    fill(pool, "b", 10)
+    pool.put("cpu", owner := object(), "a", 10, Data)
+    pool.drop(owner)
+    pool.put("cpu", None, "a", 10, Data)
+    pool.trim("cpu")
+    pool.set_budget("cpu", 0)
+    pool.set_budget("cpu", 10)
+    pool.put("cpu", None, "a", 10, Data)
+    pool.shrink("cpu")
+    assert waited == [False] * 4
+
+
 def test_whatever_else_fails_leaves_no_trace() -> None:
     pool = Pool({"cpu": 10}, free=roomy)
 
@@ -343,7 +428,7 @@ def test_slots_that_stay_can_be_had_back(states: list[State]) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 4096, 5000])
 def test_what_can_be_pinned_shares_no_page(size: int) -> None:
-    host = HostBytes(size, pin=False)
+    host = HostBytes(size)
     assert host.tensor.numel() == size and host.tensor.data_ptr() % PAGESIZE == 0
     room = host.tensor.untyped_storage()
     assert host.tensor.storage_offset() + -(-size // PAGESIZE) * PAGESIZE <= room.nbytes()
@@ -369,8 +454,63 @@ def test_a_file_that_changed_is_not_read_from(states: list[State], tmp_path: Pat
 
 def test_a_copy_in_ram_has_the_size_that_was_counted(states: list[State]) -> None:
     source = StateDictSource(states[0], two_levels())
-    copy = HostCopy(list(states[0]), source, pin=False)
+    copy = HostCopy(list(states[0]), source)
     assert copy.host.tensor.numel() == HostCopy.bytes_for(list(states[0]), source)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 20_000, 1 << 24])
+def test_a_copy_is_pinned_in_pieces_once_they_are_filled(
+    states: list[State], monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    """None shares a page with another, and nothing that crosses at once lies in two."""
+    monkeypatch.setattr("accel.runtime.transfer.PIECE_BYTES", piece_bytes)
+    pinned: list[tuple[int, int]] = []
+    transfer, names = Transfer(CPU), list(states[0])
+    source = StateDictSource(states[0], two_levels())
+
+    def pin(self: HostBytes, start: int, end: int) -> None:
+        pinned.append((start, end))
+        for name, item in items.items():
+            if start <= item.start < end:
+                assert torch.equal(item.view(self.tensor), states[0][name]), "it is filled"
+
+    items = HostCopy(names, source).items
+    monkeypatch.setattr(HostBytes, "pin", pin)
+    transfer.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+    copy = transfer.gather(names, source)
+    assert copy.items == items
+    pages = [page for a, b in pinned for page in range(a // PAGESIZE, -(-b // PAGESIZE))]
+    assert len(pages) == len(set(pages)) and all(start % PAGESIZE == 0 for start, _ in pinned)
+    for run in _neighbours([copy.items[name] for name in names], 1 << 30):
+        begin, end = run[0].start, run[-1].start + run[-1].bytes
+        assert sum(a <= begin and end <= b for a, b in pinned) == 1
+    assert len(pinned) == 1 if piece_bytes == 1 << 24 else len(pinned) > 10
+
+
+def test_memory_that_cannot_be_pinned_ends_a_copy_in_ram(
+    states: list[State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pin(self: HostBytes, start: int, end: int) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(HostBytes, "pin", pin)
+    transfer = Transfer(CPU)
+    transfer.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+    with pytest.raises(torch.OutOfMemoryError):
+        transfer.gather(list(states[0]), StateDictSource(states[0], two_levels()))
+
+
+def test_a_copy_of_the_arena_has_what_no_parameter_changes(
+    small_plans: Path, small_unet: Any, files: list[Path]
+) -> None:
+    """The frequencies of the timestep, and what lies between constants, which kernels may read."""
+    engine = engine_with(small_plans, small_unet, 0)
+    weights = engine._network.weights
+    copy = torch.full_like(weights.storage, 0xFF)
+    source = engine.session._source(files[0], engine.config)
+    engine.load_weights(files[0])
+    weights.write_copy(copy, source, transfer_for(CPU))
+    assert torch.equal(copy, weights.storage)
 
 
 # Engines with a pool.
@@ -437,6 +577,59 @@ def test_prefetched_checkpoints_wait_on_the_device_or_in_ram(
         assert torch.equal(engine(**inputs()), expected[1])
         events = engine.report()["pool"]["events"]
         assert tier is None or events[f"hits_{tier}"] >= 1
+
+
+def test_a_prefetch_leaves_what_is_in_use(
+    small_plans: Path, small_unet: Any, files: list[Path], expected: list[Any]
+) -> None:
+    """LoRAs are taken off from the parked copy, whatever was fetched ahead meanwhile."""
+    engine = engine_with(small_plans, small_unet, 1, 1.5)
+    engine.load_weights(files[0])
+    engine.set_loras([(make_lora(3, two_levels()), 0.5)])  # parks the bare checkpoint
+    for path in files[1:]:
+        engine.prefetch(path).result(timeout=60)
+    tiers = engine.report()["pool"]["tiers"]
+    assert (tiers["cpu"]["blocks"], tiers[PINNED]["blocks"]) == (1, 1)
+    reads: list[str] = []
+    source: Any = engine.seat.source
+    source.read_into = lambda name, out: reads.append(name)
+    engine.set_loras([])
+    assert torch.equal(engine(**inputs()), expected[0]) and not reads
+    engine.load_weights(files[1])
+    assert engine.report()["pool"]["events"]["hits_pinned"] == 1, "the first of both waited"
+
+
+@pytest.mark.parametrize("tier", ["cpu", PINNED])
+def test_a_prefetch_leaves_what_the_caller_keeps(
+    small_plans: Path, small_unet: Any, files: list[Path], tier: str
+) -> None:
+    engine = engine_with(small_plans, small_unet, *((2, 0) if tier == "cpu" else (0, 2.5)))
+    first, second, third = (engine.session._source(path, engine.config) for path in files)
+    network = engine._network
+    for source in (first, second):
+        network.prefetch(source).result(timeout=60)
+    for path in files[:2]:  # both have been used, the first of them longest ago
+        engine.load_weights(path)
+    engine.load_weights(make_unet(9, two_levels()).state_dict())
+    network.prefetch(third, keep=lambda stamp: stamp == first.stamp()).result(timeout=60)
+
+    def waits(source: FileSource) -> bool:
+        if tier == "cpu":
+            return network.pool.holds("cpu", network._owner, (source.stamp(), ()))
+        return network.pool.holds(PINNED, None, source.stamp())
+
+    assert [waits(source) for source in (first, second, third)] == [True, False, True]
+
+
+def test_what_leaves_the_arena_does_not_take_the_place_of_what_comes(
+    small_plans: Path, small_unet: Any, files: list[Path], expected: list[Any]
+) -> None:
+    engine = engine_with(small_plans, small_unet, 1)
+    engine.load_weights(files[0])
+    engine.prefetch(files[1]).result(timeout=60)
+    reads = count_reads(engine)
+    engine.load_weights(files[1])
+    assert torch.equal(engine(**inputs()), expected[1]) and not reads
 
 
 def test_a_prefetch_may_be_for_ram_alone(

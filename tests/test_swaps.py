@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ def test_every_figure_has_its_row(
     for name, value in {"SWAPS": 4, "FORWARDS": 1, "ROUNDS": 1, "LORA_ROUNDS": 1}.items():
         monkeypatch.setattr(swaps, name, value)
     monkeypatch.setenv("SWITCHYARD_CACHE_DIR", str(small_plans))
+    parts = set(swaps.PARTS) - {"comfyui", "audition"}
     found: dict[tuple[Any, ...], Any] = {
         (row["variant"], row["operation"], row.get("tier"), row.get("loras")): row
-        for row in swaps.measure(case, CPU, tmp_path, LIMITS, checkpoints=2)
+        for row in swaps.measure(case, CPU, tmp_path, LIMITS, checkpoints=2, parts=parts)
     }
+    assert all(row["tier"] for row in found.values())
     tiers = ("page cache", "pinned RAM", "device")
     operations = ("checkpoint_file", "checkpoint_pinned", "checkpoint_seat")
     for operation, tier in zip(operations, tiers, strict=True):
@@ -49,10 +52,19 @@ def test_every_figure_has_its_row(
     assert found["engine", "lora_schedule", "device", 1]["bytes"] > 0
     for operation in ("mix", "add_difference"):
         assert found["engine", operation, "page cache", None]["bytes"] == whole
-    after = found["engine", "forward_after_swaps", None, None]
+    first = found["engine", "lora_first_on", "device", 1]
+    assert first["factors"] == "page cache" and first["ms"] > 0
+    for tier in ("device", "pinned RAM"):
+        row = found["engine", "step_beside_prefetch", tier, None]
+        assert row["waiting"] == 1, "the other checkpoint was fetched while steps ran"
+        assert row["ms"] > 0 and row["alone_ms"] > 0
+        assert row["held"] == (row["ms"] <= 1.03 * row["alone_ms"])
+    after = found["engine", "forward_after_swaps", "device", None]
     assert after["equal"] is True and after["pool"]["events"]["hits_cpu"] > 0
     for operation, tier, count in (
-        *(("checkpoint_file", "page cache", None), ("lora_on", None, 1), ("lora_off", None, 1)),
+        ("checkpoint_file", "page cache", None),
+        ("lora_on", "device", 1),
+        ("lora_off", "device", 1),
     ):
         assert found["diffusers", operation, tier, count]["ms"] > 0
 
@@ -75,3 +87,18 @@ def test_a_row_comes_as_soon_as_it_is_measured(
         for one in swaps.measure(case, CPU, tmp_path, LIMITS, checkpoints=1):
             found.append(one["operation"])
     assert found == ["checkpoint_file"]
+
+
+def test_parts_are_chosen_on_the_command_line() -> None:
+    def parts(*, model: str = "sdxl", comfyui: Path | None = None, **given: Any) -> list[str]:
+        wanted = {"only": None, "only_loras": False, "skip_diffusers": False} | given
+        return swaps.chosen(Namespace(model=model, comfyui=comfyui, **wanted))
+
+    everything = [part for part in swaps.PARTS if part != "comfyui"]
+    assert parts() == everything
+    assert parts(comfyui=Path("there")) == list(swaps.PARTS)
+    assert parts(skip_diffusers=True) == [part for part in everything if part != "diffusers"]
+    assert parts(only_loras=True) == ["loras", "schedule", "forwards"]
+    assert parts(only="forwards,prefetch") == ["prefetch", "forwards"]
+    with pytest.raises(SystemExit, match="prefetches"):
+        parts(only="prefetches")

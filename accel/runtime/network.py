@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -137,7 +137,7 @@ class Network:
         started = time.perf_counter()
         stamp = source.stamp()
         if self.live is not seat or (seat.source is not None and seat.source.lasting):
-            self._park()
+            self._park(_uses(source, stamp, seat.adapters))
         self._wait_for(stamp)
         return self._bring(seat, source, stamp, seat.adapters).since(started)
 
@@ -167,7 +167,7 @@ class Network:
         stamp = source.stamp()
         if self.live is not seat or stamp != seat.stamp:  # all of it anew, never a mixture
             if self.live is not seat:
-                self._park()
+                self._park(_uses(source, stamp, adapters))
                 self._wait_for(stamp)
             return self._bring(seat, source, stamp, adapters).since(started)
         if not _standing(seat.adapters):
@@ -185,7 +185,7 @@ class Network:
             return
         source = _source_of(seat)
         started = time.perf_counter()
-        self._park()
+        self._park(_uses(source, seat.stamp, seat.adapters))
         stamp = seat.stamp
         if not self.parked(seat):
             stamp = source.stamp()
@@ -193,10 +193,16 @@ class Network:
         self._bring(seat, source, stamp, seat.adapters)
         self.counters.activations.append(time.perf_counter() - started)
 
-    def prefetch(self, source: Source, onto_device: bool = True) -> Future[None]:
+    def prefetch(
+        self,
+        source: Source,
+        onto_device: bool = True,
+        keep: Callable[[Hashable], bool] | None = None,
+    ) -> Future[None]:
         """Bring a checkpoint nearer in the background: onto the device, else into pinned RAM.
 
-        onto_device: whether the device is asked at all.
+        onto_device: whether the device is asked at all. keep: asked with the stamp of what waits,
+        whether it has to stay, beside what is in use and what was fetched ahead and not yet used.
 
         A hint: where there is no room, or the source cannot be read by threads or found again,
         nothing happens. What fails is said in the log, and again when the checkpoint is loaded.
@@ -212,7 +218,7 @@ class Network:
             if stamp not in self._coming:
                 # Weakly: what is yet to come must not keep a network whose engines are gone.
                 self._coming[stamp] = _prefetcher().submit(
-                    _prefetch, weakref.ref(self), source, stamp, onto_device
+                    _prefetch, weakref.ref(self), source, stamp, onto_device, keep or _nothing
                 )
             return self._coming[stamp]
 
@@ -356,6 +362,7 @@ class Network:
     ) -> Iterator[None]:
         """The arena changes, and no seat is live until it has all that `seat` is to hold."""
         self._epoch += 1
+        self.pool.use(self._owner, _uses(source, stamp, adapters))
         self.weights.synchronize()  # replays under way still read the arena
         self.live = None
         try:
@@ -373,8 +380,11 @@ class Network:
         if seat.source is not None and not seat.source.lasting:
             self.pool.drop(self._owner, lambda what: what[0] == stamp)
 
-    def _park(self) -> None:
-        """Keep a copy of the live weights on the device, where the pool has room for it."""
+    def _park(self, following: Collection[Hashable] = ()) -> None:
+        """Keep a copy of the live weights on the device, where the pool has room for it.
+
+        following: what is about to be brought in, which does not go for it.
+        """
         seat = self.live
         if seat is None:
             return
@@ -386,6 +396,7 @@ class Network:
             (seat.stamp, _standing(seat.adapters)),
             self.weights.bytes,
             lambda: Parked(self.weights.copy(), seat.adapters),
+            instead_of=lambda other: other not in following,
         )
 
     def parked(self, seat: Seat) -> bool:
@@ -419,7 +430,11 @@ class Network:
             wait([job])
 
     def _fetch(
-        self, source: Source, stamp: Hashable, onto_device: bool
+        self,
+        source: Source,
+        stamp: Hashable,
+        onto_device: bool,
+        keep: Callable[[Hashable], bool],
     ) -> Callable[[], object] | None:
         """Bring a checkpoint onto the device, in the prefetcher's thread.
 
@@ -428,30 +443,33 @@ class Network:
         transfer = transfer_for(self.device, background=True)
         with self._fetching:
             what, size = (stamp, ()), self.weights.bytes
-            if self.pool.holds(self._tier, self._owner, what):
+            if self.pool.expect(self._tier, self._owner, what):
                 return None
-            self.pool.trim(self._tier)
-            copy = self.pool.get(PINNED, None, stamp)
-            origin = copy or (
-                _Wanted(source, self._unwanted) if isinstance(source, Stageable) else source
-            )
+            in_ram = self.pool.expect(PINNED, None, stamp)
 
             def read() -> Parked:
+                copy = self.pool.get(PINNED, None, stamp)
+                origin = copy or (
+                    _Wanted(source, self._unwanted) if isinstance(source, Stageable) else source
+                )
                 storage = self.weights.blank()
                 with _own_stream(self.device):
                     self.weights.write_copy(storage, origin, transfer)
                 return Parked(storage, ())
 
-            if onto_device and self.pool.put(self._tier, self._owner, what, size, read):
+            if onto_device and self.pool.put(
+                self._tier, self._owner, what, size, read, lambda other: not keep(other[0]), True
+            ):
                 return None
             names = list(self.weights.shapes)
-        if copy is not None or not isinstance(source, Stageable):
+        if in_ram or not isinstance(source, Stageable):
             return None
         stored = HostCopy.bytes_for(names, source)
         if stored is None:
             return None
-        gather = partial(transfer.gather, names, source)
-        return partial(self.pool.put, PINNED, None, stamp, stored, gather)
+        size, gather = stored, partial(transfer.gather, names, source)
+        put, may_go = self.pool.put, lambda other: not keep(other)
+        return lambda: put(PINNED, None, stamp, size, gather, may_go, ahead=True)
 
     def _stop_fetching(self) -> None:
         """Let go of what is on its way to the device; it is not waited for to arrive."""
@@ -630,6 +648,26 @@ def _is_adapter(what: Any) -> bool:
     return isinstance(what, tuple) and what[:1] == (_ADAPTER,)
 
 
+def _nothing(stamp: Hashable) -> bool:
+    return False
+
+
+def _uses(source: Source, stamp: Hashable, adapters: Adapters) -> frozenset[Hashable]:
+    """By what the pool knows everything that these weights are, or are made, of."""
+    found = {stamp, (stamp, ()), (stamp, _standing(adapters))}
+    found |= {(_ADAPTER, id(adapter)) for adapter, strength in adapters if strength != 0.0}
+    parts: Sequence[Any] = ()
+    if isinstance(source, Layered) and source.bare is not None:
+        parts = [source.bare]
+    elif isinstance(source, Combined):
+        parts = source.parts
+    for part in parts:
+        with contextlib.suppress(SwitchyardError):  # reading it says what is wrong with it
+            own = part.stamp()
+            found |= {own, (own, ())}
+    return frozenset(found)
+
+
 def _standing(adapters: Adapters) -> tuple[tuple[int, float], ...]:
     """What tells LoRA sets apart. Adapters are known by identity, which holds while they live."""
     return tuple((id(adapter), strength) for adapter, strength in adapters if strength != 0.0)
@@ -661,7 +699,11 @@ def _prefetcher() -> ThreadPoolExecutor:
 
 
 def _prefetch(
-    network: weakref.ref[Network], source: Source, stamp: Hashable, onto_device: bool
+    network: weakref.ref[Network],
+    source: Source,
+    stamp: Hashable,
+    onto_device: bool,
+    keep: Callable[[Hashable], bool],
 ) -> None:
     alive = network()
     if alive is None:
@@ -669,7 +711,7 @@ def _prefetch(
     pool = alive.pool
     try:
         with torch.inference_mode(False), torch.no_grad():
-            rest = alive._fetch(source, stamp, onto_device)
+            rest = alive._fetch(source, stamp, onto_device, keep)
             del alive  # whoever gives the network up meanwhile has its memory
             if rest is not None:
                 rest()
@@ -709,4 +751,6 @@ def _own_stream(device: torch.device) -> Iterator[None]:
             with torch.cuda.stream(stream):
                 yield
         finally:
-            stream.synchronize()
+            done = torch.cuda.Event(blocking=True)  # waiting for it leaves a core to others
+            done.record(stream)
+            done.synchronize()

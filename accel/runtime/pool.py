@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -45,11 +45,18 @@ RAM_RESERVE = 2 << 30
 
 @dataclass
 class Block:
-    """`data` of `bytes` bytes; None while it is being made."""
+    """`data` of `bytes` bytes; None while it is being made.
+
+    expected: 0, or where it was fetched ahead and has not been used yet: by which request.
+    """
 
     bytes: int
     data: Any = None
+    expected: int = 0
 
+
+PATIENCE = 8
+"""Requests to fetch ahead, after which what was fetched before them is not expected any more."""
 
 Key = tuple[str, Hashable, Hashable]
 """Tier, owner, and what it is. An owner's blocks can be counted and given up together."""
@@ -73,6 +80,9 @@ class Pool:
         self._lock = threading.Lock()
         self._blocks: OrderedDict[Key, Block] = OrderedDict()  # the least recently used first
         self._gone: deque[tuple[Hashable, Which]] = deque()
+        self._given_up: list[Any] = []
+        self._uses: dict[Hashable, frozenset[Hashable]] = {}
+        self._requests = 0
         self._counters: Counter[str] = Counter()
 
     def budget(self, tier: str) -> int | None:
@@ -99,6 +109,27 @@ class Pool:
             block = self._blocks.get((tier, owner, what))
             return block is not None and block.data is not None
 
+    def expect(self, tier: str, owner: Hashable, what: Hashable) -> bool:
+        """As `holds`, of what will be used next: it stays as if it had just been fetched ahead."""
+        with self._turn():
+            key = (tier, owner, what)
+            if self._touched(key) is None:
+                return False
+            self._requests += 1
+            self._blocks[key].expected = self._requests
+            return True
+
+    def use(self, owner: Hashable, what: Collection[Hashable]) -> None:
+        """Say what an owner works with now, in place of what it said before.
+
+        Nothing that is fetched ahead takes such a block's place, whoever has it in whatever tier.
+        """
+        with self._turn():
+            self._uses[owner] = uses = frozenset(what)
+            for key, block in self._blocks.items():
+                if key[2] in uses:
+                    block.expected = 0
+
     def put(
         self,
         tier: str,
@@ -107,10 +138,12 @@ class Pool:
         size: int,
         make: Callable[[], Any],
         instead_of: Which = _any,
+        ahead: bool = False,
     ) -> Any:
         """Make room for a block of `size` bytes, make its data and keep it; None without room.
 
-        instead_of: which blocks may go for it.
+        instead_of: which blocks may go for it. ahead: nobody asks for it yet; what is in use, or
+        was fetched ahead as well and has not been used, then stays, and nothing goes in vain.
 
         One that is there is kept, and is now the last to go. `make` runs without the pool's lock,
         since pinning memory takes seconds. It may raise `torch.OutOfMemoryError`: the tier then
@@ -119,7 +152,7 @@ class Pool:
         """
         key = (tier, owner, what)
         block = Block(size)
-        if not self._reserve(key, block, instead_of):
+        if not self._reserve(key, block, instead_of, ahead):
             with self._turn():
                 return self._touched(key)
         while True:
@@ -128,7 +161,7 @@ class Pool:
             except torch.OutOfMemoryError:
                 with self._turn():
                     self._counters["out_of_memory"] += 1
-                    if self._evict(tier, instead_of):
+                    if self._evict(tier, instead_of, ahead):
                         continue
                     self._remove(key, block)
                     self._counters["refused"] += 1
@@ -139,37 +172,56 @@ class Pool:
                 raise
             return block.data
 
-    def _reserve(self, key: Key, block: Block, instead_of: Which) -> bool:
+    def _reserve(self, key: Key, block: Block, instead_of: Which, ahead: bool) -> bool:
         """Count a block that is yet to be made, after others have gone as its size needs it."""
         tier = key[0]
         limit = self.budget(tier)
-        with self._turn():
-            if key in self._blocks:  # made, or being made by somebody else
-                return False
-            while limit is None or block.bytes <= limit:
-                within = limit is None or self._bytes(tier) + block.bytes <= limit
-                # What is being made has not been taken from what is free yet.
-                pending = sum(
-                    b.bytes for k, b in self._blocks.items() if k[0] == tier and b.data is None
-                )
-                if within and self._free(tier) >= block.bytes + pending:
+        if ahead:
+            with self._turn():
+                self._requests += 1
+                block.expected = self._requests
+        while True:  # between two turns, memory that was given up comes free
+            with self._turn():
+                if key in self._blocks:  # made, or being made by somebody else
+                    return False
+                lacking = self._lacking(tier, block.bytes, limit)
+                if lacking <= 0:
                     self._blocks[key] = block
                     return True
-                if not self._evict(tier, instead_of):
-                    break
-            self._counters["refused"] += 1
-            return False
+                possible = limit is None or block.bytes <= limit
+                if possible and ahead:
+                    possible = lacking <= self._could_go(tier, instead_of)
+                if not possible or not self._evict(tier, instead_of, ahead):
+                    self._counters["refused"] += 1
+                    return False
+
+    def _lacking(self, tier: str, size: int, limit: int | None) -> int:
+        """Bytes that a tier lacks for a block more."""
+        # What is being made has not been taken from what is free yet.
+        pending = sum(b.bytes for k, b in self._blocks.items() if k[0] == tier and b.data is None)
+        lacking = size + pending - self._free(tier)
+        if limit is not None:
+            lacking = max(lacking, self._bytes(tier) + size - limit)
+        return lacking
+
+    def _could_go(self, tier: str, which: Which) -> int:
+        """Bytes of a tier that could give way to what is fetched ahead."""
+        return sum(
+            block.bytes
+            for key, block in self._blocks.items()
+            if key[0] == tier and self._may_go(key, block, which, ahead=True)
+        )
 
     def trim(self, tier: str) -> int:
         """Give back what other programs need: blocks go until the tier's reserve is free again.
 
         The bytes given up.
         """
-        with self._turn():
-            before = self._bytes(tier)
-            while self._free(tier) < 0 and self._evict(tier):
-                pass
-            return before - self._bytes(tier)
+        before = self.bytes(tier)
+        while True:
+            with self._turn():
+                if self._free(tier) >= 0 or not self._evict(tier):
+                    return max(0, before - self._bytes(tier))
 
     def shrink(self, tier: str) -> int:
         """Give up all of a tier, since memory has run out there; the bytes given up."""
@@ -215,10 +267,17 @@ class Pool:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        with self._lock:
-            self._sweep()
-            yield
-        self._settle()
+        given_up: list[Any] = []
+        try:
+            with self._lock:
+                self._sweep()
+                try:
+                    yield
+                finally:
+                    given_up, self._given_up = self._given_up, []
+        finally:
+            given_up.clear()  # without the lock, which others wait for: to unpin memory takes long
+            self._settle()
 
     def _settle(self) -> None:
         """Give up what is gone, unless somebody has the lock, who does so once it is free."""
@@ -226,19 +285,24 @@ class Pool:
             try:
                 self._sweep()
             finally:
+                given_up, self._given_up = self._given_up, []
                 self._lock.release()
+            given_up.clear()
 
     def _sweep(self) -> None:
         while self._gone:
             owner, which = self._gone.popleft()
             for key in [key for key in self._blocks if key[1] is owner and which(key[2])]:
-                del self._blocks[key]
+                self._given_up.append(self._blocks.pop(key).data)
+            if which is _any:
+                self._uses.pop(owner, None)
 
     def _touched(self, key: Key) -> Any:
         block = self._blocks.get(key)
         if block is None or block.data is None:
             return None
         self._blocks.move_to_end(key)
+        block.expected = 0
         return block.data
 
     def _bytes(self, tier: str, owner: Hashable = None) -> int:
@@ -248,14 +312,25 @@ class Pool:
             if key[0] == tier and (owner is None or key[1] is owner)
         )
 
-    def _evict(self, tier: str, which: Which = _any) -> bool:
-        """Give up the tier's least recently used block of those that may go; whether one did."""
+    def _evict(self, tier: str, which: Which = _any, ahead: bool = False) -> bool:
+        """Give up the tier's least recently used block of those that may go; whether one did.
+
+        Its memory comes free at the end of the turn.
+        """
         for key, block in self._blocks.items():
-            if key[0] == tier and block.data is not None and which(key[2]):
-                del self._blocks[key]
+            if key[0] == tier and self._may_go(key, block, which, ahead):
+                self._given_up.append(self._blocks.pop(key).data)
                 self._counters["evictions"] += 1
                 return True
         return False
+
+    def _may_go(self, key: Key, block: Block, which: Which, ahead: bool) -> bool:
+        if block.data is None or not which(key[2]):
+            return False
+        if not ahead:
+            return True
+        expected = block.expected and self._requests - block.expected < PATIENCE
+        return not expected and not any(key[2] in uses for uses in self._uses.values())
 
     def _remove(self, key: Key, block: Block) -> None:
         if self._blocks.get(key) is block:  # its owner may be gone meanwhile

@@ -12,6 +12,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import (
@@ -43,6 +44,11 @@ KEPT = 2
 
 SLOT_BYTES = 32 << 20
 """Large enough that a copy runs at the bus's speed, small enough that the first begins at once."""
+
+
+PIECE_BYTES = 16 << 20
+"""That are pinned at once where nobody waits: the driver may let no other thread launch meanwhile.
+Each is crossed on its own, which still runs at the bus's speed."""
 
 
 class Readable(Protocol):
@@ -133,13 +139,13 @@ class Item:
 
 
 class HostBytes:
-    """Bytes of RAM, pinned if `pin`, in pages of their own: two pinned regions must share none.
+    """Bytes of RAM in pages of their own, since two pinned regions must share none.
 
     PyTorch's own pinned memory comes in powers of two. Raises `torch.OutOfMemoryError`.
     """
 
-    def __init__(self, size: int, pin: bool) -> None:
-        pages = -(-size // PAGESIZE) * PAGESIZE
+    def __init__(self, size: int) -> None:
+        pages = _whole_pages(size)
         with torch.inference_mode(False):
             try:
                 room = torch.empty(pages + PAGESIZE, dtype=torch.uint8, device="cpu")
@@ -147,11 +153,18 @@ class HostBytes:
                 raise torch.OutOfMemoryError(str(error)) from error
             start = -room.data_ptr() % PAGESIZE
             self.tensor = room[start : start + size]
-        if not pin or not size:
+
+    def pin(self, start: int, end: int) -> None:
+        """Pin the bytes from `start`, where a page begins, to `end`, in whose page nothing else is.
+
+        One copy must not cross two regions that were pinned apart. Raises `torch.OutOfMemoryError`.
+        """
+        size = _whole_pages(end - start)
+        if not size:
             return
         runtime: Any = torch.cuda.cudart()
-        address = self.tensor.data_ptr()
-        if int(runtime.cudaHostRegister(address, pages, 0)) != 0:
+        address = self.tensor.data_ptr() + start
+        if int(runtime.cudaHostRegister(address, size, 0)) != 0:
             with contextlib.suppress(
                 RuntimeError
             ):  # takes the error, which the next launch reports
@@ -161,32 +174,67 @@ class HostBytes:
         weakref.finalize(self, _unpin, address, self.tensor)
 
 
+def _whole_pages(size: int) -> int:
+    return -(-size // PAGESIZE) * PAGESIZE
+
+
 def _unpin(address: int, tensor: Tensor) -> None:
     runtime: Any = torch.cuda.cudart()
     runtime.cudaHostUnregister(address)
 
 
 class HostCopy:
-    """All parameters of a source side by side in (pinned) RAM, as they are stored."""
+    """All parameters of a source side by side in RAM, as they are stored, in pieces.
 
-    def __init__(self, names: Sequence[str], source: Stageable, pin: bool) -> None:
-        self.items, end = _side_by_side(names, source)
-        self.host = HostBytes(end, pin)
+    pieces: the names in each, and where its bytes begin and end.
+    """
+
+    def __init__(self, names: Sequence[str], source: Stageable) -> None:
+        self.pieces = list(_pieces({name: source.stored(name) for name in names}))
+        self.items = {
+            name: Item(name, info, start)
+            for piece in self.pieces
+            for name, (info, start) in piece.values.items()
+        }
+        self.host = HostBytes(self.pieces[-1].end if self.pieces else 0)
 
     @staticmethod
     def bytes_for(names: Sequence[str], source: Stageable) -> int | None:
         """The size of such a copy; None where the source gives nothing that could be copied."""
-        total = 0
-        for name in names:
-            info = source.stored(name)
-            if info is None:
-                return None
-            total = align(total + info.bytes)
-        return total
+        infos = {name: source.stored(name) for name in names}
+        if not all(infos.values()):
+            return None
+        return max((piece.end for piece in _pieces(infos)), default=0)
 
     def read(self, name: str) -> Tensor:
         """The value, in the copy."""
         return self.items[name].view(self.host.tensor)
+
+
+@dataclass
+class _Piece:
+    """Values in a copy that lie between two pages, and where each begins."""
+
+    start: int
+    end: int
+    values: dict[str, tuple[TensorInfo, int]]
+
+
+def _pieces(infos: Mapping[str, TensorInfo | None]) -> Iterator[_Piece]:
+    """How values lie in a copy: each piece of about `PIECE_BYTES` begins a page."""
+    piece = _Piece(0, 0, {})
+    for name, info in infos.items():
+        assert info is not None
+        start = align(piece.end)
+        if piece.values and start + info.bytes - piece.start > PIECE_BYTES:
+            yield piece
+            # Not at the end of what is before it: else both would be taken for neighbours.
+            start = _whole_pages(start + 1)
+            piece = _Piece(start, start, {})
+        piece.values[name] = info, start
+        piece.end = start + info.bytes
+    if piece.values:
+        yield piece
 
 
 def _side_by_side(names: Sequence[str], source: Stageable) -> tuple[dict[str, Item], int]:
@@ -204,26 +252,24 @@ def _side_by_side(names: Sequence[str], source: Stageable) -> tuple[dict[str, It
 class Slot:
     """Room for a batch of values: on the host, and on the device unless that is the CPU."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, background: bool = False) -> None:
         self.size, self.device = size, device
         self._host: HostBytes | None = None
         if device.type == "cuda":
             with torch.inference_mode(False):
                 self.there = torch.empty(size, dtype=torch.uint8, device=device)
-            self.crossed, self.used = torch.cuda.Event(), torch.cuda.Event()
+            # A thread that waits for one that blocks leaves its core to others.
+            self.crossed, self.used = torch.cuda.Event(blocking=background), torch.cuda.Event()
             self.used.record(torch.cuda.current_stream(device))
 
     @property
     def host(self) -> Tensor:
         """The host's half, which is made when it is first wanted: what is pinned needs none."""
         if self._host is None:
-            cuda = self.device.type == "cuda"
-            try:
-                self._host = HostBytes(self.size, pin=cuda)
-            except torch.OutOfMemoryError:
-                if not cuda:
-                    raise
-                self._host = HostBytes(self.size, pin=False)  # slower, and right
+            self._host = HostBytes(self.size)
+            if self.device.type == "cuda":
+                with contextlib.suppress(torch.OutOfMemoryError):  # slower, and right
+                    self._host.pin(0, self.size)
         return self._host.tensor
 
     def fill(self, items: Sequence[Item], source: Stageable) -> None:
@@ -260,7 +306,7 @@ class Transfer:
     def __init__(
         self, device: torch.device, background: bool = False, slot_bytes: int = SLOT_BYTES
     ) -> None:
-        self.device, self._slot_bytes = device, slot_bytes
+        self.device, self._slot_bytes, self._background = device, slot_bytes, background
         self._readers = ThreadPoolExecutor(
             READERS, "switchyard-reader", initializer=_give_way if background else None
         )
@@ -290,7 +336,7 @@ class Transfer:
 
         Raises CancelledError where the process ends meanwhile.
         """
-        copy = HostCopy(names, source, pin=self.device.type == "cuda")
+        copy = HostCopy(names, source)
 
         def read(name: str) -> None:
             if closing.is_set():  # the process ends, and waits for this
@@ -298,7 +344,19 @@ class Transfer:
             with torch.inference_mode(False), torch.no_grad():
                 source.read_into(name, copy.read(name))
 
-        list(self._readers.map(read, names))
+        reading = {name: self._readers.submit(read, name) for name in copy.items}
+        try:
+            for piece in copy.pieces:
+                for name in piece.values:
+                    reading[name].result()
+                if self.device.type == "cuda":
+                    # Once it is filled: to find the pages would take several times as long.
+                    began = time.perf_counter()
+                    copy.host.pin(piece.start, piece.end)
+                    time.sleep(time.perf_counter() - began)  # the driver is others' for as long
+        finally:
+            for left in reading.values():
+                left.cancel()
         return copy
 
     def bring(self, names: Sequence[str], source: Stageable) -> dict[str, Tensor]:
@@ -442,7 +500,7 @@ class Transfer:
         with self._lock:
             slots = self._idle.pop() if self._idle else []
         slots = [slot for slot in slots if slot.size >= size]
-        slots += [Slot(size, self.device) for _ in range(count - len(slots))]
+        slots += [Slot(size, self.device, self._background) for _ in range(count - len(slots))]
         whole = False
         try:
             yield slots

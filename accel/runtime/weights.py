@@ -131,19 +131,25 @@ class Weights:
             self.constants: dict[str, torch.Tensor] = {}
             self.shapes: dict[str, tuple[int, ...]] = {}
             self._places: dict[str, list[tuple[str, torch.Tensor]]] = {}
+            self._fixed: list[torch.Tensor] = []
             self._table: dict[str, lowrank.Place | None] = {}
             self._launches = False
-            for constant, offset in zip(plan.constants, offsets, strict=True):
-                self._place(constant, offset)
+            for constant, offset, following in zip(
+                plan.constants, offsets, [*offsets[1:], end], strict=True
+            ):
+                self._place(constant, offset, following)
 
-    def _place(self, constant: Constant, offset: int) -> None:
+    def _place(self, constant: Constant, offset: int, following: int) -> None:
         kind, shape = resolve(constant.dtype, self.dtype), constant.recipe.shape
         raw = self.storage[offset : offset + prod(shape) * kind.itemsize]
+        if padding := self.storage[offset + raw.numel() : following].numel():
+            self._fixed.append(self.storage[following - padding : following])
         view = self.constants[constant.name] = raw.view(kind).view(shape)
         for source, place in places(constant.recipe, view):
             if isinstance(source, Literal):
                 values = torch.tensor(source.values, dtype=kind, device="cpu")
                 place.copy_(values.view(source.shape))
+                self._fixed.append(place)
             else:
                 self.shapes[source.name] = source.shape
                 self._places.setdefault(source.name, []).append((constant.name, place))
@@ -177,7 +183,8 @@ class Weights:
         Another thread may run the network meanwhile. On a GPU the work has only been asked for.
         """
         with torch.inference_mode(False):
-            storage.copy_(self.storage)  # for the constants that no parameter changes
+            for place in self._fixed:  # no parameter changes it
+                _same_place(place, storage).copy_(place)
             self._write(self.shapes, source, (), storage, transfer)
 
     def restore(self, storage: torch.Tensor) -> SwapReport:

@@ -25,10 +25,10 @@ from accel.hosts.comfyui.loaders import load_checkpoint
 from accel.hosts.comfyui.patcher import accelerate
 from accel.hosts.comfyui.pool import NetworkPatcher, pool
 from accel.hosts.comfyui.run import Options
-from accel.hosts.comfyui.weights import PatchedSource, _holds, contents
+from accel.hosts.comfyui.weights import PatchedSource, _holds, contents, file_source
 from accel.runtime.pool import PINNED, process_pool
 from accel.sources import FileSource
-from accel.tensorfile import TensorInfo
+from accel.tensorfile import TensorInfo, fingerprint_of
 
 from .checkpoints import ensure
 from .host import conditioning, sample
@@ -353,3 +353,30 @@ def test_the_queue_leads_to_it(files, monkeypatch, tier):
     prefetcher.look()
     assert prefetcher.wait(60) and waiting(tier) == before + 1
     assert [path for path, _ in prefetcher.done] == [files[1]]
+
+
+def test_a_prefetch_leaves_what_the_running_prompt_needs(files, monkeypatch, tmp_path, tier):
+    """Though it has not been used for longest: its sampling begins when the prefetch does."""
+    running, following = files
+    process_pool().shrink(tier)
+    paint(load(running))
+    other = str(shutil.copy(files[1], tmp_path / "other.safetensors"))
+    bring(running)
+    bring(other)
+    paint(load(other))
+    found = process_pool()
+    monkeypatch.setattr(found, "_budgets", {PINNED: 0, tier: found.bytes(tier)})
+    stamp = file_source(fingerprint_of(running), engine().structure.config).stamp()
+
+    def waits():
+        if tier == PINNED:
+            return found.holds(PINNED, None, stamp)
+        return found.holds("cpu", engine().network._owner, (stamp, ()))
+
+    assert waits()
+    bring_nearer(following, threading.Event(), [running, following])
+    assert waits()
+    paint(load(running))
+    paint(load(other))
+    bring_nearer(following, threading.Event(), [])
+    assert not waits(), "without a word it goes"

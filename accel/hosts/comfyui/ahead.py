@@ -7,9 +7,11 @@ pool, within its budgets; what of it is on the device the host sees as the engin
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
+from collections.abc import Collection, Hashable
 from concurrent.futures import Future, wait
 
 import comfy.model_management as management
@@ -18,7 +20,7 @@ import torch
 from ...errors import SwitchyardError
 from ...runtime.network import Network
 from ...sources import FileSource
-from ...tensorfile import fingerprint_of
+from ...tensorfile import Fingerprint, fingerprint_of
 from .catalog import has_room_for
 from .pool import POLL_SECONDS, NetworkPatcher, pool
 from .weights import file_sample, file_source
@@ -26,12 +28,16 @@ from .weights import file_sample, file_source
 logger = logging.getLogger(__name__)
 
 
-def bring_nearer(path: str, stop: threading.Event) -> None:
+def bring_nearer(path: str, stop: threading.Event, keep: Collection[str] = ()) -> None:
     """Bring a file's network to the engine that will run it, if that is loaded; waits for it.
 
-    Nothing happens where memory is short, for a file of another structure or precision, and for a
-    ControlNet.
+    keep: files of which nothing that waits goes for it, beside what is in use. Nothing happens
+    where memory is short, for a file of another structure or precision, and for a ControlNet.
     """
+    kept = set[Fingerprint]()
+    for other in keep:
+        with contextlib.suppress(OSError):
+            kept.add(fingerprint_of(other))
     for patcher in pool().engines():
         config = patcher.structure.config
         assert config is not None
@@ -43,7 +49,7 @@ def bring_nearer(path: str, stop: threading.Event) -> None:
             logger.debug("%s is not brought nearer: %s", path, error)
             continue
         started = time.perf_counter()
-        job = _begin(patcher, source)
+        job = _begin(patcher, source, kept)
         if job is None:
             continue
         # Looked at here, so that the sampling need not wait for it.
@@ -54,7 +60,9 @@ def bring_nearer(path: str, stop: threading.Event) -> None:
         logger.debug("%s was brought nearer in %.1f s", path, time.perf_counter() - started)
 
 
-def _begin(patcher: NetworkPatcher, source: FileSource) -> Future[None] | None:
+def _begin(
+    patcher: NetworkPatcher, source: FileSource, kept: Collection[Fingerprint]
+) -> Future[None] | None:
     """The prefetch for one engine; None where there is none. Nothing of the engine is held."""
     network = patcher.network
     if network is None or patcher.instance:
@@ -65,7 +73,11 @@ def _begin(patcher: NetworkPatcher, source: FileSource) -> Future[None] | None:
     onto_device = _device_has_room(patcher, network)
     if not onto_device and not has_room_for(network.weights.bytes):
         return None
-    return network.prefetch(source, onto_device)
+
+    def keep(stamp: Hashable) -> bool:
+        return isinstance(stamp, tuple) and stamp[0] in kept  # of files they begin with it
+
+    return network.prefetch(source, onto_device, keep)
 
 
 def _device_has_room(patcher: NetworkPatcher, network: Network) -> bool:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -378,8 +378,9 @@ def _memory(networks: list[Mapping[str, Any]], last_used: float | None) -> dict[
 Paths = Callable[[], Iterable[str]]
 """The files to read, for whoever asks when it is their turn."""
 
-Bring = Callable[[str, threading.Event], None]
-"""Brings a file that has been read still nearer, unless it is told to stop."""
+Bring = Callable[[str, threading.Event, Collection[str]], None]
+"""Brings a file that has been read still nearer, unless it is told to stop. What was brought of the
+files named last stays where it is."""
 
 
 class Reader:
@@ -396,6 +397,7 @@ class Reader:
         self._stop = threading.Event()
         self._busy = False
         self._after: Paths | None = None
+        self._keep: Collection[str] = ()
         self.done: deque[tuple[str, int]] = deque(maxlen=32)
         """The last files that were read, and how many bytes of each."""
 
@@ -461,7 +463,7 @@ class Reader:
         self.done.append((path, read))
         logger.debug("read %s ahead in %.1f s", path, time.perf_counter() - started)
         if self._bring is not None and read == size:
-            self._bring(path, self._stop)
+            self._bring(path, self._stop, self._keep)
 
 
 class Prefetcher(Reader):
@@ -488,9 +490,10 @@ class Prefetcher(Reader):
             return
         self._read_for, prompt = waiting
         present = {file for other in running for file in model_files(other)}
-        for folder, name in model_files(prompt):
-            path = self._locate(folder, name)
-            if path is not None and (folder, name) not in present:
+        wanted = {file: self._locate(*file) for file in (*present, *model_files(prompt))}
+        self._keep = [path for path in wanted.values() if path is not None]
+        for file, path in wanted.items():
+            if path is not None and file not in present:
                 yield path
 
 

@@ -20,7 +20,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -225,12 +225,12 @@ def forget(graph_key: str) -> None:
         pool.pool().forget(graph_key)
 
 
-def bring(path: str, stop: threading.Event) -> None:
+def bring(path: str, stop: threading.Event, keep: Collection[str]) -> None:
     """Bring a file nearer to the engine that will run it, if any engine is in memory."""
     if f"{__package__}.pool" in sys.modules:
         from .ahead import bring_nearer
 
-        bring_nearer(path, stop)
+        bring_nearer(path, stop, keep)
 
 
 def host() -> dict[str, Any]:
