@@ -15,7 +15,7 @@ from support import make_lora, make_unet, two_levels
 from accel.runtime.adapters import InRam, Near, tensors_of
 from accel.runtime.network import _ADAPTER
 from accel.runtime.pool import Pool
-from accel.runtime.transfer import Transfer, _runs
+from accel.runtime.transfer import Transfer
 from accel.session import Engine, Session
 from accel.sources import FileSource
 
@@ -139,15 +139,6 @@ def test_without_room_on_the_device_a_lora_that_is_used_again_waits_in_pinned_ra
     assert waiting(engine) == ["LoRA"]
     engine._network.free_parked()
     assert waiting(engine) == []
-
-
-def test_what_lies_together_crosses_together() -> None:
-    rows = torch.zeros(4, 1024, dtype=torch.uint8)
-    other = torch.zeros(8)
-    pieces = [rows[0, :1000], rows[1, :8].view(torch.float32), rows[3], other]
-    pieces.sort(key=lambda piece: piece.data_ptr())
-    runs = [[piece.nbytes for piece in run] for run in _runs(pieces)]
-    assert sorted(runs) == [[32], [1000, 8], [1024]]
 
 
 def test_a_lora_whose_strength_is_zero_or_that_changes_nothing_stays_where_it_is(

@@ -40,12 +40,8 @@ class InRam:
         return sum(align(tensor.nbytes) for tensor in self.tensors.values())
 
     def brought(self, transfer: Transfer) -> dict[int, Tensor]:
-        """Copies on the device, by `id` of the tensors. Raises `torch.OutOfMemoryError`.
-
-        What is pinned must stay until they are there.
-        """
-        copies, names = transfer.bring_pinned(self.tensors), list(self.tensors)
-        copies |= transfer.bring([name for name in names if name not in copies], self)
+        """Copies on the device, by `id` of the tensors. Raises `torch.OutOfMemoryError`."""
+        copies = transfer.bring(list(self.tensors), self)
         return {id(tensor): copies[name] for name, tensor in self.tensors.items()}
 
     def within(self, copy: HostCopy) -> dict[int, Tensor]:
@@ -69,7 +65,7 @@ class InRam:
 class Near:
     """An adapter with copies in place of tensors in RAM. It does not keep the adapter alive.
 
-    moved: the copies by `id` of the tensors. kept: what must stay for as long as they are used.
+    moved: the copies by `id` of the tensors. kept: what they lie in, if that is RAM.
     """
 
     def __init__(

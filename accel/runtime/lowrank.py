@@ -8,13 +8,15 @@ kernel can write, are one launch. What comes out for one depends on its own chan
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import kernels
@@ -159,11 +161,60 @@ def change_of(patch: Any, strength: float, device: torch.device) -> Change | Non
     return Change(pairs, patch.scale * strength)
 
 
-def add(base: Tensor, out: Tensor, parameters: Sequence[tuple[Place, Sequence[Change]]]) -> None:
+class Regions:
+    """Bytes of pinned RAM in which factors lie, of which parts are lent to the device.
+
+    lend: makes a copy there, which has been asked for when it returns.
+    """
+
+    def __init__(self, regions: Iterable[Tensor], lend: Callable[[Tensor], Tensor]) -> None:
+        self._regions = sorted(regions, key=lambda region: region.data_ptr())
+        self._begins = [region.data_ptr() for region in self._regions]
+        self._lend = lend
+
+    def hold(self, factor: Tensor) -> bool:
+        """Whether a factor lies in one of them."""
+        address = factor.data_ptr()
+        place = bisect_right(self._begins, address) - 1
+        return place >= 0 and address < self._begins[place] + self._regions[place].numel()
+
+    def lent(self, rows: NDArray[np.int64], where: NDArray[np.int64]) -> list[Tensor]:
+        """Let what points into a region point to a copy of that part of it; the copies.
+
+        rows: of changes, as the kernel's table has them. where: the place of each.
+        """
+        if not self._regions:
+            return []
+        sizes = np.array([kind.itemsize for kind in _kinds()], dtype=np.int64)
+        ends = np.zeros_like(rows)
+        for pair in (0, 4):
+            width = rows[:, pair + 2] * sizes[rows[:, pair + 3]]
+            ends[:, pair] = rows[:, pair] + where[:, 1] * width
+            ends[:, pair + 1] = rows[:, pair + 1] + where[:, 2] * width
+        ends[:, [2, 3, 6, 7]] = 0
+        region = np.searchsorted(np.array(self._begins), rows, side="right") - 1
+        limits = [begin + r.numel() for begin, r in zip(self._begins, self._regions, strict=True)]
+        inside = (region >= 0) & (ends > 0) & (ends <= np.array(limits)[region])
+        copies: list[Tensor] = []
+        for number in np.unique(region[inside]):
+            these, begin = inside & (region == number), self._begins[number]
+            first, last = int(rows[these].min()), int(ends[these].max())
+            copies.append(self._lend(self._regions[number][first - begin : last - begin]))
+            rows[these] += copies[-1].data_ptr() - first
+        return copies
+
+
+def add(
+    base: Tensor,
+    out: Tensor,
+    parameters: Sequence[tuple[Place, Sequence[Change]]],
+    pinned: Regions | None = None,
+) -> None:
     """out = base + changes at the place of each parameter.
 
-    base, out: arenas as elements of the places' dtype; may be the same. On a GPU the work has only
-    been asked for, and the factors must stay until it is done.
+    base, out: arenas as elements of the places' dtype; may be the same. pinned: where factors may
+    lie that are not on the device. On a GPU the work has only been asked for, and the factors must
+    stay until it is done.
     """
     kernel = _kernel()
     where = np.array([place for place, _ in parameters], dtype=np.int64)
@@ -174,6 +225,7 @@ def add(base: Tensor, out: Tensor, parameters: Sequence[tuple[Place, Sequence[Ch
     all_changes = [change for _, changes in parameters for change in changes]
     rows = np.array([change.row for change in all_changes], dtype=np.int64).reshape(-1, 8)
     scales = np.array([change.scale for change in all_changes], dtype=np.float32)
+    copies = [] if pinned is None else pinned.lent(rows, np.repeat(where, counts, axis=0))
     numbers = (
         np.repeat(np.arange(len(tiles), dtype=np.int32), tiles),
         *(places, rows if len(rows) else np.zeros((1, 8), np.int64)),
@@ -182,6 +234,7 @@ def add(base: Tensor, out: Tensor, parameters: Sequence[tuple[Place, Sequence[Ch
     tables = [_sent(torch.from_numpy(table), out.device) for table in numbers]
     with torch.cuda.device_of(out):  # Triton launches on the GPU that is current
         kernel.add_products(*tables, base, out).run()
+    del copies  # till here
 
 
 def _sent(table: Tensor, device: torch.device) -> Tensor:

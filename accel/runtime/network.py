@@ -336,9 +336,11 @@ class Network:
             return Near(adapter, in_ram.within(copy), copy)
 
         self._watch(adapter)
-        for tier, make in ((self._tier, bring), (PINNED, pin))[: 1 + again]:
+        pinned = HostCopy.bytes_for(list(in_ram.tensors), in_ram) or 0
+        ways = (self._tier, in_ram.bytes, bring), (PINNED, pinned, pin)
+        for tier, size, make in ways[: 1 + again]:
             copy = self.pool.put(
-                *(tier, self._owner, what, in_ram.bytes, make),
+                *(tier, self._owner, what, size, make),
                 instead_of=_is_adapter,  # all else takes longer to have again
             )
             if copy is not None:

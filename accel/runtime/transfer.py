@@ -210,6 +210,10 @@ class HostCopy:
         """The value, in the copy."""
         return self.items[name].view(self.host.tensor)
 
+    def regions(self) -> list[Tensor]:
+        """The bytes of each piece: a copy over the bus must not cross two."""
+        return [self.host.tensor[piece.start : piece.end] for piece in self.pieces]
+
 
 @dataclass
 class _Piece:
@@ -374,33 +378,20 @@ class Transfer:
                     storage[start : start + sent.numel()].copy_(sent)
             return {name: item.view(storage) for name, item in items.items()}
 
-    def bring_pinned(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the device of those tensors that are pinned; what lies together goes together.
+    def lend(self, raw: Tensor) -> Tensor:
+        """Bytes of pinned RAM on the device, for what is asked for next; on a CPU they themselves.
 
-        The work has only been asked for: the tensors must stay until it is done. Raises
+        The work has only been asked for: they must stay until it is done. Raises
         `torch.OutOfMemoryError`.
         """
         if self._stream is None:
-            return {}
-        pinned = [name for name, tensor in tensors.items() if tensor.is_pinned()]
-        pinned.sort(key=lambda name: tensors[name].data_ptr())
-        found: dict[str, Tensor] = {}
+            return raw
         current = torch.cuda.current_stream(self.device)
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
-            for run in _runs([tensors[name] for name in pinned]):
-                begin = run[0].storage_offset() * run[0].element_size()
-                size = run[-1].data_ptr() + run[-1].nbytes - run[0].data_ptr()
-                raw = torch.empty(0, dtype=torch.uint8)
-                raw.set_(run[0].untyped_storage(), begin, (size,), (1,))
-                there = raw.to(self.device, non_blocking=True)
-                there.record_stream(current)
-                for tensor in run:
-                    start = tensor.data_ptr() - run[0].data_ptr()
-                    part = there[start : start + tensor.nbytes]
-                    name = pinned[len(found)]
-                    found[name] = part.view(tensor.dtype).view(tensor.shape)
+            there = raw.to(self.device, non_blocking=True)
+            there.record_stream(current)
         current.wait_stream(self._stream)
-        return found
+        return there
 
     def _direct(self, name: str, source: Readable) -> Tensor:
         # The raw bytes go over the bus; the cast and the transposition happen on the device.
@@ -549,21 +540,6 @@ def _neighbours(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
             yield run
             run = []
         run.append(item)
-    if run:
-        yield run
-
-
-def _runs(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors, sorted by address, in lists of those of one storage that lie side by side."""
-    run: list[Tensor] = []
-    for tensor in tensors:
-        if run and (
-            tensor.untyped_storage().data_ptr() != run[-1].untyped_storage().data_ptr()
-            or tensor.data_ptr() > align(run[-1].data_ptr() + run[-1].nbytes)
-        ):
-            yield run
-            run = []
-        run.append(tensor)
     if run:
         yield run
 

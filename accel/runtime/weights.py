@@ -22,7 +22,7 @@ from ..plan.memory import align
 from ..plan.recipe import Literal, places
 from ..plan.schema import Constant, Plan, resolve
 from . import lowrank
-from .adapters import InRam
+from .adapters import InRam, Near
 from .transfer import Readable, Transfer, transfer_for
 
 Entry = tuple[lowrank.Place, list[lowrank.Change]]
@@ -221,6 +221,11 @@ class Weights:
             contextlib.closing(transfer.values(rest, source)) as values,
         ):
             base, size = storage if parked is None else parked, 0
+            kept = (adapter.kept for adapter, _ in adapters if isinstance(adapter, Near))
+            pinned = lowrank.Regions(
+                (region for copy in kept if copy is not None for region in copy.regions()),
+                transfer.lend,
+            )
             for name, raw in zip(rest, values, strict=True):
                 value = raw.reshape(self.shapes[name])
                 entry = self._entry(name, adapters) if launches and parked is None else None
@@ -233,9 +238,9 @@ class Weights:
                 together[name] = entry
                 size += value.nbytes
                 if size >= LAUNCH_BYTES:
-                    self._add(together, base, storage, transfer)
+                    self._add(together, base, storage, transfer, pinned)
                     together, size = {}, 0
-            self._add(together, base, storage, transfer)
+            self._add(together, base, storage, transfer, pinned)
         written = [place for name in names for place in self._places[name]]
         total = sum(place.numel() * place.element_size() for _, place in written)
         return total, len({constant for constant, _ in written})
@@ -267,20 +272,29 @@ class Weights:
         return self._table[name]
 
     def _add(
-        self, together: Together, base: torch.Tensor, storage: torch.Tensor, transfer: Transfer
+        self,
+        together: Together,
+        base: torch.Tensor,
+        storage: torch.Tensor,
+        transfer: Transfer,
+        pinned: lowrank.Regions,
     ) -> None:
         """Write base + changes. What of the factors is in RAM crosses the bus, some at a time."""
+
+        def is_away(factor: torch.Tensor) -> bool:
+            return factor.device != self.device and not pinned.hold(factor)
+
         for portion in self._portions(together):
             changes = (change for _, own in portion.values() for change in own)
-            factors = (factor for change in changes for factor in change.factors)
-            away = InRam(factor for factor in factors if factor.device != self.device)
+            away = InRam(f for change in changes for f in change.factors if is_away(f))
             if away.tensors:
                 moved = away.brought(transfer)
                 portion = {
                     name: (place, [change.with_factors(moved) for change in own])
                     for name, (place, own) in portion.items()
                 }
-            lowrank.add(base.view(self.dtype), storage.view(self.dtype), list(portion.values()))
+            arenas = base.view(self.dtype), storage.view(self.dtype)
+            lowrank.add(*arenas, list(portion.values()), pinned)
 
     def _portions(self, together: Together) -> Iterator[Together]:
         """Some at a time, whose factors in RAM are no more than `FACTOR_BYTES`."""

@@ -19,8 +19,10 @@ from accel.kernels import lowrank as kernel
 from accel.lora.hadamard import Hadamard
 from accel.lora.lowrank import LowRank
 from accel.runtime import lowrank
+from accel.runtime.adapters import InRam, tensors_of
 from accel.runtime.lowrank import Change, Place, place_of
 from accel.runtime.pool import Pool
+from accel.runtime.transfer import Transfer
 from accel.runtime.weights import Weights
 from accel.session import Engine, Session
 
@@ -207,9 +209,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     add = lowrank.add
 
-    def spy(base: Tensor, out: Tensor, parameters: Any) -> None:
+    def spy(base: Tensor, out: Tensor, parameters: Any, *rest: Any) -> None:
         found.append(len(parameters))
-        add(base, out, parameters)
+        add(base, out, parameters, *rest)
 
     monkeypatch.setattr(lowrank, "available", lambda *_: True)
     monkeypatch.setattr(lowrank, "add", spy)
@@ -274,6 +276,41 @@ def test_some_are_changed_while_others_are_still_to_come(
     parked = engine.report()["pool"]["tiers"]["cpu"]["bytes"] > 0
     assert launches == 1 and (len(launched) == 1 if parked else len(launched) > 3)
     assert torch.equal(values(engine), whole)
+
+
+def test_factors_cross_from_pinned_ram_in_one_piece_for_each_launch(
+    small_plans: Path,
+    module: Any,
+    tmp_path: Path,
+    launched: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy is what the kernel reads: what is in RAM is made useless once it is asked for."""
+    paths = [tmp_path / f"{seed}.safetensors" for seed in (3, 4)]
+    for seed, path in zip((3, 4), paths, strict=True):
+        save_file(make_lora(seed, two_levels()), path)
+    chosen = [(paths[0], 0.7), (paths[1], -0.4)]
+    pools = [Pool({"cpu": 0, "pinned": room}, free=lambda tier: 1 << 40) for room in (0, 1 << 30)]
+    plain, engine = (
+        Session("cpu", "fp32", cache_dir=small_plans, pool=pool).engine(module) for pool in pools
+    )
+    lent: list[int] = []
+
+    def lend(self: Transfer, raw: Tensor) -> Tensor:
+        lent.append(raw.numel())
+        copy = raw.clone()
+        raw.fill_(255)
+        return copy
+
+    for one in (plain, engine):
+        one.set_loras(chosen)
+    monkeypatch.setattr(Transfer, "lend", lend)
+    for one in (plain, engine):
+        one.set_loras([])
+        one.set_loras(chosen)
+    assert torch.equal(values(engine), values(plain))
+    sizes = [InRam(tensors_of(engine.session._lora(p, engine.config))).bytes for p in paths]
+    assert all(size / 2 < one <= size for one, size in zip(lent, sizes, strict=True))
 
 
 def test_memory_that_runs_out_half_way_leaves_nothing_changed_twice(
