@@ -72,11 +72,14 @@ def load_triton() -> bool:
     return True
 
 
-def candidates(call: Call, hardware: Hardware) -> list[tuple[Kernel, Config]]:
+def candidates(
+    call: Call, hardware: Hardware, without_ours: bool = False
+) -> list[tuple[Kernel, Config]]:
     """Every implementation of a call with every configuration of it, the default choice first.
 
-    Last comes the operator's reference, which runs everywhere.
+    Last comes the operator's reference, which runs everywhere. without_ours: none that is compiled
+    here, but for those that are not measured.
     """
     if hardware.kind == "cuda":
         load_triton()
-    return _candidates(call, hardware)
+    return _candidates(call, hardware, without_ours)

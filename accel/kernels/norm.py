@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from math import gcd, prod
 from typing import Any
 
@@ -676,17 +677,11 @@ class _Image:
 
     def shares(self, channels: int) -> int:
         """In how many blocks of channels a group lies at most."""
-        ends = range(0, self.width, self.group_width)
-        return max((end + self.group_width - 1) // channels - end // channels + 1 for end in ends)
+        return _most_reached(self.width, self.group_width, channels)
 
     def slots(self, channels: int) -> int:
         """Places for the groups that reach into a block of channels: a power of two."""
-        width, starts = self.group_width, range(0, self.width, channels)
-        ends = [min(start + channels, self.width) - 1 for start in starts]
-        most = max(
-            end // width - start // width + 1 for start, end in zip(starts, ends, strict=True)
-        )
-        return max(2, next_power_of_2(most))
+        return max(2, next_power_of_2(_most_reached(self.width, channels, self.group_width)))
 
     def launched(self, config: Config) -> int:
         """Blocks that the second launch has for one block of channels of an image."""
@@ -717,6 +712,14 @@ class _Image:
         channels = int(config["channels"])
         sizes = (self.shares(channels), self.blocks(config))
         return self.slots(channels) * prod(map(next_power_of_2, sizes))
+
+
+@lru_cache(maxsize=1 << 10)
+def _most_reached(width: int, part: int, other: int) -> int:
+    """Of `width` channels cut into parts, and into others: how many others a part reaches into."""
+    starts = range(0, width, part)
+    ends = [min(start + part, width) - 1 for start in starts]
+    return max(end // other - start // other + 1 for start, end in zip(starts, ends, strict=True))
 
 
 def _affine(spec: TensorSpec | None, width: int) -> bool:

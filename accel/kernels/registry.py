@@ -215,15 +215,21 @@ def kernels() -> Iterable[Kernel]:
     return tuple(_KERNELS)
 
 
-def candidates(call: Call, hardware: Hardware) -> list[tuple[Kernel, Config]]:
+def candidates(
+    call: Call, hardware: Hardware, without_ours: bool = False
+) -> list[tuple[Kernel, Config]]:
     """Every implementation of a call with every configuration of it, the default choice first.
 
-    Last comes the operator's reference, which runs everywhere.
+    Last comes the operator's reference, which runs everywhere. without_ours: none that is compiled
+    here, but for those that are not measured.
     """
     fitting = [
         entry
         for entry in _KERNELS
-        if entry.op == call.op and hardware.kind in entry.devices and entry.supports(call, hardware)
+        if entry.op == call.op
+        and hardware.kind in entry.devices
+        and (entry.launches is None or entry.unmeasured or not without_ours)
+        and entry.supports(call, hardware)
     ]
     found: list[tuple[Kernel, Config]] = []
     for entry in sorted(fitting, key=lambda entry: entry.priority):

@@ -109,6 +109,7 @@ class Selector:
         self._refused: set[tuple[str, str]] = set()
         self._prepared: set[str] = set()
         self._ahead: dict[str, list[tuple[Kernel, Config]]] = defaultdict(list)
+        self._running: dict[str, dict[tuple[str, str], tuple[Kernel, Config]]] = defaultdict(dict)
         self._preparing = 0
         self._lock = threading.Lock()
         if device.type == "cuda":
@@ -142,6 +143,8 @@ class Selector:
                     self._provisional[key] = replace(choice, provisional=True)
                 elif choice is not None:
                     self._choices[key] = choice
+                    pair = choice.kernel, choice.config
+                    self._running[family_of(key)[0]][_named(*pair)] = pair
                     if key in self._guesses:
                         self._by_guess[key] = unknown[key]
             unmeasured = [unknown[key] for key, choice in found.items() if choice is None]
@@ -321,6 +324,25 @@ class Selector:
             self.compiler.compile_later(list(absent.values()))
         return set(absent)
 
+    def _compiled(self, key: str, call: Call) -> Candidates:
+        """Candidates of which ours are compiled, or will be soon, or are known to be quick.
+
+        To list all that there could be would take a new size longer than the rest of choosing.
+        """
+        family, near = family_of(key)[0], self.profile.near(key)
+        registered = {kernel.name: kernel for kernel in kernels.kernels()}
+        ours = [*self._ahead.get(family, ()), *self._running.get(family, {}).values()]
+        for entry in (self.profile.get(key), None if near is None else near[1]):
+            named = [] if entry is None else [(entry.kernel, entry.config), *entry.others]
+            ours += [(registered[name], config) for name, config, *_ in named if name in registered]
+        others = kernels.candidates(call, self.hardware, without_ours=True)
+        listed = {_named(*pair) for pair in others}
+        found: dict[tuple[str, str], tuple[Kernel, Config]] = {}
+        for kernel, config in ahead.fitting(ours, call, self.hardware):
+            if kernel.launches is not None and _named(kernel, config) not in listed:
+                found.setdefault(_named(kernel, config), (kernel, config))
+        return [*found.values(), *others]
+
     def _is_prepared(self, key: str) -> bool:
         return self._waiting and family_of(key)[0] in self._prepared
 
@@ -334,10 +356,12 @@ class Selector:
         A profile's, the performance model's where it was calibrated, that of a size near by, or the
         only candidate there is. Where measuring is on, only sizes near by are left to the model.
         """
-        candidates = kernels.candidates(call, self.hardware)
+        prepared = self._is_prepared(key)
+        candidates = (
+            self._compiled(key, call) if prepared else kernels.candidates(call, self.hardware)
+        )
         entry = self.profile.get(key)
         found = None if entry is None else _offered(entry, call, candidates)
-        prepared = self._is_prepared(key)
         if prepared and found is not None and not self._there(*found, call):
             entry = found = None
         another = entry is not None and entry.elsewhere and not self.profile.same_gpu
@@ -405,15 +429,8 @@ class Selector:
             for kernel, config in candidates[:-1]  # without the reference
             if _named(kernel, config) not in self._refused
         ]
-        lent = [] if near is None else [near]
-        if prepared:
-            others = self._ahead.get(family_of(call.key)[0], ())
-            lent += ahead.fitting(others, call, self.hardware)
-        named = {_named(*pair) for pair in offered}
-        for pair in lent:
-            if _named(*pair) not in named:
-                named.add(_named(*pair))
-                offered.append(pair)
+        if near is not None and all(_named(*near) != _named(*pair) for pair in offered):
+            offered.append(near)
         try:
             ranked = [r for r in self._model.rank(call, offered) if r.us is not None]
         except Exception as error:  # a guess must not cost a picture
@@ -433,7 +450,8 @@ class Selector:
             if _to_be_had(r.kernel, r.config, call):
                 which = ", the best that is compiled" if prepared and place else ""
                 found = Choice(r.kernel, r.config, f"predicted, {r.us:.1f} us{which}", about=r.us)
-                if prepared and place and not self.settled:  # a better one may be there soon
+                if prepared and not self.settled and (place or self._preparing):
+                    # A better one may be there soon.
                     return replace(found, provisional=True)
                 return self._guesses.setdefault(call.key, found)
         return None
