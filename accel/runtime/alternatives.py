@@ -53,7 +53,9 @@ def settle(plan: Plan, calls: Mapping[str, Call], select: Select) -> tuple[Plan,
     """
     sites = list(_sites(plan))
     pairs = [(_apart(site, calls), _on_the_way(site, calls)) for site in sites]
-    wanted = {call.key: call for pair in pairs for way in pair for call in way}
+    # All others too, which are wanted next: so their kernels are compiled together.
+    wanted = {call.key: call for call in calls.values()}
+    wanted |= {call.key: call for pair in pairs for way in pair for call in way}
     chosen = dict(zip(wanted, select(list(wanted.values())), strict=True))
     moved: dict[str, _Site] = {}
     for site, pair in zip(sites, pairs, strict=True):
