@@ -28,10 +28,9 @@ def test_times_and_memory_are_those_that_were_measured(model: str, width: int) -
     """The kernels one by one, at full clock: a whole step takes a little longer."""
     rows = [
         row
-        for name in ("bench", "bench_attention")
-        for row in json.loads((RESULTS / "h200" / f"{name}.json").read_text())["rows"]
-        if (row["variant"], row["model"], row["width"], row["height"])
-        == ("engine", model, width, width)
+        for row in json.loads((RESULTS / "h200" / "bench.json").read_text())["rows"]
+        if (row["variant"], row["model"], row["width"], row["height"], row["controlnets"])
+        == ("engine", model, width, width, 0)
     ]
     found = of(model, width, width)
     assert found.step_ms is not None and found.measured > 300 and not found.unknown
