@@ -289,9 +289,18 @@ class Network:
         start: a copy of the arena that is brought in first.
         """
         near = self._near(adapters, names)
+        tries = iter((origin,))
+
+        def write() -> SwapReport:
+            readable = next(tries, None)
+            if readable is None:  # memory ran out half-way, with some of the names written
+                in_place = isinstance(origin, Waiting) and origin.storage is self.weights.storage
+                readable = self._nearest(source, stamp) if in_place else origin
+            return self.weights.write(names, readable, near)
+
         with self._rewriting(seat, source, stamp, adapters):
             whole = None if start is None else self.weights.restore(start)
-            report = self._room_for(lambda: self.weights.write(names, origin, near))
+            report = self._room_for(write)
         return report if whole is None else replace(whole, bytes=whole.bytes + report.bytes)
 
     def _near(self, adapters: Adapters, names: Collection[str]) -> Adapters:
