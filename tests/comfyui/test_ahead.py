@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from accel.hosts.comfyui import ahead
+from accel.hosts.comfyui import ahead, weights
 from accel.hosts.comfyui.ahead import bring_nearer
 from accel.hosts.comfyui.catalog import Prefetcher
 from accel.hosts.comfyui.loaders import load_checkpoint
@@ -229,11 +229,34 @@ def test_a_few_numbers_written_in_place_make_other_weights(files, tier, loaded, 
     assert torch.equal(paint(model), changed)
     assert torch.equal(paint(loaded(files[1])), right), "nobody else has what was written"
     assert torch.equal(paint(model), changed)
+    if not (loaded is load or hasattr(model, "cached_patcher_init")):
+        return  # of a model whose file is not known, what is written later has to show in a sample
     change_a_row(model, 4)
     again = paint(model)
     assert not torch.equal(again, changed) and not torch.equal(again, right)
     change_a_row(model, 1 / 32)
     assert torch.equal(paint(model), right)
+
+
+def test_large_copies_are_compared_with_the_file_once(files, monkeypatch):
+    model, compared = of_the_host(files[1]), []
+    if not hasattr(model, "cached_patcher_init"):
+        pytest.skip("this host does not tell which file it is")
+    monkeypatch.setattr(weights, "SMALL_BYTES", 0)
+    original = weights.equal
+
+    def equal(file, parts):
+        compared.append(sum(part.end - part.begin for part in parts))
+        return original(file, parts)
+
+    monkeypatch.setattr(weights, "equal", equal)
+    right = paint(model)
+    assert torch.equal(paint(model), right)
+    assert len(compared) == 1 and compared[0] > 1 << 20
+    changed = of_the_host(files[1])
+    change_a_row(changed, 8)
+    assert not torch.equal(paint(changed), right) and len(compared) == 2
+    assert torch.equal(paint(model), right) and len(compared) == 2
 
 
 def test_a_file_that_was_replaced_is_another(files, tier):
