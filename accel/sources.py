@@ -71,6 +71,10 @@ class FileSource:
         for name in self._names.values():
             _require_numbers(f"{file.path}: {name}", file.tensors[name].dtype, InvalidFile)
 
+    def name_in_file(self, name: str) -> str:
+        """What the file calls a parameter."""
+        return self._names[name]
+
     def read(self, name: str) -> Tensor:
         """The tensor, backed by the mapped file."""
         return self.file.read(self._names[name])

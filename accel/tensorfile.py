@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,17 +130,55 @@ class TensorFile:
         raw: Any = out.view(-1).view(torch.uint8).numpy()
         view = memoryview(raw)
         try:
-            with self._real.open("rb", buffering=0) as file:
-                if _fingerprint(self._real, os.fstat(file.fileno())) != self.fingerprint:
-                    raise InvalidFile(f"{self.path} changed while it was in use: load it again")
-                file.seek(self._data + self._starts[name])
-                while view:
-                    count = file.readinto(view)
-                    if not count:
-                        raise InvalidFile(f"{self.path} ended in the midst of {name}")
-                    view = view[count:]
+            with self._opened() as file:
+                file.seek(self.offset(name))
+                self._fill(file, view, name)
         except OSError as error:
             raise InvalidFile(f"{self.path} cannot be read: {_line(error)}") from None
+
+    @property
+    def real(self) -> Path:
+        """The path that was opened, links resolved."""
+        return self._real
+
+    def offset(self, name: str) -> int:
+        """Where a tensor's bytes begin in the file."""
+        return self._data + self._starts[name]
+
+    def blocks(
+        self, name: str, begin: int, end: int, size: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The bytes from `begin` to `end` of a tensor, as [<= size] uint8 and where each begins.
+
+        A block is valid until the next is asked for. Raises as `read_into` does.
+        """
+        with torch.inference_mode(False):
+            room = torch.empty(min(size, end - begin), dtype=torch.uint8, device="cpu")
+        view: Any = memoryview(room.numpy())  # type: ignore[arg-type]
+        try:
+            with self._opened() as file:
+                file.seek(self.offset(name) + begin)
+                for start in range(begin, end, size):
+                    count = min(size, end - start)
+                    self._fill(file, view[:count], name)
+                    yield start, room[:count]
+        except OSError as error:
+            raise InvalidFile(f"{self.path} cannot be read: {_line(error)}") from None
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        """The file, which is as it was when its header was read."""
+        with self._real.open("rb", buffering=0) as file:
+            if _fingerprint(self._real, os.fstat(file.fileno())) != self.fingerprint:
+                raise InvalidFile(f"{self.path} changed while it was in use: load it again")
+            yield file
+
+    def _fill(self, file: Any, view: memoryview, name: str) -> None:
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise InvalidFile(f"{self.path} ended in the midst of {name}")
+            view = view[count:]
 
     def check_unchanged(self) -> None:
         """Raise InvalidFile where the file is no more what its header said when it was read."""

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from support import make_lora, make_unet, two_levels
 
+from accel.lora.lowrank import LowRank
 from accel.runtime.adapters import InRam, Near, tensors_of
 from accel.runtime.network import _ADAPTER
 from accel.runtime.pool import Pool
@@ -233,6 +234,34 @@ def test_where_memory_runs_out_a_lora_is_read_from_ram(
         one.set_loras([(files[0], 0.5)])
     assert torch.equal(weights(engine), weights(plain))
     assert len(tries) == 1 and waiting(engine) == ["weights"], "which did not go for it"
+
+
+@pytest.mark.parametrize("room", [0, ENOUGH], ids=["no room", "parked"])
+def test_where_memory_runs_out_half_way_no_lora_is_put_on_twice(
+    small_plans: Path,
+    small_unet: Any,
+    checkpoint: Path,
+    files: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+) -> None:
+    """Onto bare weights they are put where these stand: what was written must not be read again."""
+    engine, plain = (
+        engine_with(small_plans, small_unet, checkpoint, size) for size in (room, room)
+    )
+    delta, calls = LowRank.delta, 0
+
+    def fails_once(self: LowRank, base: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise torch.OutOfMemoryError("full")
+        return delta(self, base, strength)
+
+    plain.set_loras([(files[0], 0.5)])
+    monkeypatch.setattr(LowRank, "delta", fails_once)
+    engine.set_loras([(files[0], 0.5)])
+    assert calls > 10 and torch.equal(weights(engine), weights(plain))
 
 
 def test_a_lora_that_fails_on_its_way_leaves_what_was(

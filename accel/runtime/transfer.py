@@ -46,6 +46,10 @@ SLOT_BYTES = 32 << 20
 """Large enough that a copy runs at the bus's speed, small enough that the first begins at once."""
 
 
+PAUSE = 6
+"""Times as long as pinning a piece took, for which pinning in the background leaves the driver to
+those who render: a step beside it takes some 2 ms longer without pauses worth the name."""
+
 PIECE_BYTES = 16 << 20
 """That are pinned at once where nobody waits: the driver may let no other thread launch meanwhile.
 Each is crossed on its own, which still runs at the bus's speed."""
@@ -357,7 +361,8 @@ class Transfer:
                     # Once it is filled: to find the pages would take several times as long.
                     began = time.perf_counter()
                     copy.host.pin(piece.start, piece.end)
-                    time.sleep(time.perf_counter() - began)  # the driver is others' for as long
+                    if self._background:  # meanwhile the driver is not others'
+                        time.sleep(PAUSE * (time.perf_counter() - began))
         finally:
             for left in reading.values():
                 left.cancel()

@@ -18,14 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from accel.hosts.comfyui import ahead
+from accel.hosts.comfyui import ahead, weights
 from accel.hosts.comfyui.ahead import bring_nearer
 from accel.hosts.comfyui.catalog import Prefetcher
 from accel.hosts.comfyui.loaders import load_checkpoint
 from accel.hosts.comfyui.patcher import accelerate
 from accel.hosts.comfyui.pool import NetworkPatcher, pool
-from accel.hosts.comfyui.run import Options
-from accel.hosts.comfyui.weights import PatchedSource, _holds, contents, file_source
+from accel.hosts.comfyui.run import Options, structure_of_model
+from accel.hosts.comfyui.weights import PREFIX, PatchedSource, _holds, contents, file_source
 from accel.runtime.pool import PINNED, process_pool
 from accel.sources import FileSource
 from accel.tensorfile import TensorInfo, fingerprint_of
@@ -194,6 +194,69 @@ def test_weights_that_are_not_the_files_any_more_are_the_models_own(files, tier)
             parameter.mul_(1.01)
     changed = paint(model)
     assert not torch.equal(changed, paint(load(files[1])))
+
+
+def of_the_host(path: str) -> Any:
+    return accelerate(comfy.sd.load_checkpoint_guess_config(path)[0], Options(wait=True))
+
+
+def change_a_row(model: Any, factor: float) -> None:
+    """Where no sample of its bytes is taken, and so that PyTorch counts no write."""
+    with torch.inference_mode():
+        weight = model.model.diffusion_model.input_blocks[1][1].proj_in.weight
+        weight.data.view(-1)[weight.numel() // 4 :][:32] *= factor
+
+
+@pytest.mark.parametrize("loaded", [load, of_the_host])
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_few_numbers_written_in_place_make_other_weights(files, tier, loaded, waits):
+    """Before its first sampling, between two, and put back."""
+    model = loaded(files[1])
+    right = paint(model)
+    management.unload_all_models()
+    process_pool().shrink("cpu")
+    paint(load(files[0]))
+    if waits:
+        bring(files[1])
+    model = loaded(files[1])
+    config = structure_of_model(model).config
+    source = PatchedSource(model, config, PREFIX, torch.device("cpu"), "it")
+    before = source.sample()
+    change_a_row(model, 8)
+    assert source.sample() == before, "the test is of what it does not see"
+    changed = paint(model)
+    assert not torch.equal(changed, right)
+    assert torch.equal(paint(model), changed)
+    assert torch.equal(paint(loaded(files[1])), right), "nobody else has what was written"
+    assert torch.equal(paint(model), changed)
+    if not (loaded is load or hasattr(model, "cached_patcher_init")):
+        return  # of a model whose file is not known, what is written later has to show in a sample
+    change_a_row(model, 4)
+    again = paint(model)
+    assert not torch.equal(again, changed) and not torch.equal(again, right)
+    change_a_row(model, 1 / 32)
+    assert torch.equal(paint(model), right)
+
+
+def test_large_copies_are_compared_with_the_file_once(files, monkeypatch):
+    model, compared = of_the_host(files[1]), []
+    if not hasattr(model, "cached_patcher_init"):
+        pytest.skip("this host does not tell which file it is")
+    monkeypatch.setattr(weights, "SMALL_BYTES", 0)
+    original = weights.equal
+
+    def equal(file, parts):
+        compared.append(sum(part.end - part.begin for part in parts))
+        return original(file, parts)
+
+    monkeypatch.setattr(weights, "equal", equal)
+    right = paint(model)
+    assert torch.equal(paint(model), right)
+    assert len(compared) == 1 and compared[0] > 1 << 20
+    changed = of_the_host(files[1])
+    change_a_row(changed, 8)
+    assert not torch.equal(paint(changed), right) and len(compared) == 2
+    assert torch.equal(paint(model), right) and len(compared) == 2
 
 
 def test_a_file_that_was_replaced_is_another(files, tier):

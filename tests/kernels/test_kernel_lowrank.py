@@ -103,7 +103,7 @@ def test_every_place_gets_its_changes(dtype: torch.dtype, apart: bool) -> None:
         [],
         [change(SHAPES[4], 16, f32, pairs=2)],
         [change(SHAPES[5], 5, f16, pairs=2), change(SHAPES[5], 33, f32), change(SHAPES[5], 2, f32)],
-        [change(SHAPES[6], 64, f32)],
+        [change(SHAPES[6], 64, f32), change(SHAPES[6], 130, f16)],
         [change(SHAPES[7], 8, bf16, pairs=2)],
     ]
     places = [place_of(view) for view in arena.views]

@@ -45,10 +45,13 @@ CPU = torch.device("cpu")
 
 @dataclass(eq=False)
 class Checkpoint:
-    """The weights of one file or model in a network: a seat, and what stands in it."""
+    """The weights of one file or model in a network: a seat, and what stands in it.
+
+    known: what the weights without patches are known by, as `PatchedSource.recognise` gives it.
+    """
 
     seat: Seat = field(default_factory=Seat)
-    sample: str = ""
+    known: frozenset[Hashable] = frozenset()
     patched: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     patches_id: Hashable = None
 
@@ -188,15 +191,15 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
         with self.lock:
             network = self._network()
             checkpoint = self._checkpoints.pop(identity, None)
-            sample = source.sample()
-            source.recognise(sample, self.dtype)
+            known = source.recognise(self.dtype)
             _await_arrival(network, source)
             network.pool.trim(PINNED)  # the host's models may need it, and cannot ask for it
-            if checkpoint is not None and checkpoint.sample != sample:
+            if checkpoint is not None and checkpoint.known.isdisjoint(known):
                 network.leave(checkpoint.seat)
                 checkpoint = None
             if checkpoint is None:
-                checkpoint = Checkpoint(sample=sample)
+                checkpoint = Checkpoint()
+            checkpoint.known = known
             try:
                 self._bring(network, checkpoint, source, patches_id)
             except BaseException:  # what waits of it could not be found again

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ...models import UNetConfig
 from ...sources import FileSource
 from ...structure import canonical_names
 from ...tensorfile import Fingerprint, TensorFile, TensorInfo, fingerprint_of
+from .untouched import Part, digest, equal, parts_to_compare
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,11 @@ _found: weakref.WeakKeyDictionary[nn.Module, list[tuple[dict[str, Any], str, str
     weakref.WeakKeyDictionary()
 )
 _tokens: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
+_compared: weakref.WeakKeyDictionary[nn.Module, tuple[Hashable, bool]] = weakref.WeakKeyDictionary()
+"""By model: what was seen of it when it was last compared with its file; and the result."""
+
+SMALL_BYTES = 64 << 20
+"""That are compared at every sampling."""
 
 
 @lru_cache(maxsize=64)
@@ -110,7 +116,7 @@ class PatchedSource:
     Only a weak reference to the patcher is held: a seat must not keep in RAM what the host has
     given up.
 
-    bare: the model without patches, once `recognise` has found that it is its file. changed: the
+    bare: the model without patches, where `recognise` has found that it is its file. changed: the
     parameters that have patches then. lasting: whether it is the file, without any.
     """
 
@@ -183,28 +189,85 @@ class PatchedSource:
         """The parameter without its patches, as the host has it."""
         return _stored(self._alive(), self._keys[name])
 
-    def recognise(self, sample: str, dtype: torch.dtype) -> None:
-        """See whether the model's parameters are those of its file, as `sample` of them tells.
+    def recognise(self, dtype: torch.dtype) -> frozenset[Hashable]:
+        """See whether the model's parameters are those of its file, and what they are known by.
 
-        What is known of the file, such as a copy that was read ahead, then is known of the model.
+        What is known of the file, such as a copy that was read ahead, is then known of the model.
         dtype: the engine's. A model that the host has cast to it is the file as well, since the
         engine would do the same.
+
+        Two times that have something in common had the same values without patches. Copies in RAM
+        of what the host read are compared with the file once; what is written into them later has
+        to show in `sample`.
         """
+        self.bare, self.changed, self.lasting = None, frozenset(), False
         patcher = self._alive()
-        fingerprint = fingerprint_of_model(patcher)
-        if fingerprint is None:
-            return
-        same = file_sample(fingerprint, self._config) == sample
-        if not same and file_sample(fingerprint, self._config, dtype) != sample:
-            return
+        sample = self.sample()
+        own = (_tokens.setdefault(patcher.model, object()), sample)
+        file, mapped = self._file_like(sample, dtype)
+        if file is None:
+            return frozenset({own})
+        values = self._values()
         try:
-            file = file_source(fingerprint, self._config)
-        except SwitchyardError:  # gone in this moment: the model's own serve as well
-            return
-        mapped = same and patcher.get_attachment(FILE) is not None
+            parts = parts_to_compare(
+                file.file, {file.name_in_file(name): value for name, value in values.items()}
+            )
+            same, seen = self._is(file, parts, values, sample)
+        except SwitchyardError:  # the file has gone in this moment: the model's own serve as well
+            return frozenset({own})
+        if not same:
+            return frozenset({(*own, seen)})
         self.bare = Unpatched(self, file, mapped)
         self.changed = frozenset(n for n, key in self._keys.items() if key in patcher.patches)
         self.lasting = not self.changed
+        return frozenset({own, self.bare.stamp()})
+
+    def _file_like(self, sample: str, dtype: torch.dtype) -> tuple[FileSource | None, bool]:
+        """The model's file, if the sample speaks for it; whether it may be read in its place."""
+        patcher = self._alive()
+        fingerprint = fingerprint_of_model(patcher)
+        if fingerprint is None:
+            return None, False
+        same = file_sample(fingerprint, self._config) == sample
+        if not same and file_sample(fingerprint, self._config, dtype) != sample:
+            return None, False
+        try:
+            file = file_source(fingerprint, self._config)
+        except SwitchyardError:
+            return None, False
+        return file, same and patcher.get_attachment(FILE) is not None
+
+    def _is(
+        self,
+        file: FileSource,
+        parts: Sequence[Part],
+        values: Mapping[str, Tensor],
+        sample: str,
+    ) -> tuple[bool, Hashable]:
+        """Whether the parts are the file's; and what was looked at, for parameters that are not."""
+        small = sum(part.end - part.begin for part in parts) <= SMALL_BYTES
+        if small:
+            return equal(file.file, parts), digest(file.file, parts)
+        places = tuple(
+            (value.data_ptr(), 0 if value.is_inference() else value._version)
+            for value in values.values()
+        )
+        seen = (file.file.fingerprint, sample, places)
+        model = self._alive().model
+        known = _compared.get(model)
+        if known is None or known[0] != seen:
+            known = _compared[model] = seen, equal(file.file, parts)
+        return known[1], None
+
+    def _values(self) -> dict[str, Tensor]:
+        """The parameters without their patches, by canonical name."""
+        patcher = self._alive()
+        names = {key: name for name, key in self._keys.items()}
+        places = _places(patcher.model, (self._keys[name] for name in sorted(self._keys)))
+        return {
+            names[key]: patcher.backup[key].weight if key in patcher.backup else parameters[leaf]
+            for parameters, leaf, key in places
+        }
 
     def _alive(self) -> Any:
         patcher = self._patcher()
@@ -223,14 +286,7 @@ class PatchedSource:
 
         A few milliseconds for SDXL. Parameters must be in RAM; others are left out.
         """
-        patcher = self._alive()
-        backup = patcher.backup
-        keys = (self._keys[name] for name in sorted(self._keys))
-        places = _places(patcher.model, keys)
-        return _digest(
-            backup[key].weight if key in backup else parameters[leaf]
-            for parameters, leaf, key in places
-        )
+        return _digest(self._values().values())
 
 
 def _digest(values: Iterable[Tensor | None], dtype: torch.dtype | None = None) -> str:
