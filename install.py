@@ -40,7 +40,7 @@ CHECKS = (
     ("ruff check", ["ruff", "check", "."]),
     ("ruff format", ["ruff", "format", "--check", "."]),
     ("mypy", ["mypy"]),
-    ("pytest", ["pytest", "-n", "2", "--dist", "loadgroup"]),
+    ("pytest", ["pytest", "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]),
 )
 HELP = """usage: install.py [demo | test] [arguments ...]
 

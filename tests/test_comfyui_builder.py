@@ -18,8 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from comfyui.server import installations, why_not
-from support import family_config, tiny_config
+from support import family_config, tiny_config, two_levels
 
 from accel.cache import DiskCache
 from accel.compiler import open_cache
@@ -124,7 +123,7 @@ DEAF = "say(progress=0.5, text='tracing')\ntime.sleep(60)"
 def test_an_unknown_structure_is_built_by_another_process_and_cached(
     make: Make, cache: DiskCache, heard: list[dict[str, Any]]
 ) -> None:
-    builder, structure = make(), tiny_structure()
+    builder, structure = make(), tiny_structure(**vars(two_levels()))
     key = str(structure.graph_key)
     assert state(builder, structure) == "unknown"
     assert builder.find(structure) is None
@@ -151,30 +150,6 @@ def test_an_unknown_structure_is_built_by_another_process_and_cached(
     other = make("raise SystemExit('not to be run')")
     assert other.request(structure, Diffusers()) == plan
     assert not other.builds()
-
-
-@pytest.mark.comfyui
-@pytest.mark.parametrize("family", ["sd15", "sdxl-controlnet"])
-def test_comfyuis_own_network_is_traced_in_its_own_python(
-    family: str, cache: DiskCache, heard: list[dict[str, Any]]
-) -> None:
-    installation = installations()[0]
-    reason = why_not(installation)
-    if reason is not None:
-        pytest.skip(reason)
-    root, python = installation.root, installation.python
-    changes: dict[str, Any] = {}
-    config = tiny_config(family)
-    if config.pooled_dim is not None:
-        changes["addition_time_embed_dim"] = None
-    if config.kind == "controlnet":
-        changes["hint_block_channels"] = (16, 32, 96, 256)
-    structure = tiny_structure(family, **changes)
-    command = [str(python), *module.process_command()[1:]]
-    builder = Builder(cache, heard.append, host_root=str(root), command=command)
-    plan = builder.request(structure, Network(), wait=True)
-    assert plan is not None, builder.status(str(structure.graph_key))["error"]
-    assert plan.structure["graph_key"] == structure.graph_key
 
 
 @pytest.mark.parametrize("family", [family.name for family in FAMILIES])

@@ -13,27 +13,30 @@ from comfyui.server import Installation, environment, installations, why_not
 
 _ROOT = Path(__file__).parents[1]
 
+_SERVED = [
+    f"test_{name}.py"
+    for name in ("infrastructure", "pack", "audition", "tiny_world", "workflows", "never_wait")
+]
+"""The files whose tests want a server; one serves them all, on which pack's find no run yet."""
 
-_FILES = sorted(path.name for path in (_ROOT / "tests" / "comfyui").glob("test_*.py"))
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints and engines that all files and versions share, whichever worker runs them."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    return folder / "comfyui"
+_OTHERS = sorted(
+    {path.name for path in (_ROOT / "tests" / "comfyui").glob("test_*.py")} - {*_SERVED}
+)
 
 
 @pytest.mark.comfyui
 @pytest.mark.parametrize(
     "installation", installations(), ids=lambda installation: installation.version
 )
-@pytest.mark.parametrize("file", _FILES)
+@pytest.mark.parametrize("files", [_SERVED, _OTHERS], ids=["served", "others"])
 def test_inside_comfyui(
-    installation: Installation, file: str, shared: Path, tmp_path: Path
+    installation: Installation, files: list[str], run_folder: Path, tmp_path: Path
 ) -> None:
+    """In a process for each part: to import ComfyUI takes as long as many a file's tests.
+
+    All parts and versions share checkpoints and engines.
+    """
+    shared = run_folder / "comfyui"
     reason = why_not(installation)
     if reason is not None:
         pytest.skip(reason)
@@ -46,15 +49,8 @@ def test_inside_comfyui(
     done = subprocess.run(
         [
             installation.python,
-            *(
-                "-m",
-                "pytest",
-                f"tests/comfyui/{file}",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                "--tb=short",
-            ),
+            *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"),
+            *(f"tests/comfyui/{file}" for file in files),
             f"--basetemp={tmp_path / 'inside'}",
         ],
         cwd=_ROOT,

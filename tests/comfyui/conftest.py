@@ -95,6 +95,22 @@ def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shared) if shared else tmp_path_factory.mktemp("models")
 
 
+@pytest.fixture(autouse=True)
+def shared_plans(cache_folder: Path) -> None:
+    """No network is traced twice: plans are in COMFYUI_TEST_CACHE, which several runs may share.
+
+    Everything else that is kept, as the journal, is this process's own.
+    """
+    shared = os.environ.get("COMFYUI_TEST_CACHE")
+    if not _COMFYUI or not shared:
+        return
+    from accel.compiler import open_cache
+    from accel.hosts.comfyui.builder import builder
+
+    if builder().cache.root != Path(shared):
+        builder().cache = open_cache(Path(shared), None)
+
+
 @pytest.fixture(scope="session")
 def load(models_folder: Path) -> Callable[..., Any]:
     """`load("tiny-sd15", "a")`: the MODEL of a checkpoint file, read again at every call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -30,21 +31,29 @@ KIND = "tiny-sd15"
 CLOSE = 1e-3
 
 
-@pytest.fixture
-def fresh(server: Server, tmp_path: Path, models_folder: Path) -> Iterator[Server]:
-    """A server of its own, with an empty cache."""
-    installation = Installation(server.installation.root, server.installation.python)
-    with Server(installation, tmp_path / "fresh", models=models_folder) as running:
-        running.ensure(f"checkpoints/{KIND}-a.safetensors")
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory, models_folder: Path) -> Iterator[Server]:
+    """A server with a cache of its own. Each test brings a kind that it has no engine for."""
+    installation = Installation(Path(os.environ["COMFYUI_ROOT"]).expanduser(), Path(sys.executable))
+    folder = tmp_path_factory.mktemp("fresh")
+    with Server(installation, folder, models=models_folder) as running:
         yield running
 
 
-def workflow(record: str, accelerated: bool = True, steps: int = 3, **options: Any) -> Workflow:
+def workflow(
+    server: Server,
+    record: str,
+    kind: str = KIND,
+    accelerated: bool = True,
+    steps: int = 3,
+    **options: Any,
+) -> Workflow:
+    server.ensure(f"checkpoints/{kind}-a.safetensors")
     graph = Graph()
-    model = graph.checkpoint(KIND)
+    model = graph.checkpoint(kind)
     if accelerated:
         model = graph.add("SwitchyardAccelerate", model=model, compare_once=False, **options)
-    positive, negative = graph.prompt(KIND, 1), graph.prompt(KIND, 2)
+    positive, negative = graph.prompt(kind, 1), graph.prompt(kind, 2)
     latent = graph.sample(model, positive, negative, graph.latent(), record, steps=steps)
     graph.add("TestSave", samples=latent, record=f"{record}-end")
     return graph.workflow
@@ -76,12 +85,12 @@ def build_processes(server: Server) -> list[psutil.Process]:
 
 
 def test_the_first_image_comes_from_the_hosts_path_and_later_ones_from_the_engine(fresh):
-    fresh.run(workflow("plain", accelerated=False))
-    fresh.run(workflow("first", first_run="don't wait"))
+    fresh.run(workflow(fresh, "plain", accelerated=False))
+    fresh.run(workflow(fresh, "first", first_run="don't wait"))
     run = state(fresh)["last_run"]
     assert (run["mode"], run["engine_calls"]) == ("building", 0)
     until(lambda: build_of(fresh)["state"] == "ready")
-    fresh.run(workflow("later", first_run="don't wait"))
+    fresh.run(workflow(fresh, "later", first_run="don't wait"))
     later = state(fresh)
     assert (later["last_run"]["mode"], later["last_run"]["host_calls"]) == ("engine", 0)
     assert later["last_run"]["speedup"] is not None  # against the run that did not wait
@@ -98,30 +107,32 @@ def test_the_first_image_comes_from_the_hosts_path_and_later_ones_from_the_engin
 
 
 def test_waiting_is_the_users_choice(fresh):
-    fresh.run(workflow("waited", first_run="wait"))
+    fresh.run(workflow(fresh, "waited", "wide-sd15", first_run="wait"))
     run = state(fresh)["last_run"]
     assert (run["mode"], run["host_calls"], run["captures"]) == ("engine", 0, 1)
-    fresh.run(workflow("later", first_run="wait", steps=2))
+    fresh.run(workflow(fresh, "later", "wide-sd15", first_run="wait", steps=2))
     assert state(fresh)["last_run"]["captures"] == 0
 
 
 def test_interrupting_the_wait_stops_the_prompt_and_not_the_build(fresh):
-    prompt = fresh.queue(workflow("waited", first_run="wait"))
+    prompt = fresh.queue(workflow(fresh, "waited", "tiny-sd15-inpaint", first_run="wait"))
     until(lambda: build_of(fresh)["state"] == "building")
     fresh.post("/interrupt", {})
     result = fresh.wait(prompt, timeout=60)
     assert result.error == "interrupted"
-    assert build_of(fresh)["state"] == "building"
+    build = build_of(fresh)
+    assert build["state"] == "building"
+    fresh.post("/switchyard/builds/cancel", {"id": build["id"]})  # the next test has its own
 
 
 def test_a_cancelled_build_is_begun_again_only_when_asked(fresh):
-    fresh.run(workflow("first", first_run="don't wait"))
+    fresh.run(workflow(fresh, "first", "tiny-sdxl", first_run="don't wait"))
     build = until(lambda: build_of(fresh))
     assert build["state"] == "building"
     until(lambda: build_processes(fresh))
     fresh.post("/switchyard/builds/cancel", {"id": build["id"]})
     assert build_of(fresh)["state"] == "cancelled" and not build_processes(fresh)
-    fresh.run(workflow("second", first_run="don't wait"))
+    fresh.run(workflow(fresh, "second", "tiny-sdxl", first_run="don't wait"))
     assert build_of(fresh)["state"] == "cancelled" and not build_processes(fresh)
     reasons = state(fresh)["last_run"]["reasons"]
     assert reasons == [{"text": "the build of its engine was cancelled", "node": None}]
@@ -132,18 +143,19 @@ def test_a_cancelled_build_is_begun_again_only_when_asked(fresh):
 
 
 def test_a_killed_build_is_said_and_the_image_comes(fresh):
-    fresh.run(workflow("first", first_run="don't wait"))
+    fresh.run(workflow(fresh, "first", "tiny-sdxl-inpaint", first_run="don't wait"))
     (process,) = until(lambda: build_processes(fresh))
     process.send_signal(signal.SIGKILL)
     build = until(lambda: build_of(fresh)["state"] == "failed" and build_of(fresh))
     assert "SIGKILL" in build["error"]
-    fresh.run(workflow("second", first_run="don't wait"))
+    fresh.run(workflow(fresh, "second", "tiny-sdxl-inpaint", first_run="don't wait"))
     run = state(fresh)["last_run"]
     assert run["mode"] == "host" and "could not be built" in run["reasons"][0]["text"]
 
 
 def test_no_build_outlives_the_server(fresh):
-    fresh.run(workflow("first", first_run="don't wait"))
+    """The last to use that server; what was built of this kind the first has deleted again."""
+    fresh.run(workflow(fresh, "outlived", first_run="don't wait"))
     (process,) = until(lambda: build_processes(fresh))
     psutil.Process(fresh.pid).kill()
     process.wait(30)

@@ -53,15 +53,20 @@ def picture(row, model):
     return sample(model, positive, conditioning(KIND, 2), noise_mask=mask, latent=latent)
 
 
+@pytest.fixture(scope="module")
+def without(plain):
+    """The picture that nothing changes."""
+    return picture(Row("none"), plain)
+
+
 @every(CHANGED)
-def test_a_change_runs_on_the_hosts_path(row, plain, fast, tmp_path):
+def test_a_change_runs_on_the_hosts_path(row, plain, fast, without, tmp_path):
     expected = picture(row, row.apply(plain, tmp_path))
     result = picture(row, row.apply(fast, tmp_path))
     assert torch.equal(result, expected)
     run = journal().runs[-1]
     assert (run.mode, run.engine_calls) == ("host", 0)
     assert run.reasons[0]["node"] == row.node or row.name == "HypernetworkLoader"
-    without = picture(Row("none"), plain)
     assert (relative_error(without, expected) < CLOSE) == row.idle
 
 

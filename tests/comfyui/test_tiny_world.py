@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from PIL import Image
 from training import words
 from training.check import nearest_colour
 
-from .server import Installation, Server
+from .server import Server
 from .workflows import Graph
 
 WORLD = Path(__file__).parents[2] / "assets" / "tiny"
@@ -23,25 +21,19 @@ PROMPT = "a large blue ring left of a large red triangle on yellow"
 
 
 @pytest.fixture(scope="module")
-def own_server(tmp_path_factory):
-    """A server of its own, with the world's files where a user would put them."""
-    installation = Installation(Path(os.environ["COMFYUI_ROOT"]).expanduser(), Path(sys.executable))
-    folder = tmp_path_factory.mktemp("world")
+def world(server: Server) -> Server:
+    """A server that finds the world's files where a user would put them."""
     for name, kind in (
         ("tiny-flat", "checkpoints"),
         ("tiny-sketch", "checkpoints"),
         ("tiny-night-lora", "loras"),
         ("tiny-edges-controlnet", "controlnet"),
     ):
-        (folder / "models" / kind).mkdir(parents=True, exist_ok=True)
+        (server.models / kind).mkdir(parents=True, exist_ok=True)
         file = f"{name}.safetensors"
-        shutil.copyfile(WORLD / file, folder / "models" / kind / file)
-    (folder / "input").mkdir()
-    shutil.copyfile(WORLD / "edges.png", folder / "input" / "edges.png")
-    cache = os.environ.get("COMFYUI_TEST_CACHE")
-    variables = {"SWITCHYARD_CACHE_DIR": cache} if cache else {}
-    with Server(installation, folder, variables=variables) as running:
-        yield running
+        shutil.copyfile(WORLD / file, server.models / kind / file)
+    shutil.copyfile(WORLD / "edges.png", server.folder / "input" / "edges.png")
+    return server
 
 
 def picture(
@@ -96,10 +88,10 @@ def picture(
     ],
     ids=["flat", "sketch at another size", "LoRA and ControlNet"],
 )
-def test_the_accelerated_picture_is_the_hosts(own_server, changes):
-    plain = picture(own_server, False, **changes)
-    fast = picture(own_server, True, **changes)
-    run = own_server.get("/switchyard/state")["last_run"]
+def test_the_accelerated_picture_is_the_hosts(world, changes):
+    plain = picture(world, False, **changes)
+    fast = picture(world, True, **changes)
+    run = world.get("/switchyard/state")["last_run"]
     assert (run["mode"], run["host_calls"], run["reasons"]) == ("engine", 0, [])
     width, height = changes.get("size", (128, 128))
     assert plain.shape == fast.shape == (3, height, width)
@@ -107,8 +99,8 @@ def test_the_accelerated_picture_is_the_hosts(own_server, changes):
     assert noise <= 1e-5, "50 dB"
 
 
-def test_the_picture_is_what_the_prompt_says(own_server):
-    seen = nearest_colour(picture(own_server, True, "tiny-flat"))
+def test_the_picture_is_what_the_prompt_says(world):
+    seen = nearest_colour(picture(world, True, "tiny-flat"))
     names = list(words.COLOURS)
     blue, red, yellow = (seen == names.index(name) for name in ("blue", "red", "yellow"))
     assert yellow[[0, 0, -1, -1], [0, -1, 0, -1]].all(), "the ground reaches the corners"

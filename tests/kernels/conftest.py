@@ -24,20 +24,6 @@ def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> pytest.Module
 _MISSING = find_spec("triton") is None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is compiled once for a whole file is compiled by one process."""
-    for item in items:
-        if item.path.stem in _COMPILED_ONCE:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
-_COMPILED_ONCE = {
-    "test_kernel_attention_hopper",
-    "test_kernel_compile",
-    "test_kernel_matmul_hopper",
-}
-
-
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the nearest bfloat16, as on every GPU; Triton's interpreter cuts off."""
