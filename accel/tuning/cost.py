@@ -109,7 +109,7 @@ calls but one gave missed that one by up to a quarter, and what they chose took 
 longer than the best. They are known where the same weights were measured at a size near by
 (`NEAR`)."""
 
-WORTH = 0.003
+WORTH = 0.0025
 """Expected gain, as a share of its time, for which a candidate is timed in idle time. At sizes that
 were held out the choice is within a tenth of the best once all such were timed, and hardly any time
 is lost on average (`benchmarks.tuning_regret`)."""
