@@ -398,4 +398,4 @@ def test_a_hundred_and_twenty_pieces_of_code_cost_a_few_percent(gpu: str) -> Non
         assert rows[model, "ahead_codes"] <= ahead.MOST
         assert rows[model, "ahead_regret"] <= 0.04
         assert rows[model, "used_regret"] <= 0.035
-        assert rows[model, "libraries_regret"] > 0.9
+        assert rows[model, "libraries_regret"] > 0.85

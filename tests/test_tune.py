@@ -439,8 +439,8 @@ def test_what_pruning_costs_and_saves_by_the_evidence(gpu: str) -> None:
     """Of all calls; and eight minutes, estimated, for both families at all sizes from nothing."""
     rows = json.loads((ROOT / "benchmarks" / "results" / gpu / "pruning.json").read_text())["rows"]
     value = {(r["operation"], r.get("calls", "")): r["value"] for r in rows}
-    assert value["pruning_share", "pruned"] <= 0.45 and value["pruning_regret", "all"] <= 0.01
-    assert value["pruning_worst", "all"] <= 0.35
+    assert value["pruning_share", "pruned"] <= 0.46 and value["pruning_regret", "all"] <= 0.01
+    assert value["pruning_worst", "all"] <= 0.2
     took = {row["which"]: row for row in rows if row["operation"] == "tune_seconds"}
     assert took["pruned"]["value"] <= 480 and took["pruned"]["calls"] > 3000
     assert took["pruned"]["value"] < 0.75 * took["exhaustive"]["value"]

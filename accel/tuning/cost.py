@@ -12,8 +12,8 @@ Three layers, each of which may be missing:
 3. Neighbours (`Model(measured=...)`): by how much the prediction is off at measured calls of the
    same weights, of other sizes. That is carried over to the call in question, the more so the
    nearer its number of rows, the more alike kernel, tile and configuration (a Gaussian process
-   over the logarithms). Which tile a library takes is inferred the same way: from the times of
-   the like, and from its choosing well itself.
+   over the logarithms). A library is taken to choose the best of its tiles at every size; by how
+   much it does not is one more thing that neighbours tell.
 
 What is left uncertain is known, too: spreads that hold at sizes held out, by which a choice is made
 safely (`rank`) and idle time goes where something is to be gained (`contenders`).
@@ -75,18 +75,15 @@ _CALL = 0.03  # of all times of one call
 _ANY, _KERNEL, _TILE, _CONFIG = 0.03, 0.06, 0.08, 0.03  # of what candidates have in common
 _INDEX = 0.05  # of a library's algorithm of one number
 _RANGE = 1.0
-_CONFIG_NEAR, _INDEX_NEAR, _NEAR = 0.03, 0.1, 0.1  # the same, of sizes close by alone
+_CONFIG_NEAR, _INDEX_NEAR, _NEAR = 0.03, 0.1, 0.2  # the same, of sizes close by alone
 _NOISE = 0.015  # of measuring
 _ELSEWHERE = 0.06  # of carrying a time over from another GPU: so far an H100 and an H200 differ
 _SIBLING = 0.85  # likeness of calls of the same weights with another epilogue
 
-# How a library's tile is inferred.
+# How a library's tile is assigned when its constants are fitted.
 _MISS, _MISS_MOST = 0.06, 8.0  # spread of a time about its tile's prediction; the most it tells
-_CHOOSES = {"cublas": 0.05, "cudnn": 0.3}  # how much slower than the best tile a choice may be
-_TELLS = {"cublas": 0.3, "cudnn": 0.7}  # what another size's time tells of this one's tile
-_TELLS_RANGE = 0.7
-_TELLS_OTHER = 0.15  # what another algorithm's does
 _FITTED_CHOICE = 0.15
+_SMOOTH = 0.03  # logarithms of times of tiles within which they count together
 
 NEAREST, NEAREST_LIKE = 3, 1
 """Of the measured calls with no more rows, and with more, so many tell of a call: of those of its
@@ -97,10 +94,15 @@ DOUBT, HOPE = 0.75, 0.5
 """Standard deviations by which a candidate of uncertain time counts as slower when one is chosen,
 and as quicker when several are to be timed."""
 
-UNTOLD = 0.03
+UNTOLD = 0.05
 """Logarithm of a time by which a kernel whose tile is not known counts as slower when one is
 chosen: at a size that was not measured the library, or the number in its list, may have another
-algorithm, which is the worst that held-out sizes got."""
+algorithm, which is the worst that held-out sizes got. Half of the first in a list take within a
+fiftieth of the best of it, but on average they take a tenth to a fifteenth longer."""
+
+MOST_ODD = 1.15
+"""An algorithm of a library that takes longer than this times the best in its list says no more
+than that of other sizes: there it has another number."""
 
 NUMBERED = {"cublaslt.": "algorithm", "cudnn_frontend.": "plan"}
 """Kernels of libraries that choose by a number in a list of the library's own making, for each GPU,
@@ -112,7 +114,7 @@ calls but one gave missed that one by up to a quarter, and what they chose took 
 longer than the best. They are known where the same weights were measured at a size near by
 (`NEAR`)."""
 
-WORTH = 0.003
+WORTH = 0.0025
 """Expected gain, as a share of its time, for which a candidate is timed in idle time. At sizes that
 were held out the choice is within a tenth of the best once all such were timed, and hardly any time
 is lost on average (`benchmarks.tuning_regret`)."""
@@ -320,16 +322,16 @@ class Model:
         self, call: Call, candidates: Sequence[tuple[str, Config]]
     ) -> tuple[list[int], _Carried | None]:
         """The places of the candidates that the model knows, and what is expected of these."""
-        options = self._options(call, candidates)
+        expected = self._expected(call, candidates)
         known = [
             place
-            for place, logs in enumerate(options)
-            if logs.size and self._may_say(call.key, candidates[place][0])
+            for place, time in enumerate(expected)
+            if time is not None and self._may_say(call.key, candidates[place][0])
         ]
         if not known:
             return known, None
         named = [candidates[place] for place in known]
-        points = _points(call.key, named, [options[place] for place in known])
+        points = _points(call.key, named, [expected[place] or 0.0 for place in known])
         return known, self._group(call.key).carried(points)
 
     def _may_say(self, key: str, kernel: str) -> bool:
@@ -347,10 +349,10 @@ class Model:
             for name, *_ in times
         )
 
-    def _options(
+    def _expected(
         self, call: Call, candidates: Sequence[tuple[str, Config]], chip: Chip | None = None
-    ) -> list[Array]:
-        """Logarithms of the times of all tiles that each of a call's candidates may have."""
+    ) -> list[float | None]:
+        """Logarithms of the times by the constants alone; None for what is not described."""
         # Those of one form in one go, and algorithms that differ in their number alone once.
         alike: dict[tuple[str, str], Sequence[Work]] = {}
         forms: dict[str, list[str]] = defaultdict(list)
@@ -359,15 +361,16 @@ class Model:
             if (name, label.described) not in alike:
                 alike[name, label.described] = works(chip or self.chip, call, name, config)
                 forms[name].append(label.described)
-        logs: dict[tuple[str, str], Array] = {}
+        logs: dict[tuple[str, str], float | None] = {}
         for name, described in forms.items():
             found = [alike[name, text] for text in described]
             flat = _logs(self.fitted.constants.get(name, {}), [w for ws in found for w in ws])
             ends = np.cumsum([len(ws) for ws in found])[:-1]
-            logs |= zip([(name, text) for text in described], np.split(flat, ends), strict=True)
+            for text, tiles in zip(described, np.split(flat, ends), strict=True):
+                logs[name, text] = _of_best(tiles) if tiles.size else None
         factors = [math.log(self.fitted.tiles.get(label.fitted, 1.0)) for label in labels]
         return [
-            logs[name, label.described] + factor
+            None if (log := logs[name, label.described]) is None else log + factor
             for (name, _), label, factor in zip(candidates, labels, factors, strict=True)
         ]
 
@@ -397,18 +400,34 @@ class Model:
         named = [(kernel, config) for kernel, config, _ in times]
         try:
             call = call_of(key)
-            options = self._options(call, named)
+            expected = self._expected(call, named)
             us = [us for *_, us in times]
             if not here:
-                there = self._options(call, named, self._origin)
+                there = self._expected(call, named, self._origin)
                 us = [
-                    time * math.exp(float(one.min() - other.min())) if one.size else time
-                    for time, one, other in zip(us, options, there, strict=True)
+                    time if one is None or other is None else time * math.exp(one - other)
+                    for time, one, other in zip(us, expected, there, strict=True)
                 ]
-            made = _points(key, named, options, us, _NOISE if here else _ELSEWHERE)
+            us = _capped(named, us)
+            known = [place for place, time in enumerate(expected) if time is not None]
+            return _points(
+                *(key, [named[place] for place in known]),
+                *([expected[place] or 0.0 for place in known], [us[place] for place in known]),
+                _NOISE if here else _ELSEWHERE,
+            )
         except ValueError:  # of another version, or damaged
             return []
-        return [point for point in made if point.options.size]
+
+
+def _capped(candidates: Sequence[tuple[str, Config]], times: Sequence[float]) -> list[float]:
+    """The times, of a library's algorithms no more than so much above the best of them."""
+    best: dict[str, float] = {}
+    for (name, _), us in zip(candidates, times, strict=True):
+        best[name] = min(us, best.get(name, math.inf))
+    return [
+        min(us, MOST_ODD * best[name]) if name in HIDDEN else us
+        for (name, _), us in zip(candidates, times, strict=True)
+    ]
 
 
 def numbered(kernel: str, config: Config) -> bool:
@@ -427,7 +446,7 @@ def _safely(predicted: Prediction, kernel: str) -> float:
 
 @dataclass(frozen=True)
 class _Point:
-    """One candidate of one call: what it has in common with others, and its options' times."""
+    """One candidate of one call: what it has in common with others, and what is expected of it."""
 
     family: str
     rows: float  # the logarithm
@@ -435,15 +454,15 @@ class _Point:
     tile: str
     config: str
     call: str
-    options: Array
-    time: float = 0.0  # the logarithm of microseconds, where measured
+    expected: float  # the logarithm of microseconds
+    time: float = 0.0  # the same, where measured
     noise: float = _NOISE  # of that
 
 
 def _points(
     key: str,
     candidates: Sequence[tuple[str, Config]],
-    options: Sequence[Array],
+    expected: Sequence[float],
     times: Sequence[float] | None = None,
     noise: float = _NOISE,
 ) -> list[_Point]:
@@ -452,10 +471,10 @@ def _points(
     return [
         _Point(
             *(family, math.log(max(rows, 1)), name, label.tile, f"{name} {label.config}"),
-            *(key, logs, math.log(times[place]) if times is not None else 0.0, noise),
+            *(key, log, math.log(times[place]) if times is not None else 0.0, noise),
         )
-        for place, ((name, _), label, logs) in enumerate(
-            zip(candidates, labels, options, strict=True)
+        for place, ((name, _), label, log) in enumerate(
+            zip(candidates, labels, expected, strict=True)
         )
     ]
 
@@ -510,32 +529,27 @@ def _covariance(one: _Columns, other: _Columns) -> Array:
 
 @dataclass(frozen=True)
 class _Carried:
-    """What is expected of a call's candidates: logarithms of their times and their covariance.
-
-    spreads: standard deviations beside that, for what tile a library takes.
-    """
+    """What is expected of a call's candidates: logarithms of their times and their covariance."""
 
     times: Array
     left: Array
-    spreads: Array
 
     @property
     def doubts(self) -> Array:
         """The standard deviation of each, as it would be measured."""
-        left = np.maximum(np.diag(self.left) + _NOISE**2, 0.0)
-        return np.asarray(np.sqrt(left) + self.spreads)
+        return np.asarray(np.sqrt(np.maximum(np.diag(self.left) + _NOISE**2, 0.0)))
 
     def given(self, places: Sequence[int], times: Sequence[float]) -> _Carried:
         """Once some of them were measured: the others are as much quicker or slower as is like."""
-        left = self.left + np.diag(self.spreads**2)
+        left = self.left
         inverse = np.linalg.inv(left[np.ix_(places, places)] + _NOISE**2 * np.eye(len(places)))
         weights = left[:, places] @ inverse
         found = self.times + weights @ (np.array(times) - self.times[places])
-        return _Carried(found, left - weights @ left[places], np.zeros(len(found)))
+        return _Carried(found, left - weights @ left[places])
 
     def gains(self, over: int) -> Array:
         """How much each is expected to win over that one: what it wins, times how likely it is."""
-        own = np.diag(self.left) + self.spreads**2
+        own = np.diag(self.left)
         apart = own + own[over] - 2 * self.left[over]
         apart[over] = 0.0
         scales = FAT * np.sqrt(np.maximum(apart, 1e-12))
@@ -553,96 +567,26 @@ class _Group:
     def __init__(self, points: Sequence[_Point]) -> None:
         self._ids: dict[str, int] = {}
         self._columns = _Columns(points, self._ids)
-        self._times = np.array([point.time for point in points])
-        self._means = np.array([point.options[0] for point in points])  # of a tile that is known
-        self._libraries = {
-            kernel: _Library([(place, p) for place, p in enumerate(points) if p.kernel == kernel])
-            for kernel in {p.kernel for p in points if p.options.size > 1}
-        }
-        covariance = _covariance(self._columns, self._columns)
+        missed = np.array([point.time - point.expected for point in points])
         noise = np.array([point.noise for point in points])
+        covariance = _covariance(self._columns, self._columns)
         self._inverse = np.linalg.inv(covariance + np.diag(noise**2))
+        self._pulls = self._inverse @ missed
 
     def carried(self, wanted: Sequence[_Point]) -> _Carried:
         """What is expected of one call's candidates."""
-        measured = self._means.copy()
-        means = np.array([point.options[0] for point in wanted])
-        spreads = np.zeros(len(wanted))
-        for kernel in {p.kernel for p in wanted if p.options.size > 1} | self._libraries.keys():
-            places = [place for place, point in enumerate(wanted) if point.kernel == kernel]
-            options = [wanted[place] for place in places]
-            library = self._libraries.get(kernel)
-            if library is None:
-                means[places], spreads[places] = _unknown(kernel, options)
-            else:
-                found = library.inferred(kernel, wanted[0], options)
-                measured[library.places], means[places], spreads[places] = found
         columns = _Columns(wanted, dict(self._ids))
         across = _covariance(columns, self._columns)
-        weights = across @ self._inverse
-        left = _covariance(columns, columns) - weights @ across.T
-        times = means + weights @ (self._times - measured)
-        return _Carried(times, left, spreads)
+        times = np.array([point.expected for point in wanted]) + across @ self._pulls
+        left = _covariance(columns, columns) - across @ self._inverse @ across.T
+        return _Carried(times, left)
 
 
-class _Library:
-    """What was measured of a kernel whose tiles are not known. points: with their places."""
-
-    def __init__(self, points: Sequence[tuple[int, _Point]]) -> None:
-        self.places = [place for place, _ in points]
-        measured = [point for _, point in points]
-        self._family = np.array([point.family for point in measured])
-        self._rows = np.array([point.rows for point in measured])
-        self._options = np.array([point.options for point in measured])
-        self._configs = {config: n for n, config in enumerate({p.config for p in measured})}
-        self._config = np.array([self._configs[p.config] for p in measured], dtype=np.int64)
-        # The logarithm of each tile's likelihood, by the time.
-        times = np.array([point.time for point in measured])
-        missed = ((times[:, None] - self._options) / _MISS) ** 2 / 2
-        self._evidence = -np.minimum(missed, _MISS_MOST)
-
-    def inferred(
-        self, kernel: str, wanted: _Point, candidates: Sequence[_Point]
-    ) -> tuple[Array, Array, Array]:
-        """Means over the tiles, of what is measured and of candidates, and spreads of these.
-
-        wanted: any point of the candidates' call, of which this kernel may have none.
-        """
-        library = _library(kernel)
-        # What a measured time tells of the tile at the size that is wanted.
-        tells = _TELLS[library] * np.exp(-np.abs(self._rows - wanted.rows) / _TELLS_RANGE)
-        tells *= np.where(self._family == wanted.family, 1.0, _SIBLING)
-        told = tells[:, None] * self._evidence
-        of_any = _TELLS_OTHER * told.sum(axis=0)
-        of_config = np.zeros((len(self._configs) + 1, told.shape[1]))
-        np.add.at(of_config, self._config, (1 - _TELLS_OTHER) * told)
-        measured, _ = _averaged(of_any + of_config[self._config], self._options)
-        if not candidates:
-            return measured, np.empty(0), np.empty(0)
-        options = np.array([point.options for point in candidates])
-        known = [self._configs.get(point.config, -1) for point in candidates]
-        # The library will choose well at this size, too.
-        slower = options - options.min(axis=1, keepdims=True)
-        return measured, *_averaged(of_any + of_config[known] - slower / _CHOOSES[library], options)
-
-
-def _unknown(kernel: str, candidates: Sequence[_Point]) -> tuple[Array, Array]:
-    """The same of a kernel of which nothing was measured: it chooses well."""
-    options = np.array([point.options for point in candidates])
-    slower = options - options.min(axis=1, keepdims=True)
-    return _averaged(-slower / _CHOOSES[_library(kernel)], options)
-
-
-def _library(kernel: str) -> str:
-    return "cublas" if kernel.startswith("cublas") else "cudnn"
-
-
-def _averaged(told: Array, options: Array) -> tuple[Array, Array]:
-    """Means and spreads of the options in each row, by logarithms of their likelihoods."""
-    weights = np.exp(told - told.max(axis=1, keepdims=True))
-    weights /= weights.sum(axis=1, keepdims=True)
-    means = (weights * options).sum(axis=1)
-    return means, np.sqrt((weights * (options - means[:, None]) ** 2).sum(axis=1))
+def _of_best(tiles: Array) -> float:
+    """Logarithm of the time of the best of a library's tiles: a smooth one, so that a size at
+    which two are alike is none at which they count for more."""
+    least = float(tiles.min())
+    return least - _SMOOTH * math.log(float(np.exp((least - tiles) / _SMOOTH).sum()))
 
 
 _WEIGHT = re.compile(r"\d+(?:x\d+)+(?=:\w+!?c)")
@@ -770,24 +714,28 @@ def fit(chip: Chip, measured: Mapping[str, Times]) -> Fit:
                 weight = 1 / (1 + 3 * (us / best - 1))
                 by_form[name].append((name, config, found, math.log(us), weight))
     constants: dict[str, dict[str, float]] = {}
-    misses: dict[str, list[float]] = defaultdict(list)
+    misses: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for form, rows in by_form.items():
         logs = np.array([row[3] for row in rows])
         weights = np.array([row[4] for row in rows])
-        if form not in HIDDEN:
+        if form in HIDDEN:
+            constants[form] = {}
+            for turn in range(ROUNDS):
+                chosen = [
+                    found[_assigned(_logs(constants[form], found), log, _MISS * (ROUNDS - turn))]
+                    for _, _, found, log, _ in rows
+                ]
+                constants[form] = _fitted(chosen, logs, weights, PRIOR_HIDDEN)
+        else:
             constants[form] = _fitted([row[2][0] for row in rows], logs, weights, PRIOR)
-            for name, config, found, log, _ in rows:
-                missed = log - float(_logs(constants[form], found)[0])
-                misses[_tile_of(name, config)].append(min(max(missed, -0.4), 0.4))
-            continue
-        constants[form] = {}
-        for turn in range(ROUNDS):
-            chosen = [
-                found[_assigned(_logs(constants[form], found), log, _MISS * (ROUNDS - turn))]
-                for _, _, found, log, _ in rows
-            ]
-            constants[form] = _fitted(chosen, logs, weights, PRIOR_HIDDEN)
-    tiles = {tile: math.exp(sum(m) / (len(m) + FEW)) for tile, m in misses.items()}
+        # What is far from a call's best says least of what a tile takes where it is chosen.
+        for name, config, found, log, weight in rows:
+            missed = log - _of_best(_logs(constants[form], found))
+            misses[_tile_of(name, config)].append((min(max(missed, -0.4), 0.4), weight**2))
+    tiles = {
+        tile: math.exp(sum(miss * weight for miss, weight in m) / (FEW + sum(w for _, w in m)))
+        for tile, m in misses.items()
+    }
     return Fit(constants, tiles)
 
 

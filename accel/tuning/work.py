@@ -42,6 +42,13 @@ SCALARS = 128
 EXPONENTIALS = 16
 """Of a multiprocessor per clock."""
 
+EVEN = 0.5
+"""How far a library's choice of a tile at each size, and what it does about the last wave, make up
+for that one's emptiness: its times grow with the size more evenly than those of one tile do."""
+
+EXCHANGE = 4
+"""Clocks for each warp and channel of a block of whole groups, to merge their statistics."""
+
 THREADS, REGISTERS = 2048, 65536
 """Of a multiprocessor."""
 
@@ -103,12 +110,22 @@ class Product:
 
 
 def product(
-    chip: Chip, problem: Product, tile: Tile, down: int, across: int, steps: int, early: bool
+    chip: Chip,
+    problem: Product,
+    tile: Tile,
+    down: int,
+    across: int,
+    steps: int,
+    early: bool,
+    even: float = 0.0,
 ) -> Work:
-    """`down` x `across` tiles of a product, each of `steps` steps (of all its parts together)."""
+    """`down` x `across` tiles of a product, each of `steps` steps (of all its parts together).
+
+    even: the share of the last wave's emptiness that is not waited for.
+    """
     cycle = chip.cycle_us
     blocks = down * across * tile.split
-    most = ceil(blocks / chip.multiprocessors)
+    most = _waves(blocks / chip.multiprocessors, even)
     resident = _resident(chip, tile)
     live = min(resident, most)
     each = ceil(steps / tile.split)
@@ -116,7 +133,7 @@ def product(
     l2 = L2_BYTES * min(1.5, alone)
     math = tile.rows * tile.width * tile.step / chip.multiply_adds
     shared = (_operands(tile) + tile.stage) / SHARED_BYTES
-    rounds = ceil(most / live)
+    rounds = _waves(most / live, even)
     # Blocks side by side hide each other's beginning and end.
     fills = 1 if tile.programs else rounds
     ends = most if tile.programs or live == 1 else rounds
@@ -150,6 +167,11 @@ def product(
     return work
 
 
+def _waves(count: float, even: float) -> float:
+    """Waves that are waited for: whole ones, but for the share that is even."""
+    return even * max(1.0, count) + (1 - even) * ceil(count)
+
+
 def _resident(chip: Chip, tile: Tile) -> int:
     """Blocks of a product that one multiprocessor holds."""
     if tile.programs:
@@ -175,6 +197,10 @@ def _spilled(chip: Chip, size: float) -> float:
 
 def _bytes(spec: TensorSpec | None) -> int:
     return 0 if spec is None else prod(spec.shape) * spec.dtype.itemsize
+
+
+def _power_of_2(least: int) -> int:
+    return 1 << max(0, least - 1).bit_length()
 
 
 def _numbers(config: Config, *names: str) -> list[int]:
@@ -312,7 +338,7 @@ def _of_tiles(chip: Chip, problem: Product) -> Sequence[Work]:
             if split > 1 and (steps < 8 * split or many):
                 break
             tile = Tile(rows, (columns,), 64, warps, 4, split, wide=wide)
-            ways.append(product(chip, problem, tile, down, across, steps, False))
+            ways.append(product(chip, problem, tile, down, across, steps, False, EVEN))
         found.append(min(ways, key=Work.nominal))
     return found
 
@@ -456,10 +482,14 @@ def _group_norm(chip: Chip, call: Call, config: Config) -> Work:
         groups, warps = _numbers(config, "groups", "warps")
         part = groups * (width // int(call.attrs["groups"]))
         blocks = batch * ceil(width / part)
-        held = pixels * part * 2
+        lanes = _power_of_2(part)
+        held = max(16, _power_of_2(pixels)) * lanes
         size = read + out * (2 if made else 1)
-        work = _moves(chip, 1, early, size, blocks, 32 * warps, held)
-        work.fixed["thread"] = held / (32 * warps) / 2 * 30 * chip.cycle_us
+        work = _moves(chip, 1, early, size, blocks, 32 * warps, 2 * held)
+        each = ceil(blocks / chip.multiprocessors) * chip.cycle_us
+        work.fixed["thread"] = held / (32 * warps) * 30 * each
+        # What channels come to is exchanged by all warps, and each counts all groups anew.
+        work.fixed["exchange"] = warps * lanes * EXCHANGE * each
         return work
     channels, rows, warps, grid = _numbers(config, "channels", "rows", "warps", "grid")
     columns = batch * ceil(width / channels)
