@@ -92,7 +92,7 @@ def test_a_report_is_about_the_samplings_that_lead_to_it(server):
     files = [f"tiny-sd15-{letter}.safetensors" for letter in "ab"]
     server.ensure(*(f"checkpoints/{file}" for file in files))
 
-    def first_lines(fake: bool = False, **options: Any) -> list[list[str]]:
+    def first_lines(fake: bool = False, plain: bool = False, **options: Any) -> list[list[str]]:
         """Of the reports after the first sampler and after both: what they tell of."""
         graph = Graph()
         prompts = graph.prompt("tiny-sd15", 1), graph.prompt("tiny-sd15", 2)
@@ -101,7 +101,10 @@ def test_a_report_is_about_the_samplings_that_lead_to_it(server):
             model = graph.checkpoint("tiny-sd15", letter)
             if fake and letter == "a":
                 model = graph.add("TestFake", model=model, kind="foreign_class")
-            model = graph.add("SwitchyardAccelerate", model=model, **options)
+            if plain and letter == "a":
+                model = graph.add("ModelSamplingDiscrete", model=model, sampling="eps", zsnr=False)
+            else:
+                model = graph.add("SwitchyardAccelerate", model=model, **options)
             latent = graph.sample(model, *prompts, latent, f"chain-{letter}", steps=2)
             reports.append(graph.add("SwitchyardReport", anything=latent))
         # The same MODEL in a sampler that no report looks at.
@@ -114,6 +117,9 @@ def test_a_report_is_about_the_samplings_that_lead_to_it(server):
     first, both = first_lines(first_run="wait")
     assert [line.split(": ")[0] for line in first] == files[:1]
     assert [line.split(": ")[0] for line in both] == files
+    # Of another workflow, whose nodes have the same ids, it says nothing.
+    _, both = first_lines(plain=True)
+    assert [line.split(": ")[0] for line in both] == files[1:]
     # Of a MODEL that is not accelerated any more, the run before says nothing.
     first, both = first_lines(fake=True, first_run="wait")
     (line,) = first

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import uuid
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -146,7 +147,7 @@ class _Nodes:
     """What the runs' records do not hold: which node sampled, and which came back unaccelerated."""
 
     def __init__(self) -> None:
-        self._samplers: dict[int, str] = {}
+        self._samplers: dict[int, tuple[str, str | None]] = {}  # and what was asked of it
         self._off: dict[str, _Off] = {}
 
     def note(self, event: str, data: dict[str, Any]) -> None:
@@ -155,7 +156,9 @@ class _Nodes:
             self._off.pop(_root(data["node_id"]), None)
             executing = get_executing_context()
             if executing is not None:
-                self._samplers[data["id"]] = _root(executing.node_id)
+                sampler = _root(executing.node_id)
+                asked = _asked(_running(executing.prompt_id), sampler)
+                self._samplers[data["id"]] = sampler, asked
                 for old in list(self._samplers)[:-KEPT_RUNS]:
                     del self._samplers[old]
         elif event == STATUS_EVENT and data["state"] == "off":
@@ -166,15 +169,20 @@ class _Nodes:
         """Those of `nodes` that gave out what they were given."""
         return {node: self._off[node] for node in nodes if node in self._off}
 
-    def runs(self, samplers: Collection[str], nodes: Collection[str], since: int) -> list[Run]:
+    def runs(
+        self, samplers: Mapping[str, str | None], nodes: Collection[str], since: int
+    ) -> list[Run]:
         """The last run of each of `samplers`: later than run `since`, or of a MODEL of `nodes`.
 
-        The host may have taken a MODEL from its cache that another node has made.
+        samplers: with what is asked of them; a node of another workflow may have the same id. The
+        host may have taken a MODEL from its cache that another node has made.
         """
         found = {}
         for run in list(journal().runs):
-            sampler = self._samplers.get(run.id)
-            if sampler in samplers and (run.id > since or _root(run.node_id) in nodes):
+            sampler, asked = self._samplers.get(run.id, ("", None))
+            if sampler not in samplers or asked not in (None, samplers[sampler]):
+                continue
+            if run.id > since or _root(run.node_id) in nodes:
                 found[sampler] = run
         return sorted(found.values(), key=lambda run: run.id)
 
@@ -210,7 +218,8 @@ def report(prompt: Any = None, node_id: str | None = None) -> str:
     parts = [[f"node {node}: {said.line}"] for node, said in off.items()]
     if ours:
         since = max((said.last_run for said in off.values()), default=0)
-        runs = _nodes().runs(before, [node for node in ours if node not in off], since)
+        asked = {node: _asked(prompt, node) for node in before}
+        runs = _nodes().runs(asked, [node for node in ours if node not in off], since)
     else:
         runs = list(journal().runs)[-1:]
         parts = [["no accelerated node leads here; the last run of all:"]]
@@ -218,6 +227,22 @@ def report(prompt: Any = None, node_id: str | None = None) -> str:
         return "Nothing has been sampled yet through an accelerated MODEL."
     parts += [*(_run_lines(run.to_json()) for run in runs), _memory_lines()]
     return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _running(prompt_id: str) -> Any:
+    """The prompt in API form that is being executed under that id; None where nobody knows it."""
+    queue = getattr(PromptServer.instance, "prompt_queue", None)
+    items = [] if queue is None else list(queue.currently_running.values())
+    return next((item[2] for item in items if item[1] == prompt_id), None)
+
+
+def _asked(prompt: Any, node_id: str) -> str | None:
+    """What tells a node, with all that comes into it, from others; None if it is not known."""
+    if not prompt or node_id not in prompt:
+        return None
+    nodes = [(n, prompt[n]) for n in (node_id, *_upstream(prompt, node_id))]
+    told = [(n, _kind(node), node.get("inputs")) for n, node in nodes]
+    return json.dumps(told, sort_keys=True, default=str)
 
 
 def _upstream(prompt: Any, node_id: str | None) -> list[str]:
