@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -238,7 +238,7 @@ def test_what_is_asked_for_while_a_file_is_read_has_its_turn(tmp_path):
         path.write_bytes(b"x" * 10)
     begun, go_on = threading.Event(), threading.Event()
 
-    def bring(path: str, stop: threading.Event) -> None:
+    def bring(path: str, stop: threading.Event, keep: Collection[str]) -> None:
         begun.set()
         assert go_on.wait(60)
 
