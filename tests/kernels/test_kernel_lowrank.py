@@ -310,7 +310,8 @@ def test_factors_cross_from_pinned_ram_in_one_piece_for_each_launch(
         one.set_loras(chosen)
     assert torch.equal(values(engine), values(plain))
     sizes = [InRam(tensors_of(engine.session._lora(p, engine.config))).bytes for p in paths]
-    assert all(size / 2 < one <= size for one, size in zip(lent, sizes, strict=True))
+    pairs = zip(sorted(lent), sorted(sizes), strict=True)  # they are lent by address
+    assert all(size / 2 < one <= size for one, size in pairs)
 
 
 def test_memory_that_runs_out_half_way_leaves_nothing_changed_twice(
