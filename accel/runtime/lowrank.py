@@ -7,6 +7,7 @@ kernel can write, are one launch. What comes out for one depends on its own chan
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -239,11 +240,10 @@ def add(
 
 def _sent(table: Tensor, device: torch.device) -> Tensor:
     """A table on the device. From pinned RAM: the host need not wait for what was asked before."""
-    return (
-        table.to(device)
-        if device.type == "cpu"
-        else table.pin_memory().to(device, non_blocking=True)
-    )
+    if device.type != "cpu":
+        with contextlib.suppress(RuntimeError):  # no more can be pinned: slower, and right
+            return table.pin_memory().to(device, non_blocking=True)
+    return table.to(device)
 
 
 def _kernel() -> Any:

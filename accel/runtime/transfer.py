@@ -357,6 +357,8 @@ class Transfer:
             for piece in copy.pieces:
                 for name in piece.values:
                     reading[name].result()
+                if closing.is_set():
+                    raise CancelledError
                 if self.device.type == "cuda":
                     # Once it is filled: to find the pages would take several times as long.
                     began = time.perf_counter()
