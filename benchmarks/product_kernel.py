@@ -30,7 +30,7 @@ from accel.hardware import Hardware, describe
 from accel.kernels import Call, Config, Kernel, TensorSpec, candidates
 from accel.ops import get
 from accel.tuning.compiling import Compiler
-from accel.tuning.measure import LAUNCHES, Clock, Operands
+from accel.tuning.measure import Clock, Operands
 
 NAME = "cuda.matmul"
 
@@ -146,17 +146,8 @@ def timed(
     us = timer()
     if not kernel.allocates:  # again, as it runs in a network: captured, back to back
         wrong = max(wrong, distance(operands.out, truth))
-    (graph,) = timer.args  # type: ignore[attr-defined]
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    count = max(1, int(SUSTAINED_S * 1e6 / (us * LAUNCHES)))
-    for _ in range(max(1, count // 4)):
-        graph.replay()
-    begin.record()
-    for _ in range(count):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    sustained = begin.elapsed_time(end) * 1e3 / (count * LAUNCHES)
+    timer.under_load(SUSTAINED_S * 1e6 / 4)
+    sustained = timer.under_load(SUSTAINED_S * 1e6)()
     return {"us": us, "sustained_us": sustained, "rel_err": wrong}
 
 

@@ -936,6 +936,44 @@ def test_those_close_to_the_best_are_timed_again_by_turns(made: Any) -> None:
     assert turns[4:] == ["steady", "noisy", "noisy", "steady"] * 2
 
 
+def test_what_takes_long_is_timed_again_under_load(
+    made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`hungry` is quicker by itself, and slower where the power is all used."""
+    alone = {"hungry": 20.0, "frugal": 21.0, "far": 22.5}
+    loaded = {"hungry": 26.0, "frugal": 24.7}
+    asked: list[tuple[str, float]] = []
+    for name in alone:
+        made(name)
+    names = iter(alone)
+
+    class Timer:
+        def __init__(self, run: Any) -> None:
+            self.run, self.name = run, next(names)
+
+        def __call__(self) -> float:
+            self.run(0)
+            asked.append((self.name, 0.0))
+            return alone[self.name]
+
+        def under_load(self, us: float) -> Any:
+            asked.append((self.name, us))
+            return lambda: loaded[self.name]
+
+    monkeypatch.setattr(measuring, "TENSOR_CORES", ("add",))
+    results = measuring._measure(add_call(), GPU, CPU, Timer)
+    # The order is that under load; the unit that of what was timed by itself.
+    assert [r.us for r in results] == [20.0, pytest.approx(20.0 * 24.7 / 26.0), 22.5]
+    assert asked[:4] == [*((name, 0.0) for name in alone), ("hungry", measuring.WARM_US)]
+    turns = ["frugal", "hungry", "hungry", "frugal"] * 2
+    assert asked[4:] == [(name, measuring.TURN_US) for name in turns]
+
+    names, asked[:] = iter(alone), []
+    monkeypatch.setattr(measuring, "HEAVY_US", 20.5)
+    measuring._measure(add_call(), GPU, CPU, Timer)
+    assert {us for _, us in asked} == {0.0}
+
+
 def test_what_a_candidate_leaves_unwritten_is_not_what_another_wrote(
     made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -39,6 +39,16 @@ just after another, is off by as much."""
 
 ROUNDS = 4
 """How often they are."""
+
+TENSOR_CORES = ("linear", "conv2d", "attention")
+"""Operators of which tensor cores do the most."""
+
+HEAVY_US = 10.0
+"""From how many microseconds such a call is timed again under load: what takes all the power there
+is runs at a lower clock in a network, which costs some candidates more than others."""
+
+WARM_US, TURN_US = 60e3, 2.5e3
+"""Microseconds of load before, until the clock is that of a long run, and of one turn."""
 
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Relative L2 distance from the reference in the same dtype beyond which a result is wrong: some
@@ -98,8 +108,18 @@ def _timed(
 Run = Callable[[int], torch.Tensor]
 """Runs a kernel on the copy of the weights with that index."""
 
-Timer = Callable[[], float]
-"""Times it once more: microseconds of a run."""
+
+class Timer(Protocol):
+    """Times a run once more."""
+
+    def __call__(self) -> float:
+        """Microseconds of a run by itself."""
+
+    def under_load(self, us: float) -> Callable[[], float]:
+        """Have it run for so long, right after what was asked before; then microseconds of one.
+
+        What comes back waits until that is done.
+        """
 
 
 def _measure(
@@ -145,22 +165,42 @@ def _measure(
                 *(kernel.name, dict(config), call.key, distance),
             )
             results.append(Measurement(kernel, config, None, WRONG))
-    _time_again(results, timers)
+    close = {i: timer for i, timer in timers.items() if (results[i].us or math.inf) <= CLOSE * best}
+    if len(close) > 1:
+        heavy = call.op in TENSOR_CORES and best >= HEAVY_US
+        for index, us in (_under_load if heavy else _by_turns)(results, close).items():
+            results[index] = replace(results[index], us=us)
     return results
 
 
-def _time_again(results: list[Measurement], timers: dict[int, Timer]) -> None:
-    """Have the medians of several times decide among those close to the best."""
-    times = {index: [us] for index in timers if (us := results[index].us) is not None}
-    limit = CLOSE * min((us for (us,) in times.values()), default=0.0)
-    close = [index for index, (us,) in times.items() if us <= limit]
-    if len(close) < 2:
-        return
+def _turns(close: Mapping[int, Timer]) -> Iterator[int]:
+    """Each several times, in an order that favours none."""
     for round in range(ROUNDS):
-        for index in close if round % 2 else reversed(close):
-            times[index].append(timers[index]())
-    for index in close:
-        results[index] = replace(results[index], us=statistics.median(times[index]))
+        yield from close if round % 2 else reversed(close)
+
+
+def _by_turns(results: Sequence[Measurement], close: Mapping[int, Timer]) -> dict[int, float]:
+    """The median of several times of each, its first among them."""
+    times = {index: [results[index].us or math.inf] for index in close}
+    for index in _turns(close):
+        times[index].append(close[index]())
+    return {index: statistics.median(own) for index, own in times.items()}
+
+
+def _under_load(results: Sequence[Measurement], close: Mapping[int, Timer]) -> dict[int, float]:
+    """The median of several times of each, one right after the other, without a pause.
+
+    As multiples of the first time of the quickest: to be set beside others, and those of other
+    sizes, which were timed by themselves.
+    """
+    quickest = min(close, key=lambda index: results[index].us or math.inf)
+    close[quickest].under_load(WARM_US)
+    asked: dict[int, list[Callable[[], float]]] = {index: [] for index in close}
+    for index in _turns(close):
+        asked[index].append(close[index].under_load(TURN_US))
+    times = {index: statistics.median(us() for us in own) for index, own in asked.items()}
+    unit = (results[quickest].us or math.inf) / times[quickest]
+    return {index: us * unit for index, us in times.items()}
 
 
 def _worse(distance: float) -> float:
@@ -270,18 +310,43 @@ class Clock:
             finally:
                 graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        return partial(self._time, graph)
+        return GraphTimer(graph, self._other)
 
-    def _time(self, graph: torch.cuda.CUDAGraph) -> float:
-        samples = []
-        for _ in range(REPLAYS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+class GraphTimer:
+    """Times a graph of `LAUNCHES` runs of a kernel.
+
+    other: read before each replay that is timed by itself.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, other: torch.Tensor) -> None:
+        self.graph, self._other = graph, other
+        self._us = 0.0
+
+    def __call__(self) -> float:
+        """The median over some replays, each with a cold cache."""
+        samples: list[float] = []
+        while len(samples) < REPLAYS:
             self._other.sum()
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            samples.append(begin.elapsed_time(end) * 1e3 / LAUNCHES)
+            samples.append(self._asked(1)())
             if len(samples) >= ENOUGH_REPLAYS and sum(samples) * LAUNCHES >= ENOUGH_US:
                 break
-        return statistics.median(samples)
+        self._us = statistics.median(samples)
+        return self._us
+
+    def under_load(self, us: float) -> Callable[[], float]:
+        """As `Timer` has it: the mean over replays that follow one another."""
+        return self._asked(max(1, round(us / (LAUNCHES * (self._us or self())))))
+
+    def _asked(self, replays: int) -> Callable[[], float]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(replays):
+            self.graph.replay()
+        end.record()
+
+        def us() -> float:
+            end.synchronize()
+            return float(begin.elapsed_time(end)) * 1e3 / (LAUNCHES * replays)
+
+        return us

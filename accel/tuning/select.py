@@ -29,7 +29,7 @@ from . import ahead
 from .chips import chip_of, named
 from .compiling import Compiler, Variant, deadly, launches_of, made_apart, variants_of
 from .cost import NUMBERED, Fit, Model, Ranked, numbered
-from .measure import WRONG, Measurement, measure
+from .measure import TENSOR_CORES, WRONG, Measurement, measure
 from .profile import OTHERS, Entry, Profile, family_of, profile_cache
 
 logger = logging.getLogger(__name__)
@@ -48,10 +48,8 @@ costs nothing.
 """
 
 MARGIN = 1.3
-"""By how much ours has to be faster than a library's where nothing was ever timed on such a GPU."""
-
-TENSOR_CORES = ("linear", "conv2d", "attention")
-"""Operators of which that is asked; others move bytes, which takes alike on all."""
+"""By how much ours has to be faster than a library's where nothing was ever timed on such a GPU,
+and tensor cores do the work: moving bytes takes alike on all."""
 
 SAVED_AT_ONCE = 16
 """Measurements that are written to disk together; a process that is killed loses no more."""
