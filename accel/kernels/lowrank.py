@@ -16,7 +16,7 @@ import triton.language as tl
 from .launch import Launch
 
 ROWS, COLUMNS, _DEPTH = 64, 64, 16
-"""Of a tile, and of the rank at a time. A block of 16 warps has all of an SM's registers."""
+"""Of a tile, and of the rank at a time."""
 
 KINDS = (torch.float16, torch.bfloat16, torch.float32)
 """Of factors, by the number that stands in the table."""
@@ -40,7 +40,16 @@ def _factor(address, kind, offsets, inside):
 
 
 @triton.jit
-def _product(pair, rows, inside_m, columns, inside_n, width, DEPTH: tl.constexpr):
+def _product(
+    pair,
+    rows,
+    inside_m,
+    columns,
+    inside_n,
+    width,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """left [*, rank] @ right [rank, width] of a pair in the table, at some rows and columns."""
     left = tl.load(pair)
     right = tl.load(pair + 1)
@@ -62,7 +71,7 @@ def _product(pair, rows, inside_m, columns, inside_n, width, DEPTH: tl.constexpr
             ks[:, None] * width + columns[None, :],
             inside_k[:, None] & inside_n[None, :],
         )
-        total = tl.dot(a, b, total, input_precision="ieee")
+        total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
 
 
@@ -77,6 +86,7 @@ def _add_products(
     M: tl.constexpr,
     N: tl.constexpr,
     DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """out = base + the sum of a place's changes, a tile of a place each block."""
     tile = tl.program_id(0)
@@ -84,7 +94,7 @@ def _add_products(
     offset = tl.multiple_of(tl.load(place), 8)
     height = tl.load(place + 1).to(tl.int32)
     width = tl.multiple_of(tl.load(place + 2).to(tl.int32), 8)
-    stride = tl.multiple_of(tl.load(place + 3), 8)
+    stride = tl.multiple_of(tl.load(place + 3).to(tl.int32), 8)
     taps = tl.load(place + 4).to(tl.int32)
     local = tile - tl.load(place + 5).to(tl.int32)
     first = tl.load(place + 6).to(tl.int32)
@@ -101,17 +111,20 @@ def _add_products(
     total = tl.zeros((M, N), tl.float32)
     for index in range(first, first + count):
         change = changes + index * 8
-        product = _product(change, rows, inside_m, named, inside_n, width, DEPTH)
-        if tl.load(change + 4) != 0:
-            product *= _product(change + 4, rows, inside_m, named, inside_n, width, DEPTH)
+        product = tl.full((M, N), 1.0, tl.float32)
+        # One piece of code for both pairs: the fewer registers, the more blocks an SM holds.
+        for pair in range(0, 1 + (tl.load(change + 4) != 0).to(tl.int32)):
+            product *= _product(
+                change + 4 * pair, rows, inside_m, named, inside_n, width, DEPTH, PRECISION
+            )
         total += product * tl.load(scales + index)
 
-    where = offset + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    where = rows[:, None] * stride + columns[None, :]
     inside = inside_m[:, None] & inside_n[None, :]
-    value = tl.load(base + where, inside, other=0.0).to(tl.float32)
+    value = tl.load(base + offset + where, inside, other=0.0).to(tl.float32)
     # Without changes it is a copy: added to zero, -0 would lose its sign.
     value = tl.where(count == 0, value, value + total)
-    tl.store(out + where, value.to(out.dtype.element_ty), inside)
+    tl.store(out + offset + where, value.to(out.dtype.element_ty), inside)
 
 
 def add_products(
@@ -121,6 +134,7 @@ def add_products(
     scales: torch.Tensor,
     base: torch.Tensor,
     out: torch.Tensor,
+    exact: bool,
 ) -> Launch:
     """out = base + changes at every place; elsewhere `out` stays as it is.
 
@@ -132,6 +146,9 @@ def add_products(
              `KINDS`), and the same of a second pair, whose product it is multiplied by, or zeros
     scales:  [C] float32
     base, out: [*], of one dtype, all memory that offsets count from; may be the same
+    exact:   multiply float32 without tensor cores, as a GPU before Ampere must. With them each is
+             the sum of two numbers of 11 bits (of one, where the factor is in half precision), and
+             what three products of these leave out is about as little as float32's rounding
     """
     return Launch(
         _add_products,
@@ -139,6 +156,7 @@ def add_products(
         {
             **{"tiles": tiles, "places": places, "changes": changes, "scales": scales},
             **{"base": base, "out": out, "M": ROWS, "N": COLUMNS, "DEPTH": _DEPTH},
+            "PRECISION": "ieee" if exact else "tf32x3",
         },
-        {"num_warps": 16, "num_stages": 2},
+        {"num_warps": 8 if exact else 4, "num_stages": 1},
     )

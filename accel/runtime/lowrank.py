@@ -7,7 +7,6 @@ kernel can write, are one launch. What comes out for one depends on its own chan
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import kernels
+from ..plan.memory import align
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class Regions:
     def __init__(self, regions: Iterable[Tensor], lend: Callable[[Tensor], Tensor]) -> None:
         self._regions = sorted(regions, key=lambda region: region.data_ptr())
         self._begins = [region.data_ptr() for region in self._regions]
-        self._lend = lend
+        self.lend = lend
 
     def hold(self, factor: Tensor) -> bool:
         """Whether a factor lies in one of them."""
@@ -200,7 +200,7 @@ class Regions:
         for number in np.unique(region[inside]):
             these, begin = inside & (region == number), self._begins[number]
             first, last = int(rows[these].min()), int(ends[these].max())
-            copies.append(self._lend(self._regions[number][first - begin : last - begin]))
+            copies.append(self.lend(self._regions[number][first - begin : last - begin]))
             rows[these] += copies[-1].data_ptr() - first
         return copies
 
@@ -227,23 +227,46 @@ def add(
     rows = np.array([change.row for change in all_changes], dtype=np.int64).reshape(-1, 8)
     scales = np.array([change.scale for change in all_changes], dtype=np.float32)
     copies = [] if pinned is None else pinned.lent(rows, np.repeat(where, counts, axis=0))
-    numbers = (
-        np.repeat(np.arange(len(tiles), dtype=np.int32), tiles),
-        *(places, rows if len(rows) else np.zeros((1, 8), np.int64)),
-        scales if len(scales) else np.zeros(1, np.float32),
+    tables = _sent(
+        [
+            np.repeat(np.arange(len(tiles), dtype=np.int32), tiles),
+            *(places, rows if len(rows) else np.zeros((1, 8), np.int64)),
+            scales if len(scales) else np.zeros(1, np.float32),
+        ],
+        out.device,
+        None if pinned is None else pinned.lend,
     )
-    tables = [_sent(torch.from_numpy(table), out.device) for table in numbers]
+    exact = out.device.type == "cuda" and torch.cuda.get_device_capability(out.device) < (8, 0)
     with torch.cuda.device_of(out):  # Triton launches on the GPU that is current
-        kernel.add_products(*tables, base, out).run()
+        kernel.add_products(*tables, base, out, exact).run()
     del copies  # till here
 
 
-def _sent(table: Tensor, device: torch.device) -> Tensor:
-    """A table on the device. From pinned RAM: the host need not wait for what was asked before."""
+def _sent(
+    tables: Sequence[NDArray[Any]], device: torch.device, lend: Callable[[Tensor], Tensor] | None
+) -> list[Tensor]:
+    """Tables on the device, in one copy. From pinned RAM: the host need not wait for it.
+
+    lend: makes that copy where large ones are under way, which others would have to wait for.
+    """
+    ends = np.cumsum([align(table.nbytes) for table in tables])
+    together = torch.empty(int(ends[-1]), dtype=torch.uint8)
+    begins = [0, *map(int, ends[:-1])]
+    for begin, table in zip(begins, tables, strict=True):
+        together[begin : begin + table.nbytes].numpy()[:] = table.view(np.uint8).reshape(-1)
     if device.type != "cpu":
-        with contextlib.suppress(RuntimeError):  # no more can be pinned: slower, and right
-            return table.pin_memory().to(device, non_blocking=True)
-    return table.to(device)
+        try:
+            together = together.pin_memory()
+        except RuntimeError:  # no more can be pinned: slower, and right
+            together = together.to(device)
+        else:
+            together = together.to(device, non_blocking=True) if lend is None else lend(together)
+    return [
+        together[begin : begin + table.nbytes]
+        .view(torch.from_numpy(table[:0]).dtype)
+        .view(table.shape)
+        for begin, table in zip(begins, tables, strict=True)
+    ]
 
 
 def _kernel() -> Any:

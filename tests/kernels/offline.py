@@ -99,7 +99,7 @@ def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> 
     seen = set()
     for capability in chips:
         if not names or WEIGHTS in names:
-            for which, launch in weights_launches():
+            for which, launch in weights_launches(capability):
                 yield capability, WEIGHTS, {}, which, launch
         taken: set[str] = set()
         forms: set[Any] = set()
@@ -122,13 +122,13 @@ def variants(every: bool, names: set[str], chips: Sequence[tuple[int, int]]) -> 
                         yield capability, kernel.name, dict(config), call.key, launch
 
 
-def weights_launches() -> Iterator[tuple[str, Launch]]:
+def weights_launches(capability: tuple[int, int]) -> Iterator[tuple[str, Launch]]:
     """What is launched beside the operators: LoRAs put on, in arenas of every dtype."""
     some = torch.empty(8, 8, dtype=torch.int64, device="meta")
     tables = (some.to(torch.int32), some, some, some.to(torch.float32))
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         arena = torch.empty(64, dtype=dtype, device="meta")
-        yield str(dtype), add_products(*tables, arena, arena)
+        yield str(dtype), add_products(*tables, arena, arena, capability < (8, 0))
 
 
 def compile_one(capability: tuple[int, int], launch: Launch | CudaLaunch) -> dict[str, Any]:

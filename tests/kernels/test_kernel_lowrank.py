@@ -361,9 +361,9 @@ def test_it_is_tried_before_it_is_used(dtype: torch.dtype, monkeypatch: pytest.M
     assert lowrank.is_right(DEVICE, dtype)
     whole = kernel.add_products
 
-    def wrong(tiles: Any, places: Any, changes: Any, scales: Any, base: Any, out: Any) -> Any:
+    def wrong(tiles: Any, places: Any, changes: Any, scales: Any, *others: Any) -> Any:
         scales[2] = 0.0  # the last change is lost
-        return whole(tiles, places, changes, scales, base, out)
+        return whole(tiles, places, changes, scales, *others)
 
     monkeypatch.setattr(kernel, "add_products", wrong)
     assert not lowrank.is_right(DEVICE, dtype)
