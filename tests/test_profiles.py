@@ -674,7 +674,7 @@ def choices(calls: Sequence[Call], gpu: Hardware) -> dict[str, Choice]:
 def test_sdxl_runs_what_was_measured_and_another_process_chooses_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The digest is of the choices that a process made at commit 9bd2873.
+    """The digest is of the choices that a process made of the profile that was measured at c7e6dc4.
 
     Whoever measures the profile anew, or has other kernels, puts another one here.
     """
@@ -691,11 +691,11 @@ def test_sdxl_runs_what_was_measured_and_another_process_chooses_alike(
             assert choice.us == entry.us and not choice.provisional
             rows.append([call.key, choice.kernel.name, dict(choice.config)])
     text = json.dumps(sorted(rows, key=lambda row: str(row[0])), sort_keys=True)
-    assert (len(rows), xxhash.xxh3_64_hexdigest(text.encode())) == (79, "45e974425e529ab3")
+    assert (len(rows), xxhash.xxh3_64_hexdigest(text.encode())) == (81, "0cccedb5e00c341f")
     # What is predicted depends on nothing but the tables either.
     some = [call for call in calls if found[call.key].us is None][::3]
     again = choices(some[::-1], h200())
-    assert len(some) > 5 and again == {call.key: found[call.key] for call in some}
+    assert len(some) > 3 and again == {call.key: found[call.key] for call in some}
 
 
 def damaged(entries: dict[str, Any], chance: random.Random) -> dict[str, Any]:
