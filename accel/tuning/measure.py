@@ -47,7 +47,7 @@ HEAVY_US = 10.0
 """From how many microseconds such a call is timed again under load: what takes all the power there
 is runs at a lower clock in a network, which costs some candidates more than others."""
 
-WARM_US, TURN_US = 60e3, 2.5e3
+WARM_US, TURN_US = 40e3, 2e3
 """Microseconds of load before, until the clock is that of a long run, and of one turn."""
 
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 6e-2}
