@@ -21,6 +21,7 @@ from support import make_lora, make_unet, two_levels
 
 from accel import background
 from accel.errors import InvalidFile, OutOfMemory, StructureMismatch
+from accel.runtime.adapters import Near
 from accel.runtime.executable import Executable
 from accel.runtime.network import _ADAPTER, Network
 from accel.runtime.pool import PATIENCE, PINNED, Pool
@@ -896,6 +897,48 @@ def test_swaps_go_on_while_memory_runs_out(
     monkeypatch.setattr(Weights, "write", once)
     engine.load_weights(files[1])
     assert attempts == [2, 0] and torch.equal(engine(**inputs()), expected[1])
+
+
+@pytest.mark.parametrize("way", ["load", "set_loras", "update"])
+def test_a_second_try_to_swap_has_the_memory_of_the_copies_that_were_given_up(
+    small_plans: Path,
+    small_unet: Any,
+    files: list[Path],
+    expected: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    storages: list[weakref.ref[torch.Tensor]],
+    way: str,
+) -> None:
+    """Those that the first try read from, too, and the copies of LoRAs that it used."""
+    engine = engine_with(small_plans, small_unet, 6)
+    network, lora = engine._network, make_lora(3, two_levels())
+    engine.load_weights(files[0])
+    engine.set_loras([(lora, 0.5)])  # parks what it is put on
+    engine.prefetch(files[1]).result(timeout=60)
+    source, write = engine.session._source(files[1], engine.config), Weights.write
+    copies: list[weakref.ref[Any]] = storages
+    held: list[int] = []
+    if way == "update":
+        network.load(engine.seat, source)
+
+    def full_once(self: Weights, names: Any, place: Any, adapters: Any) -> Any:
+        copies.extend(weakref.ref(one) for one, _ in adapters if isinstance(one, Near))
+        held.append(sum(ref() is not None for ref in copies))
+        if len(held) == 1:
+            raise torch.OutOfMemoryError("full")
+        return write(self, names, place, adapters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Weights, "write", full_once)
+        if way == "load":
+            engine.load_weights(files[1])
+        elif way == "set_loras":
+            engine.set_loras([(lora, 0.7)])
+        else:
+            network.update(engine.seat, set(network.weights.shapes), source)
+    assert held[0] >= 2 and held[1:] == [0]
+    engine.set_loras([])
+    assert torch.equal(engine(**inputs()), expected[0 if way == "set_loras" else 1])
 
 
 def test_an_engine_is_made_where_only_copies_are_in_the_way(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -151,7 +151,7 @@ class Network:
         try:
             self.activate(seat)
             stamp = source.stamp()
-            origin = self._nearest(source, stamp)
+            origin = [self._nearest(source, stamp)]
             return self._write(seat, names, source, stamp, seat.adapters, origin)
         except BaseException:
             self.leave(seat)
@@ -174,9 +174,9 @@ class Network:
             self._park()  # what LoRAs are put on, and taken off from
         names = _differing(self.weights.shapes, seat.adapters, adapters)
         if _differing(names, (), seat.adapters):
-            origin = self._nearest(source, stamp)
+            origin = [self._nearest(source, stamp)]
         else:  # what stands in the arena is what would be read
-            origin = Waiting(self.weights, self.weights.storage)
+            origin = [Waiting(self.weights, self.weights.storage)]
         return self._write(seat, names, source, stamp, adapters, origin).since(started)
 
     def activate(self, seat: Seat) -> None:
@@ -233,19 +233,21 @@ class Network:
         if copy is not None:
             with self._rewriting(seat, source, stamp, adapters):
                 return self.weights.restore(copy.storage)
-        bare = self._bare(source, stamp) if _standing(adapters) else None
-        if bare is not None:
+        bare = self._bare(source, stamp) if _standing(adapters) else []
+        if bare:
             touched = _differing(self.weights.shapes, (), adapters)
-            origin: Readable = Waiting(self.weights, bare.storage)
-            return self._write(seat, touched, source, stamp, adapters, origin, bare.storage)
-        origin = self._nearest(source, stamp)
+            return self._write(seat, touched, source, stamp, adapters, bare, whole=True)
+        origin = [self._nearest(source, stamp)]
         return self._write(seat, self.weights.shapes, source, stamp, adapters, origin)
 
-    def _bare(self, source: Source, stamp: Hashable) -> Parked | None:
-        """A parked copy of a checkpoint without adapters, for these to be put on and taken off."""
+    def _bare(self, source: Source, stamp: Hashable) -> list[Readable]:
+        """A parked copy of a checkpoint without adapters, for these to be put on and taken off.
+
+        None of it where there is no room.
+        """
         parked: Parked | None = self.pool.get(self._tier, self._owner, (stamp, ()))
         if parked is not None:
-            return parked
+            return [Waiting(self.weights, parked.storage)]
         origin = self._nearest(source, stamp)
 
         def read() -> Parked:
@@ -253,7 +255,9 @@ class Network:
             self.weights.write_copy(storage, origin, transfer_for(self.device))
             return Parked(storage, ())
 
-        return self.pool.put(self._tier, self._owner, (stamp, ()), self.weights.bytes, read)
+        size = self.weights.bytes
+        parked = self.pool.put(self._tier, self._owner, (stamp, ()), size, read)
+        return [] if parked is None else [Waiting(self.weights, parked.storage)]
 
     def _nearest(self, source: Source, stamp: Hashable) -> Readable:
         """What to read a source's parameters from: a parked copy, a copy in RAM, or itself."""
@@ -281,26 +285,27 @@ class Network:
         source: Source,
         stamp: Hashable,
         adapters: Adapters,
-        origin: Readable,
-        start: torch.Tensor | None = None,
+        origin: list[Readable],
+        whole: bool = False,
     ) -> SwapReport:
         """Write parameters of a seat, read from `origin`; it then holds `source` and is live.
 
-        start: a copy of the arena that is brought in first.
+        origin: one place, which the first try takes out, so that nobody holds it after that.
+        whole: it is `Waiting`, and the arena becomes what it is a copy of first.
         """
-        tries = iter([(origin, self._near(adapters, names))])
-        del origin
+        near = [self._near(adapters, names)]
 
         def write() -> SwapReport:
+            if origin:
+                return self.weights.write(names, origin.pop(), near.pop())
             # From anew where memory ran out: the arena that was read may be half written over, and
-            # copies that wait are to go.
-            place, near = next(tries, None) or (self._nearest(source, stamp), adapters)
-            return self.weights.write(names, place, near)
+            # copies that wait have gone to make room.
+            return self.weights.write(names, self._nearest(source, stamp), adapters)
 
         with self._rewriting(seat, source, stamp, adapters):
-            whole = None if start is None else self.weights.restore(start)
+            start = self.weights.restore(cast(Waiting, origin[0]).storage) if whole else None
             report = self._room_for(write)
-        return report if whole is None else replace(whole, bytes=whole.bytes + report.bytes)
+        return report if start is None else replace(start, bytes=start.bytes + report.bytes)
 
     def _near(self, adapters: Adapters, names: Collection[str]) -> Adapters:
         """The adapters that change any of `names`, on the device where the pool has room there."""
