@@ -149,7 +149,8 @@ def test_other_programs_memory_is_left_to_them() -> None:
     assert pool.trim("cpu") == 70 and pool.bytes("cpu") == 30
     others = 95
     assert fill(pool, "too much", 10) is None
-    assert pool.bytes("cpu") == 0
+    assert pool.bytes("cpu") == 30, "it would have been in vain"
+    assert pool.trim("cpu") == 30
 
 
 def test_failed_allocations_shrink_the_pool_until_there_is_room() -> None:
@@ -242,6 +243,19 @@ def test_what_is_used_from_a_nearer_tier_is_not_expected_any_more() -> None:
     pool.use(owner, {"a"})
     pool.use(owner, {"c"})
     assert ahead(pool, "d", 10) is not None and pool.holds("cpu", None, "b")
+
+
+def test_nothing_goes_in_vain_for_what_finds_no_room_nonetheless() -> None:
+    limited, short = Pool({"cpu": 30}, free=roomy), Pool(free=lambda tier: 30 - short._bytes(tier))
+    for pool in (limited, short):
+        for what in "abc":
+            fill(pool, what, 10)
+
+        def put(size: int, pool: Pool = pool) -> Any:
+            return pool.put("cpu", None, "d", size, lambda: "data", lambda other: other in "ab")
+
+        assert put(25) is None and pool.bytes("cpu") == 30
+        assert put(20) is not None and pool.holds("cpu", None, "c")
 
 
 def test_nothing_goes_in_vain_for_what_is_fetched_ahead() -> None:

@@ -142,8 +142,9 @@ class Pool:
     ) -> Any:
         """Make room for a block of `size` bytes, make its data and keep it; None without room.
 
-        instead_of: which blocks may go for it. ahead: nobody asks for it yet; what is in use, or
-        was fetched ahead as well and has not been used, then stays, and nothing goes in vain.
+        instead_of: which blocks may go for it; none does where all of them would not be enough.
+        ahead: nobody asks for it yet; what is in use, or was fetched ahead as well and has not been
+        used, then stays.
 
         One that is there is kept, and is now the last to go. `make` runs without the pool's lock,
         since pinning memory takes seconds. It may raise `torch.OutOfMemoryError`: the tier then
@@ -188,9 +189,7 @@ class Pool:
                 if lacking <= 0:
                     self._blocks[key] = block
                     return True
-                possible = limit is None or block.bytes <= limit
-                if possible and ahead:
-                    possible = lacking <= self._could_go(tier, instead_of)
+                possible = lacking <= self._could_go(tier, instead_of, ahead)
                 if not possible or not self._evict(tier, instead_of, ahead):
                     self._counters["refused"] += 1
                     return False
@@ -204,12 +203,12 @@ class Pool:
             lacking = max(lacking, self._bytes(tier) + size - limit)
         return lacking
 
-    def _could_go(self, tier: str, which: Which) -> int:
-        """Bytes of a tier that could give way to what is fetched ahead."""
+    def _could_go(self, tier: str, which: Which, ahead: bool) -> int:
+        """Bytes of a tier's blocks that may go."""
         return sum(
             block.bytes
             for key, block in self._blocks.items()
-            if key[0] == tier and self._may_go(key, block, which, ahead=True)
+            if key[0] == tier and self._may_go(key, block, which, ahead)
         )
 
     def trim(self, tier: str) -> int:
