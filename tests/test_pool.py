@@ -6,6 +6,7 @@ import gc
 import logging
 import random
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -365,7 +366,7 @@ def test_an_overlay_changes_what_it_names(states: list[State], files: list[Path]
     below = FileSource(TensorFile(files[0]), two_levels())
     chosen = {*names[:2], *names[9:40:3], names[-1]}
     source = Overlay(below, lambda name, value: value + states[1][name], chosen)
-    values = Transfer(CPU, slot_bytes=10_000).values(names, source)
+    values = Transfer(CPU, slot_bytes=2_000).values(names, source)
     for name, value in zip(names, values, strict=True):
         expected = states[0][name] + (states[1][name] if name in chosen else 0)
         assert torch.equal(value, expected) and torch.equal(source.read(name), expected)
@@ -783,6 +784,44 @@ def test_a_load_waits_for_the_prefetch_that_is_ahead_of_it(
     engine.load_weights(files[1])
     assert torch.equal(engine(**inputs()), expected[1])
     assert len(names) == len(engine._network.weights.shapes), "read once"
+
+
+@pytest.mark.parametrize("way", ["load_weights", "hasten"])
+def test_pinning_makes_no_more_pauses_once_somebody_waits(
+    small_plans: Path,
+    small_unet: Any,
+    files: list[Path],
+    expected: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    """The pauses are for others that render: here of some six seconds each."""
+    engine = engine_with(small_plans, small_unet, 0, 6)
+    begun, pinned = threading.Event(), list[int]()
+
+    def pin(self: HostBytes, start: int, end: int) -> None:
+        time.sleep(0.003)
+        pinned.append(end - start)
+        begun.set()
+
+    monkeypatch.setattr("accel.runtime.transfer.PAUSE", 2_000)
+    monkeypatch.setattr("accel.runtime.transfer.PIECE_BYTES", 1 << 18)
+    monkeypatch.setattr(HostBytes, "pin", pin)
+    on_a_gpu = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(transfer_for(CPU, background=True), "device", on_a_gpu)
+    job = engine.prefetch(files[1])
+    assert begun.wait(60)
+    time.sleep(0.2)
+    assert len(pinned) == 1 and not job.done()
+    started = time.monotonic()
+    if way == "hasten":
+        stamp = engine.session._source(files[1], engine.config).stamp()
+        assert engine._network.hasten(stamp) is job
+        job.result(timeout=60)
+    engine.load_weights(files[1])
+    assert torch.equal(engine(**inputs()), expected[1])
+    assert time.monotonic() - started < 20 and len(pinned) > 4
+    assert engine.report()["pool"]["events"]["hits_pinned"] == 1
 
 
 def test_a_prefetch_that_fails_says_so_and_harms_nothing(

@@ -95,7 +95,7 @@ class Network:
         self.live: Seat | None = None
         self._epoch = 0
         self._watched: dict[int, weakref.ref[Adapter]] = {}
-        self._coming: dict[Hashable, Future[None]] = {}
+        self._coming: dict[Hashable, _Coming] = {}
         self._fetching, self._unwanted = threading.Lock(), threading.Event()
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
         self._prompts: dict[Any, PromptState] = {}
@@ -213,19 +213,29 @@ class Network:
             return nothing
         stamp = source.stamp()
         with _coming_lock:
-            for done in [key for key, job in self._coming.items() if job.done()]:
+            for done in [key for key, coming in self._coming.items() if coming.job.done()]:
                 del self._coming[done]
             if stamp not in self._coming:
+                keep, wanted = keep or _nothing, threading.Event()
                 # Weakly: what is yet to come must not keep a network whose engines are gone.
-                self._coming[stamp] = _prefetcher().submit(
-                    _prefetch, weakref.ref(self), source, stamp, onto_device, keep or _nothing
+                network = weakref.ref(self)
+                job = _prefetcher().submit(
+                    _prefetch, network, source, stamp, onto_device, keep, wanted
                 )
-            return self._coming[stamp]
+                self._coming[stamp] = _Coming(job, wanted)
+            return self._coming[stamp].job
 
-    def coming(self, stamp: Hashable) -> Future[None] | None:
-        """The prefetch of a checkpoint that has not been waited for, if there is one."""
+    def hasten(self, stamp: Hashable) -> Future[None] | None:
+        """The prefetch of a checkpoint, if there is one, which hurries from now on.
+
+        To be called by who waits for it. Otherwise it leaves the driver to those who render.
+        """
         with _coming_lock:
-            return self._coming.get(stamp)
+            coming = self._coming.get(stamp)
+        if coming is None:
+            return None
+        coming.wanted.set()
+        return coming.job
 
     def _bring(self, seat: Seat, source: Source, stamp: Hashable, adapters: Adapters) -> SwapReport:
         """Make all of `source` with `adapters` live, from the nearest place that has it."""
@@ -432,7 +442,7 @@ class Network:
 
     def _wait_for(self, stamp: Hashable) -> None:
         """Let a prefetch that is under way come to its end: it is ahead of one begun now."""
-        job = self.coming(stamp)
+        job = self.hasten(stamp)
         if job is not None and not job.cancel():  # one that has not begun is not waited for
             wait([job])
 
@@ -442,6 +452,7 @@ class Network:
         stamp: Hashable,
         onto_device: bool,
         keep: Callable[[Hashable], bool],
+        wanted: threading.Event,
     ) -> Callable[[], object] | None:
         """Bring a checkpoint onto the device, in the prefetcher's thread.
 
@@ -474,14 +485,14 @@ class Network:
         stored = HostCopy.bytes_for(names, source)
         if stored is None:
             return None
-        size, gather = stored, partial(transfer.gather, names, source)
+        size, gather = stored, partial(transfer.gather, names, source, wanted)
         put, may_go = self.pool.put, lambda other: not keep(other)
         return lambda: put(PINNED, None, stamp, size, gather, may_go, ahead=True)
 
     def _stop_fetching(self) -> None:
         """Let go of what is on its way to the device; it is not waited for to arrive."""
         with _coming_lock:
-            jobs = list(self._coming.values())
+            jobs = [coming.job for coming in self._coming.values()]
         for job in jobs:
             job.cancel()
         self._unwanted.set()
@@ -696,6 +707,14 @@ def _differing(names: Iterable[str], before: Adapters, after: Adapters) -> list[
     ]
 
 
+@dataclass(frozen=True)
+class _Coming:
+    """A prefetch, and what is set once somebody waits for it."""
+
+    job: Future[None]
+    wanted: threading.Event
+
+
 _coming_lock = threading.Lock()
 
 
@@ -711,6 +730,7 @@ def _prefetch(
     stamp: Hashable,
     onto_device: bool,
     keep: Callable[[Hashable], bool],
+    wanted: threading.Event,
 ) -> None:
     alive = network()
     if alive is None:
@@ -718,7 +738,7 @@ def _prefetch(
     pool = alive.pool
     try:
         with torch.inference_mode(False), torch.no_grad():
-            rest = alive._fetch(source, stamp, onto_device, keep)
+            rest = alive._fetch(source, stamp, onto_device, keep, wanted)
             del alive  # whoever gives the network up meanwhile has its memory
             if rest is not None:
                 rest()

@@ -339,10 +339,13 @@ class Transfer:
             for name in names:
                 yield self._direct(name, source)
 
-    def gather(self, names: Sequence[str], source: Stageable) -> HostCopy:
+    def gather(
+        self, names: Sequence[str], source: Stageable, wanted: threading.Event | None = None
+    ) -> HostCopy:
         """A copy of the source in RAM, pinned where the device is a GPU; read by all readers.
 
-        Raises CancelledError where the process ends meanwhile.
+        wanted: for a copy that nobody waits for yet; is set once somebody does. Until then pinning
+        leaves the driver to others. Raises CancelledError where the process ends meanwhile.
         """
         copy = HostCopy(names, source)
 
@@ -363,8 +366,10 @@ class Transfer:
                     # Once it is filled: to find the pages would take several times as long.
                     began = time.perf_counter()
                     copy.host.pin(piece.start, piece.end)
-                    if self._background:  # meanwhile the driver is not others'
-                        time.sleep(PAUSE * (time.perf_counter() - began))
+                    if wanted is not None:
+                        # Here, after each piece: the driver is not others' while one is pinned, and
+                        # only then, and here alone it is known for how long it was not.
+                        wanted.wait(PAUSE * (time.perf_counter() - began))
         finally:
             for left in reading.values():
                 left.cancel()
