@@ -317,6 +317,17 @@ def test_an_owner_that_goes_takes_its_blocks_along() -> None:
     assert pool.bytes("cpu") == 10 and pool.bytes("cpu", other) == 10
 
 
+def test_what_an_owner_uses_is_known_for_as_long_as_it_lives() -> None:
+    """Copies that it gives up can be made again of what others keep, and that is still in use."""
+    owner, pool = object(), Pool({"cpu": 10}, free=roomy)
+    fill(pool, "a", 10)
+    pool.use(owner, {"a"})
+    pool.drop(owner)
+    assert ahead(pool, "b", 10) is None and pool.holds("cpu", None, "a")
+    pool.forget(owner)
+    assert ahead(pool, "b", 10) is not None and not pool.holds("cpu", None, "a")
+
+
 def test_threads_never_exceed_a_budget() -> None:
     pool, seen = Pool({"cpu": 60}, free=roomy), []
 
@@ -635,6 +646,42 @@ def test_a_prefetch_leaves_what_the_caller_keeps(
         return network.pool.holds(PINNED, None, source.stamp())
 
     assert [waits(source) for source in (first, second, third)] == [True, False, True]
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_prefetch_leaves_what_a_swap_that_failed_goes_back_to(
+    small_plans: Path,
+    small_unet: Any,
+    files: list[Path],
+    expected: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    given_up: bool,
+) -> None:
+    """While the swap is under way and after it, and once the host has taken what waits."""
+    engine = engine_with(small_plans, small_unet, 0, 1.5)
+    pool, (first, second, _) = engine.session.pool, files
+    engine.prefetch(first).result(timeout=60)
+    engine.load_weights(first)
+    stamp = engine.session._source(first, engine.config).stamp()
+
+    def fails(self: Weights, *arguments: Any) -> Any:
+        engine.prefetch(files[2]).result(timeout=60)
+        assert pool.holds(PINNED, None, stamp)
+        raise InvalidFile("cut")
+
+    with monkeypatch.context() as patch, pytest.raises(InvalidFile):
+        patch.setattr(Weights, "write", fails)
+        engine.load_weights(second)
+    if given_up:
+        engine._network.free_parked()
+    engine.prefetch(second).result(timeout=60)
+    assert pool.holds(PINNED, None, stamp)
+    hits = pool.report()["events"]["hits_pinned"]
+    assert torch.equal(engine(**inputs()), expected[0])
+    assert pool.report()["events"]["hits_pinned"] == hits + 1
+    engine.load_weights(second)
+    engine.prefetch(files[2]).result(timeout=60)
+    assert not pool.holds(PINNED, None, stamp), "nobody goes back to it any more"
 
 
 def test_what_leaves_the_arena_does_not_take_the_place_of_what_comes(
@@ -1024,7 +1071,7 @@ def test_copies_go_with_their_network(
     assert pool.bytes("cpu") > 0
     del engine
     gc.collect()
-    assert pool.bytes("cpu") == 0
+    assert pool.bytes("cpu") == 0 and not pool._uses
 
 
 def test_an_engine_may_be_collected_while_its_thread_is_in_the_pool(

@@ -87,7 +87,8 @@ class Network:
         self.plan, self.device, self.dtype = plan, device, dtype
         self.pool = process_pool() if pool is None else pool
         self._tier, self._owner = str(device), object()
-        weakref.finalize(self, self.pool.drop, self._owner)
+        self._used: frozenset[Hashable] = frozenset()
+        weakref.finalize(self, self.pool.forget, self._owner)
         self._selector = selector
         self.waiting = False
         self.arena = Arena(device)
@@ -379,13 +380,18 @@ class Network:
     ) -> Iterator[None]:
         """The arena changes, and no seat is live until it has all that `seat` is to hold."""
         self._epoch += 1
-        self.pool.use(self._owner, _uses(source, stamp, adapters))
-        self.weights.synchronize()  # replays under way still read the arena
-        self.live = None
+        following = _uses(source, stamp, adapters)
+        # What was used stays so as well: where the change fails, it is brought back.
+        self.pool.use(self._owner, self._used | following)
         try:
+            self.weights.synchronize()  # replays under way still read the arena
+            self.live = None
             yield
+            self._used = following
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"no memory is left on {self.device} to swap weights") from error
+        finally:
+            self.pool.use(self._owner, self._used)
         if seat.stamp != stamp:
             self._abandon(seat)
         seat.source, seat.stamp, seat.adapters = source, stamp, adapters

@@ -79,7 +79,7 @@ class Pool:
         self._free = free or _free
         self._lock = threading.Lock()
         self._blocks: OrderedDict[Key, Block] = OrderedDict()  # the least recently used first
-        self._gone: deque[tuple[Hashable, Which]] = deque()
+        self._gone: deque[tuple[Hashable, Which | None]] = deque()  # None: the owner itself
         self._given_up: list[Any] = []
         self._uses: dict[Hashable, frozenset[Hashable]] = {}
         self._requests = 0
@@ -238,6 +238,11 @@ class Pool:
         self._gone.append((owner, which))
         self._settle()
 
+    def forget(self, owner: Hashable) -> None:
+        """Give up all blocks of an owner that is gone, and what it uses; finalizers may, too."""
+        self._gone.append((owner, None))
+        self._settle()
+
     def bytes(self, tier: str, owner: Hashable = None) -> int:
         """Bytes of a tier's blocks; of an owner's alone where one is given."""
         with self._turn():
@@ -291,10 +296,11 @@ class Pool:
     def _sweep(self) -> None:
         while self._gone:
             owner, which = self._gone.popleft()
-            for key in [key for key in self._blocks if key[1] is owner and which(key[2])]:
-                self._given_up.append(self._blocks.pop(key).data)
-            if which is _any:
+            if which is None:
                 self._uses.pop(owner, None)
+            chosen = _any if which is None else which
+            for key in [key for key in self._blocks if key[1] is owner and chosen(key[2])]:
+                self._given_up.append(self._blocks.pop(key).data)
 
     def _touched(self, key: Key) -> Any:
         block = self._blocks.get(key)
