@@ -333,10 +333,12 @@ class Network:
         as that LoRA is on. Pinning takes time: only what is used again is.
         """
         what, again = (_ADAPTER, id(adapter)), id(adapter) in self._watched
-        for tier in (self._tier, PINNED):
-            copy: Near | None = self.pool.get(tier, self._owner, what)
-            if copy is not None:
-                return copy
+        copy: Near | None = self.pool.get(self._tier, self._owner, what)
+        if copy is not None:
+            return copy
+        copy = self.pool.get(PINNED, self._owner, what)
+        if copy is not None:
+            return self._nearer(adapter, what, copy)
         in_ram = InRam(tensors_of(adapter, self.weights.shapes))
         if not in_ram.tensors:
             return adapter
@@ -362,6 +364,25 @@ class Network:
             if copy is not None:
                 return copy
         return adapter
+
+    def _nearer(self, adapter: Adapter, what: Hashable, copy: Near) -> Near:
+        """An adapter's copy in pinned RAM, or one of it on the device where there is room by now.
+
+        Nothing goes for it: what is there instead would have to cross the bus the next time.
+        """
+        kept = copy.kept
+        assert kept is not None
+
+        def bring() -> Near:
+            self.pool.note("loras_brought")
+            in_ram = InRam(tensors_of(adapter, self.weights.shapes))
+            return Near(adapter, in_ram.brought(transfer_for(self.device), kept))
+
+        size = kept.host.tensor.numel()
+        found: Near | None = self.pool.put(
+            *(self._tier, self._owner, what, size, bring), instead_of=_nothing
+        )
+        return copy if found is None else found
 
     def _watch(self, adapter: Adapter) -> None:
         """Give up an adapter's copy once it is gone: another may come to have its identity."""

@@ -214,6 +214,14 @@ class HostCopy:
         """The value, in the copy."""
         return self.items[name].view(self.host.tensor)
 
+    def stored(self, name: str) -> TensorInfo:
+        """Its shape and dtype."""
+        return self.items[name].info
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Copy it into `out`, of its shape and dtype."""
+        out.copy_(self.read(name))
+
     def regions(self) -> list[Tensor]:
         """The bytes of each piece: a copy over the bus must not cross two."""
         return [self.host.tensor[piece.start : piece.end] for piece in self.pieces]
