@@ -27,13 +27,17 @@ from accel.runtime.executable import Executable
 from accel.runtime.network import _ADAPTER, Network
 from accel.runtime.pool import PATIENCE, PINNED, Pool
 from accel.runtime.transfer import (
+    PIECE_BYTES,
     READERS,
+    SLOT_BYTES,
     SLOTS,
     HostBytes,
     HostCopy,
     Overlay,
+    Slot,
     Transfer,
-    _neighbours,
+    _cross,
+    _cut,
     transfer_for,
 )
 from accel.runtime.weights import Weights
@@ -485,11 +489,12 @@ def test_a_copy_in_ram_has_the_size_that_was_counted(states: list[State]) -> Non
     assert copy.host.tensor.numel() == HostCopy.bytes_for(list(states[0]), source)
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 20_000, 1 << 24])
+@pytest.mark.parametrize("pages", [1, 5, 1 << 12])
 def test_a_copy_is_pinned_in_pieces_once_they_are_filled(
-    states: list[State], monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+    states: list[State], monkeypatch: pytest.MonkeyPatch, pages: int
 ) -> None:
-    """None shares a page with another, and nothing that crosses at once lies in two."""
+    """However large a value is. None shares a page with another."""
+    piece_bytes = pages * PAGESIZE
     monkeypatch.setattr("accel.runtime.transfer.PIECE_BYTES", piece_bytes)
     pinned: list[tuple[int, int]] = []
     transfer, names = Transfer(CPU), list(states[0])
@@ -498,7 +503,7 @@ def test_a_copy_is_pinned_in_pieces_once_they_are_filled(
     def pin(self: HostBytes, start: int, end: int) -> None:
         pinned.append((start, end))
         for name, item in items.items():
-            if start <= item.start < end:
+            if start < item.start + item.bytes <= end:
                 assert torch.equal(item.view(self.tensor), states[0][name]), "it is filled"
 
     items = HostCopy(names, source).items
@@ -506,12 +511,62 @@ def test_a_copy_is_pinned_in_pieces_once_they_are_filled(
     transfer.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
     copy = transfer.gather(names, source)
     assert copy.items == items
-    pages = [page for a, b in pinned for page in range(a // PAGESIZE, -(-b // PAGESIZE))]
-    assert len(pages) == len(set(pages)) and all(start % PAGESIZE == 0 for start, _ in pinned)
-    for run in _neighbours([copy.items[name] for name in names], 1 << 30):
-        begin, end = run[0].start, run[-1].start + run[-1].bytes
-        assert sum(a <= begin and end <= b for a, b in pinned) == 1
-    assert len(pinned) == 1 if piece_bytes == 1 << 24 else len(pinned) > 10
+    size, base = copy.host.tensor.numel(), copy.host.tensor.data_ptr()
+    assert [start for start, _ in pinned] == [0, *(end for _, end in pinned[:-1])]
+    assert pinned[-1][1] == size
+    assert all((base + start) % PAGESIZE == 0 and a - start <= piece_bytes for start, a in pinned)
+    largest = max(item.bytes for item in items.values())
+    assert largest > 5 * PAGESIZE and len(pinned) >= size // piece_bytes
+
+
+def test_what_is_lent_of_a_copy_in_ram_are_whole_values(
+    states: list[State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accel.runtime.transfer.REGION_BYTES", 20_000)
+    copy = Transfer(CPU).gather(list(states[0]), StateDictSource(states[0], two_levels()))
+    regions = copy.regions()
+    places = [(r.data_ptr(), r.data_ptr() + r.numel()) for r in regions]
+    for name, value in states[0].items():
+        begin = copy.read(name).data_ptr()
+        assert sum(a <= begin and begin + value.nbytes <= b for a, b in places) == 1
+    assert len(regions) > 20 and max(map(len, regions)) > 20_000, "one value may be larger"
+
+
+def test_a_slot_is_pinned_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others launch meanwhile, also when the first checkpoint is fetched ahead onto the device."""
+    pinned: list[tuple[int, int]] = []
+    monkeypatch.setattr(HostBytes, "pin", lambda self, *piece: pinned.append(piece))
+    slot = Slot(SLOT_BYTES, CPU)
+    slot.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+    assert pinned == [] and slot.host.numel() == SLOT_BYTES
+    assert pinned == _cut(slot.host) and len(pinned) >= SLOT_BYTES // PIECE_BYTES > 4
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+def test_no_copy_over_the_bus_crosses_two_pieces(
+    states: list[State], monkeypatch: pytest.MonkeyPatch, pages: int
+) -> None:
+    """The driver takes two that were pinned apart for memory that is not pinned, or refuses."""
+    monkeypatch.setattr("accel.runtime.transfer.PIECE_BYTES", pages * PAGESIZE)
+    names = list(states[0])
+    copy = Transfer(CPU).gather(names, StateDictSource(states[0], two_levels()))
+    raw, copied = copy.host.tensor, list[tuple[int, int]]()
+    apart, own = _cut(raw), torch.Tensor.copy_
+
+    def copy_(self: torch.Tensor, other: torch.Tensor, **rest: Any) -> torch.Tensor:
+        begin = other.data_ptr() - raw.data_ptr()
+        copied.append((begin, begin + other.numel()))
+        return own(self, other, **rest)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    rng = random.Random(0)
+    for _ in range(20):
+        begin, end = sorted(rng.sample(range(raw.numel()), 2))
+        there = torch.zeros(end - begin + 7, dtype=torch.uint8)
+        copied.clear()
+        _cross(raw[begin:end], there)
+        assert torch.equal(there[: end - begin], raw[begin:end]) and not there[end - begin :].any()
+        assert all(any(a <= x and y <= b for a, b in apart) for x, y in copied)
 
 
 def test_memory_that_cannot_be_pinned_ends_a_copy_in_ram(
