@@ -142,6 +142,44 @@ def test_without_room_on_the_device_a_lora_that_is_used_again_waits_in_pinned_ra
     assert waiting(engine) == []
 
 
+def test_a_lora_in_pinned_ram_comes_onto_the_device_once_there_is_room(
+    small_plans: Path,
+    small_unet: Any,
+    checkpoint: Path,
+    files: list[Path],
+    crossings: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From there, and not in place of another, which would have to come again."""
+    engine = engine_with(small_plans, small_unet, checkpoint, 0, ENOUGH)
+    plain = engine_with(small_plans, small_unet, checkpoint, 0)
+    size, pool = size_of(files[0], engine), engine.session.pool
+
+    def wear(index: int, strength: float) -> list[int]:
+        """Blocks on the device and in pinned RAM after that."""
+        for each in (engine, plain):
+            each.set_loras([(files[index], strength)])
+        assert torch.equal(weights(engine), weights(plain))
+        tiers = pool.report()["tiers"]
+        return [tiers[tier]["blocks"] for tier in ("cpu", "pinned")]
+
+    for strength in (0.8, 0.7):
+        assert wear(0, strength)[0] == 0
+    crossings.clear()
+    pool.set_budget("cpu", size)
+    assert wear(1, 0.5) == [1, 1] and len(crossings) == 1
+    assert wear(0, 0.6) == [1, 1] and len(crossings) == 1, "there is no room beside the other"
+    pool.set_budget("cpu", 2 * size)
+
+    def never(self: InRam, name: str, out: torch.Tensor) -> None:
+        raise AssertionError("it is in pinned RAM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InRam, "read_into", never)
+        assert wear(0, 0.5)[0] == 2 and len(crossings) == 2
+        assert wear(0, 0.4)[0] == 2 and len(crossings) == 2
+
+
 def test_a_lora_whose_strength_is_zero_or_that_changes_nothing_stays_where_it_is(
     engine: Engine, files: list[Path], crossings: list[int]
 ) -> None:

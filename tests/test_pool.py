@@ -6,6 +6,7 @@ import gc
 import logging
 import random
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -21,17 +22,22 @@ from support import make_lora, make_unet, two_levels
 
 from accel import background
 from accel.errors import InvalidFile, OutOfMemory, StructureMismatch
+from accel.runtime.adapters import Near
 from accel.runtime.executable import Executable
 from accel.runtime.network import _ADAPTER, Network
 from accel.runtime.pool import PATIENCE, PINNED, Pool
 from accel.runtime.transfer import (
+    PIECE_BYTES,
     READERS,
+    SLOT_BYTES,
     SLOTS,
     HostBytes,
     HostCopy,
     Overlay,
+    Slot,
     Transfer,
-    _neighbours,
+    _cross,
+    _cut,
     transfer_for,
 )
 from accel.runtime.weights import Weights
@@ -148,7 +154,8 @@ def test_other_programs_memory_is_left_to_them() -> None:
     assert pool.trim("cpu") == 70 and pool.bytes("cpu") == 30
     others = 95
     assert fill(pool, "too much", 10) is None
-    assert pool.bytes("cpu") == 0
+    assert pool.bytes("cpu") == 30, "it would have been in vain"
+    assert pool.trim("cpu") == 30
 
 
 def test_failed_allocations_shrink_the_pool_until_there_is_room() -> None:
@@ -243,6 +250,19 @@ def test_what_is_used_from_a_nearer_tier_is_not_expected_any_more() -> None:
     assert ahead(pool, "d", 10) is not None and pool.holds("cpu", None, "b")
 
 
+def test_nothing_goes_in_vain_for_what_finds_no_room_nonetheless() -> None:
+    limited, short = Pool({"cpu": 30}, free=roomy), Pool(free=lambda tier: 30 - short._bytes(tier))
+    for pool in (limited, short):
+        for what in "abc":
+            fill(pool, what, 10)
+
+        def put(size: int, pool: Pool = pool) -> Any:
+            return pool.put("cpu", None, "d", size, lambda: "data", lambda other: other in "ab")
+
+        assert put(25) is None and pool.bytes("cpu") == 30
+        assert put(20) is not None and pool.holds("cpu", None, "c")
+
+
 def test_nothing_goes_in_vain_for_what_is_fetched_ahead() -> None:
     limited, short = Pool({"cpu": 30}, free=roomy), Pool(free=lambda tier: 30 - short._bytes(tier))
     for pool in (limited, short):
@@ -301,6 +321,17 @@ def test_an_owner_that_goes_takes_its_blocks_along() -> None:
     assert pool.bytes("cpu") == 10 and pool.bytes("cpu", other) == 10
 
 
+def test_what_an_owner_uses_is_known_for_as_long_as_it_lives() -> None:
+    """Copies that it gives up can be made again of what others keep, and that is still in use."""
+    owner, pool = object(), Pool({"cpu": 10}, free=roomy)
+    fill(pool, "a", 10)
+    pool.use(owner, {"a"})
+    pool.drop(owner)
+    assert ahead(pool, "b", 10) is None and pool.holds("cpu", None, "a")
+    pool.forget(owner)
+    assert ahead(pool, "b", 10) is not None and not pool.holds("cpu", None, "a")
+
+
 def test_threads_never_exceed_a_budget() -> None:
     pool, seen = Pool({"cpu": 60}, free=roomy), []
 
@@ -350,7 +381,7 @@ def test_an_overlay_changes_what_it_names(states: list[State], files: list[Path]
     below = FileSource(TensorFile(files[0]), two_levels())
     chosen = {*names[:2], *names[9:40:3], names[-1]}
     source = Overlay(below, lambda name, value: value + states[1][name], chosen)
-    values = Transfer(CPU, slot_bytes=10_000).values(names, source)
+    values = Transfer(CPU, slot_bytes=2_000).values(names, source)
     for name, value in zip(names, values, strict=True):
         expected = states[0][name] + (states[1][name] if name in chosen else 0)
         assert torch.equal(value, expected) and torch.equal(source.read(name), expected)
@@ -458,11 +489,12 @@ def test_a_copy_in_ram_has_the_size_that_was_counted(states: list[State]) -> Non
     assert copy.host.tensor.numel() == HostCopy.bytes_for(list(states[0]), source)
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 20_000, 1 << 24])
+@pytest.mark.parametrize("pages", [1, 5, 1 << 12])
 def test_a_copy_is_pinned_in_pieces_once_they_are_filled(
-    states: list[State], monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+    states: list[State], monkeypatch: pytest.MonkeyPatch, pages: int
 ) -> None:
-    """None shares a page with another, and nothing that crosses at once lies in two."""
+    """However large a value is. None shares a page with another."""
+    piece_bytes = pages * PAGESIZE
     monkeypatch.setattr("accel.runtime.transfer.PIECE_BYTES", piece_bytes)
     pinned: list[tuple[int, int]] = []
     transfer, names = Transfer(CPU), list(states[0])
@@ -471,7 +503,7 @@ def test_a_copy_is_pinned_in_pieces_once_they_are_filled(
     def pin(self: HostBytes, start: int, end: int) -> None:
         pinned.append((start, end))
         for name, item in items.items():
-            if start <= item.start < end:
+            if start < item.start + item.bytes <= end:
                 assert torch.equal(item.view(self.tensor), states[0][name]), "it is filled"
 
     items = HostCopy(names, source).items
@@ -479,12 +511,62 @@ def test_a_copy_is_pinned_in_pieces_once_they_are_filled(
     transfer.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
     copy = transfer.gather(names, source)
     assert copy.items == items
-    pages = [page for a, b in pinned for page in range(a // PAGESIZE, -(-b // PAGESIZE))]
-    assert len(pages) == len(set(pages)) and all(start % PAGESIZE == 0 for start, _ in pinned)
-    for run in _neighbours([copy.items[name] for name in names], 1 << 30):
-        begin, end = run[0].start, run[-1].start + run[-1].bytes
-        assert sum(a <= begin and end <= b for a, b in pinned) == 1
-    assert len(pinned) == 1 if piece_bytes == 1 << 24 else len(pinned) > 10
+    size, base = copy.host.tensor.numel(), copy.host.tensor.data_ptr()
+    assert [start for start, _ in pinned] == [0, *(end for _, end in pinned[:-1])]
+    assert pinned[-1][1] == size
+    assert all((base + start) % PAGESIZE == 0 and a - start <= piece_bytes for start, a in pinned)
+    largest = max(item.bytes for item in items.values())
+    assert largest > 5 * PAGESIZE and len(pinned) >= size // piece_bytes
+
+
+def test_what_is_lent_of_a_copy_in_ram_are_whole_values(
+    states: list[State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accel.runtime.transfer.REGION_BYTES", 20_000)
+    copy = Transfer(CPU).gather(list(states[0]), StateDictSource(states[0], two_levels()))
+    regions = copy.regions()
+    places = [(r.data_ptr(), r.data_ptr() + r.numel()) for r in regions]
+    for name, value in states[0].items():
+        begin = copy.read(name).data_ptr()
+        assert sum(a <= begin and begin + value.nbytes <= b for a, b in places) == 1
+    assert len(regions) > 20 and max(map(len, regions)) > 20_000, "one value may be larger"
+
+
+def test_a_slot_is_pinned_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others launch meanwhile, also when the first checkpoint is fetched ahead onto the device."""
+    pinned: list[tuple[int, int]] = []
+    monkeypatch.setattr(HostBytes, "pin", lambda self, *piece: pinned.append(piece))
+    slot = Slot(SLOT_BYTES, CPU)
+    slot.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+    assert pinned == [] and slot.host.numel() == SLOT_BYTES
+    assert pinned == _cut(slot.host) and len(pinned) >= SLOT_BYTES // PIECE_BYTES > 4
+
+
+@pytest.mark.parametrize("pages", [1, 3])
+def test_no_copy_over_the_bus_crosses_two_pieces(
+    states: list[State], monkeypatch: pytest.MonkeyPatch, pages: int
+) -> None:
+    """The driver takes two that were pinned apart for memory that is not pinned, or refuses."""
+    monkeypatch.setattr("accel.runtime.transfer.PIECE_BYTES", pages * PAGESIZE)
+    names = list(states[0])
+    copy = Transfer(CPU).gather(names, StateDictSource(states[0], two_levels()))
+    raw, copied = copy.host.tensor, list[tuple[int, int]]()
+    apart, own = _cut(raw), torch.Tensor.copy_
+
+    def copy_(self: torch.Tensor, other: torch.Tensor, **rest: Any) -> torch.Tensor:
+        begin = other.data_ptr() - raw.data_ptr()
+        copied.append((begin, begin + other.numel()))
+        return own(self, other, **rest)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    rng = random.Random(0)
+    for _ in range(20):
+        begin, end = sorted(rng.sample(range(raw.numel()), 2))
+        there = torch.zeros(end - begin + 7, dtype=torch.uint8)
+        copied.clear()
+        _cross(raw[begin:end], there)
+        assert torch.equal(there[: end - begin], raw[begin:end]) and not there[end - begin :].any()
+        assert all(any(a <= x and y <= b for a, b in apart) for x, y in copied)
 
 
 def test_memory_that_cannot_be_pinned_ends_a_copy_in_ram(
@@ -619,6 +701,42 @@ def test_a_prefetch_leaves_what_the_caller_keeps(
         return network.pool.holds(PINNED, None, source.stamp())
 
     assert [waits(source) for source in (first, second, third)] == [True, False, True]
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_prefetch_leaves_what_a_swap_that_failed_goes_back_to(
+    small_plans: Path,
+    small_unet: Any,
+    files: list[Path],
+    expected: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    given_up: bool,
+) -> None:
+    """While the swap is under way and after it, and once the host has taken what waits."""
+    engine = engine_with(small_plans, small_unet, 0, 1.5)
+    pool, (first, second, _) = engine.session.pool, files
+    engine.prefetch(first).result(timeout=60)
+    engine.load_weights(first)
+    stamp = engine.session._source(first, engine.config).stamp()
+
+    def fails(self: Weights, *arguments: Any) -> Any:
+        engine.prefetch(files[2]).result(timeout=60)
+        assert pool.holds(PINNED, None, stamp)
+        raise InvalidFile("cut")
+
+    with monkeypatch.context() as patch, pytest.raises(InvalidFile):
+        patch.setattr(Weights, "write", fails)
+        engine.load_weights(second)
+    if given_up:
+        engine._network.free_parked()
+    engine.prefetch(second).result(timeout=60)
+    assert pool.holds(PINNED, None, stamp)
+    hits = pool.report()["events"]["hits_pinned"]
+    assert torch.equal(engine(**inputs()), expected[0])
+    assert pool.report()["events"]["hits_pinned"] == hits + 1
+    engine.load_weights(second)
+    engine.prefetch(files[2]).result(timeout=60)
+    assert not pool.holds(PINNED, None, stamp), "nobody goes back to it any more"
 
 
 def test_what_leaves_the_arena_does_not_take_the_place_of_what_comes(
@@ -770,6 +888,44 @@ def test_a_load_waits_for_the_prefetch_that_is_ahead_of_it(
     assert len(names) == len(engine._network.weights.shapes), "read once"
 
 
+@pytest.mark.parametrize("way", ["load_weights", "hasten"])
+def test_pinning_makes_no_more_pauses_once_somebody_waits(
+    small_plans: Path,
+    small_unet: Any,
+    files: list[Path],
+    expected: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    """The pauses are for others that render: here of some six seconds each."""
+    engine = engine_with(small_plans, small_unet, 0, 6)
+    begun, pinned = threading.Event(), list[int]()
+
+    def pin(self: HostBytes, start: int, end: int) -> None:
+        time.sleep(0.003)
+        pinned.append(end - start)
+        begun.set()
+
+    monkeypatch.setattr("accel.runtime.transfer.PAUSE", 2_000)
+    monkeypatch.setattr("accel.runtime.transfer.PIECE_BYTES", 1 << 18)
+    monkeypatch.setattr(HostBytes, "pin", pin)
+    on_a_gpu = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(transfer_for(CPU, background=True), "device", on_a_gpu)
+    job = engine.prefetch(files[1])
+    assert begun.wait(60)
+    time.sleep(0.2)
+    assert len(pinned) == 1 and not job.done()
+    started = time.monotonic()
+    if way == "hasten":
+        stamp = engine.session._source(files[1], engine.config).stamp()
+        assert engine._network.hasten(stamp) is job
+        job.result(timeout=60)
+    engine.load_weights(files[1])
+    assert torch.equal(engine(**inputs()), expected[1])
+    assert time.monotonic() - started < 20 and len(pinned) > 4
+    assert engine.report()["pool"]["events"]["hits_pinned"] == 1
+
+
 def test_a_prefetch_that_fails_says_so_and_harms_nothing(
     small_plans: Path,
     small_unet: Any,
@@ -898,6 +1054,48 @@ def test_swaps_go_on_while_memory_runs_out(
     assert attempts == [2, 0] and torch.equal(engine(**inputs()), expected[1])
 
 
+@pytest.mark.parametrize("way", ["load", "set_loras", "update"])
+def test_a_second_try_to_swap_has_the_memory_of_the_copies_that_were_given_up(
+    small_plans: Path,
+    small_unet: Any,
+    files: list[Path],
+    expected: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    storages: list[weakref.ref[torch.Tensor]],
+    way: str,
+) -> None:
+    """Those that the first try read from, too, and the copies of LoRAs that it used."""
+    engine = engine_with(small_plans, small_unet, 6)
+    network, lora = engine._network, make_lora(3, two_levels())
+    engine.load_weights(files[0])
+    engine.set_loras([(lora, 0.5)])  # parks what it is put on
+    engine.prefetch(files[1]).result(timeout=60)
+    source, write = engine.session._source(files[1], engine.config), Weights.write
+    copies: list[weakref.ref[Any]] = storages
+    held: list[int] = []
+    if way == "update":
+        network.load(engine.seat, source)
+
+    def full_once(self: Weights, names: Any, place: Any, adapters: Any) -> Any:
+        copies.extend(weakref.ref(one) for one, _ in adapters if isinstance(one, Near))
+        held.append(sum(ref() is not None for ref in copies))
+        if len(held) == 1:
+            raise torch.OutOfMemoryError("full")
+        return write(self, names, place, adapters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Weights, "write", full_once)
+        if way == "load":
+            engine.load_weights(files[1])
+        elif way == "set_loras":
+            engine.set_loras([(lora, 0.7)])
+        else:
+            network.update(engine.seat, set(network.weights.shapes), source)
+    assert held[0] >= 2 and held[1:] == [0]
+    engine.set_loras([])
+    assert torch.equal(engine(**inputs()), expected[0 if way == "set_loras" else 1])
+
+
 def test_an_engine_is_made_where_only_copies_are_in_the_way(
     small_plans: Path, small_unet: Any, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -928,7 +1126,7 @@ def test_copies_go_with_their_network(
     assert pool.bytes("cpu") > 0
     del engine
     gc.collect()
-    assert pool.bytes("cpu") == 0
+    assert pool.bytes("cpu") == 0 and not pool._uses
 
 
 def test_an_engine_may_be_collected_while_its_thread_is_in_the_pool(

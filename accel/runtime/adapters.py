@@ -39,9 +39,12 @@ class InRam:
         """Bytes of a copy of them."""
         return sum(align(tensor.nbytes) for tensor in self.tensors.values())
 
-    def brought(self, transfer: Transfer) -> dict[int, Tensor]:
-        """Copies on the device, by `id` of the tensors. Raises `torch.OutOfMemoryError`."""
-        copies = transfer.bring(list(self.tensors), self)
+    def brought(self, transfer: Transfer, copy: HostCopy | None = None) -> dict[int, Tensor]:
+        """Copies on the device, by `id` of the tensors. Raises `torch.OutOfMemoryError`.
+
+        copy: one of this source, which they are made of instead.
+        """
+        copies = transfer.bring(list(self.tensors), self if copy is None else copy)
         return {id(tensor): copies[name] for name, tensor in self.tensors.items()}
 
     def within(self, copy: HostCopy) -> dict[int, Tensor]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -87,7 +87,8 @@ class Network:
         self.plan, self.device, self.dtype = plan, device, dtype
         self.pool = process_pool() if pool is None else pool
         self._tier, self._owner = str(device), object()
-        weakref.finalize(self, self.pool.drop, self._owner)
+        self._used: frozenset[Hashable] = frozenset()
+        weakref.finalize(self, self.pool.forget, self._owner)
         self._selector = selector
         self.waiting = False
         self.arena = Arena(device)
@@ -95,7 +96,7 @@ class Network:
         self.live: Seat | None = None
         self._epoch = 0
         self._watched: dict[int, weakref.ref[Adapter]] = {}
-        self._coming: dict[Hashable, Future[None]] = {}
+        self._coming: dict[Hashable, _Coming] = {}
         self._fetching, self._unwanted = threading.Lock(), threading.Event()
         self._executables: OrderedDict[Any, Executable] = OrderedDict()
         self._prompts: dict[Any, PromptState] = {}
@@ -151,7 +152,7 @@ class Network:
         try:
             self.activate(seat)
             stamp = source.stamp()
-            origin = self._nearest(source, stamp)
+            origin = [self._nearest(source, stamp)]
             return self._write(seat, names, source, stamp, seat.adapters, origin)
         except BaseException:
             self.leave(seat)
@@ -174,9 +175,9 @@ class Network:
             self._park()  # what LoRAs are put on, and taken off from
         names = _differing(self.weights.shapes, seat.adapters, adapters)
         if _differing(names, (), seat.adapters):
-            origin = self._nearest(source, stamp)
+            origin = [self._nearest(source, stamp)]
         else:  # what stands in the arena is what would be read
-            origin = Waiting(self.weights, self.weights.storage)
+            origin = [Waiting(self.weights, self.weights.storage)]
         return self._write(seat, names, source, stamp, adapters, origin).since(started)
 
     def activate(self, seat: Seat) -> None:
@@ -213,19 +214,29 @@ class Network:
             return nothing
         stamp = source.stamp()
         with _coming_lock:
-            for done in [key for key, job in self._coming.items() if job.done()]:
+            for done in [key for key, coming in self._coming.items() if coming.job.done()]:
                 del self._coming[done]
             if stamp not in self._coming:
+                keep, wanted = keep or _nothing, threading.Event()
                 # Weakly: what is yet to come must not keep a network whose engines are gone.
-                self._coming[stamp] = _prefetcher().submit(
-                    _prefetch, weakref.ref(self), source, stamp, onto_device, keep or _nothing
+                network = weakref.ref(self)
+                job = _prefetcher().submit(
+                    _prefetch, network, source, stamp, onto_device, keep, wanted
                 )
-            return self._coming[stamp]
+                self._coming[stamp] = _Coming(job, wanted)
+            return self._coming[stamp].job
 
-    def coming(self, stamp: Hashable) -> Future[None] | None:
-        """The prefetch of a checkpoint that has not been waited for, if there is one."""
+    def hasten(self, stamp: Hashable) -> Future[None] | None:
+        """The prefetch of a checkpoint, if there is one, which hurries from now on.
+
+        To be called by who waits for it. Otherwise it leaves the driver to those who render.
+        """
         with _coming_lock:
-            return self._coming.get(stamp)
+            coming = self._coming.get(stamp)
+        if coming is None:
+            return None
+        coming.wanted.set()
+        return coming.job
 
     def _bring(self, seat: Seat, source: Source, stamp: Hashable, adapters: Adapters) -> SwapReport:
         """Make all of `source` with `adapters` live, from the nearest place that has it."""
@@ -233,19 +244,21 @@ class Network:
         if copy is not None:
             with self._rewriting(seat, source, stamp, adapters):
                 return self.weights.restore(copy.storage)
-        bare = self._bare(source, stamp) if _standing(adapters) else None
-        if bare is not None:
+        bare = self._bare(source, stamp) if _standing(adapters) else []
+        if bare:
             touched = _differing(self.weights.shapes, (), adapters)
-            origin: Readable = Waiting(self.weights, bare.storage)
-            return self._write(seat, touched, source, stamp, adapters, origin, bare.storage)
-        origin = self._nearest(source, stamp)
+            return self._write(seat, touched, source, stamp, adapters, bare, whole=True)
+        origin = [self._nearest(source, stamp)]
         return self._write(seat, self.weights.shapes, source, stamp, adapters, origin)
 
-    def _bare(self, source: Source, stamp: Hashable) -> Parked | None:
-        """A parked copy of a checkpoint without adapters, for these to be put on and taken off."""
+    def _bare(self, source: Source, stamp: Hashable) -> list[Readable]:
+        """A parked copy of a checkpoint without adapters, for these to be put on and taken off.
+
+        None of it where there is no room.
+        """
         parked: Parked | None = self.pool.get(self._tier, self._owner, (stamp, ()))
         if parked is not None:
-            return parked
+            return [Waiting(self.weights, parked.storage)]
         origin = self._nearest(source, stamp)
 
         def read() -> Parked:
@@ -253,7 +266,9 @@ class Network:
             self.weights.write_copy(storage, origin, transfer_for(self.device))
             return Parked(storage, ())
 
-        return self.pool.put(self._tier, self._owner, (stamp, ()), self.weights.bytes, read)
+        size = self.weights.bytes
+        parked = self.pool.put(self._tier, self._owner, (stamp, ()), size, read)
+        return [] if parked is None else [Waiting(self.weights, parked.storage)]
 
     def _nearest(self, source: Source, stamp: Hashable) -> Readable:
         """What to read a source's parameters from: a parked copy, a copy in RAM, or itself."""
@@ -281,26 +296,27 @@ class Network:
         source: Source,
         stamp: Hashable,
         adapters: Adapters,
-        origin: Readable,
-        start: torch.Tensor | None = None,
+        origin: list[Readable],
+        whole: bool = False,
     ) -> SwapReport:
         """Write parameters of a seat, read from `origin`; it then holds `source` and is live.
 
-        start: a copy of the arena that is brought in first.
+        origin: one place, which the first try takes out, so that nobody holds it after that.
+        whole: it is `Waiting`, and the arena becomes what it is a copy of first.
         """
-        tries = iter([(origin, self._near(adapters, names))])
-        del origin
+        near = [self._near(adapters, names)]
 
         def write() -> SwapReport:
+            if origin:
+                return self.weights.write(names, origin.pop(), near.pop())
             # From anew where memory ran out: the arena that was read may be half written over, and
-            # copies that wait are to go.
-            place, near = next(tries, None) or (self._nearest(source, stamp), adapters)
-            return self.weights.write(names, place, near)
+            # copies that wait have gone to make room.
+            return self.weights.write(names, self._nearest(source, stamp), adapters)
 
         with self._rewriting(seat, source, stamp, adapters):
-            whole = None if start is None else self.weights.restore(start)
+            start = self.weights.restore(cast(Waiting, origin[0]).storage) if whole else None
             report = self._room_for(write)
-        return report if whole is None else replace(whole, bytes=whole.bytes + report.bytes)
+        return report if start is None else replace(start, bytes=start.bytes + report.bytes)
 
     def _near(self, adapters: Adapters, names: Collection[str]) -> Adapters:
         """The adapters that change any of `names`, on the device where the pool has room there."""
@@ -317,10 +333,12 @@ class Network:
         as that LoRA is on. Pinning takes time: only what is used again is.
         """
         what, again = (_ADAPTER, id(adapter)), id(adapter) in self._watched
-        for tier in (self._tier, PINNED):
-            copy: Near | None = self.pool.get(tier, self._owner, what)
-            if copy is not None:
-                return copy
+        copy: Near | None = self.pool.get(self._tier, self._owner, what)
+        if copy is not None:
+            return copy
+        copy = self.pool.get(PINNED, self._owner, what)
+        if copy is not None:
+            return self._nearer(adapter, what, copy)
         in_ram = InRam(tensors_of(adapter, self.weights.shapes))
         if not in_ram.tensors:
             return adapter
@@ -347,6 +365,25 @@ class Network:
                 return copy
         return adapter
 
+    def _nearer(self, adapter: Adapter, what: Hashable, copy: Near) -> Near:
+        """An adapter's copy in pinned RAM, or one of it on the device where there is room by now.
+
+        Nothing goes for it: what is there instead would have to cross the bus the next time.
+        """
+        kept = copy.kept
+        assert kept is not None
+
+        def bring() -> Near:
+            self.pool.note("loras_brought")
+            in_ram = InRam(tensors_of(adapter, self.weights.shapes))
+            return Near(adapter, in_ram.brought(transfer_for(self.device), kept))
+
+        size = kept.host.tensor.numel()
+        found: Near | None = self.pool.put(
+            *(self._tier, self._owner, what, size, bring), instead_of=_nothing
+        )
+        return copy if found is None else found
+
     def _watch(self, adapter: Adapter) -> None:
         """Give up an adapter's copy once it is gone: another may come to have its identity."""
         watched, pool, owner, known = self._watched, self.pool, self._owner, id(adapter)
@@ -364,13 +401,18 @@ class Network:
     ) -> Iterator[None]:
         """The arena changes, and no seat is live until it has all that `seat` is to hold."""
         self._epoch += 1
-        self.pool.use(self._owner, _uses(source, stamp, adapters))
-        self.weights.synchronize()  # replays under way still read the arena
-        self.live = None
+        following = _uses(source, stamp, adapters)
+        # What was used stays so as well: where the change fails, it is brought back.
+        self.pool.use(self._owner, self._used | following)
         try:
+            self.weights.synchronize()  # replays under way still read the arena
+            self.live = None
             yield
+            self._used = following
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(f"no memory is left on {self.device} to swap weights") from error
+        finally:
+            self.pool.use(self._owner, self._used)
         if seat.stamp != stamp:
             self._abandon(seat)
         seat.source, seat.stamp, seat.adapters = source, stamp, adapters
@@ -427,7 +469,7 @@ class Network:
 
     def _wait_for(self, stamp: Hashable) -> None:
         """Let a prefetch that is under way come to its end: it is ahead of one begun now."""
-        job = self.coming(stamp)
+        job = self.hasten(stamp)
         if job is not None and not job.cancel():  # one that has not begun is not waited for
             wait([job])
 
@@ -437,6 +479,7 @@ class Network:
         stamp: Hashable,
         onto_device: bool,
         keep: Callable[[Hashable], bool],
+        wanted: threading.Event,
     ) -> Callable[[], object] | None:
         """Bring a checkpoint onto the device, in the prefetcher's thread.
 
@@ -469,14 +512,14 @@ class Network:
         stored = HostCopy.bytes_for(names, source)
         if stored is None:
             return None
-        size, gather = stored, partial(transfer.gather, names, source)
+        size, gather = stored, partial(transfer.gather, names, source, wanted)
         put, may_go = self.pool.put, lambda other: not keep(other)
         return lambda: put(PINNED, None, stamp, size, gather, may_go, ahead=True)
 
     def _stop_fetching(self) -> None:
         """Let go of what is on its way to the device; it is not waited for to arrive."""
         with _coming_lock:
-            jobs = list(self._coming.values())
+            jobs = [coming.job for coming in self._coming.values()]
         for job in jobs:
             job.cancel()
         self._unwanted.set()
@@ -691,6 +734,14 @@ def _differing(names: Iterable[str], before: Adapters, after: Adapters) -> list[
     ]
 
 
+@dataclass(frozen=True)
+class _Coming:
+    """A prefetch, and what is set once somebody waits for it."""
+
+    job: Future[None]
+    wanted: threading.Event
+
+
 _coming_lock = threading.Lock()
 
 
@@ -706,6 +757,7 @@ def _prefetch(
     stamp: Hashable,
     onto_device: bool,
     keep: Callable[[Hashable], bool],
+    wanted: threading.Event,
 ) -> None:
     alive = network()
     if alive is None:
@@ -713,7 +765,7 @@ def _prefetch(
     pool = alive.pool
     try:
         with torch.inference_mode(False), torch.no_grad():
-            rest = alive._fetch(source, stamp, onto_device, keep)
+            rest = alive._fetch(source, stamp, onto_device, keep, wanted)
             del alive  # whoever gives the network up meanwhile has its memory
             if rest is not None:
                 rest()

@@ -79,7 +79,7 @@ class Pool:
         self._free = free or _free
         self._lock = threading.Lock()
         self._blocks: OrderedDict[Key, Block] = OrderedDict()  # the least recently used first
-        self._gone: deque[tuple[Hashable, Which]] = deque()
+        self._gone: deque[tuple[Hashable, Which | None]] = deque()  # None: the owner itself
         self._given_up: list[Any] = []
         self._uses: dict[Hashable, frozenset[Hashable]] = {}
         self._requests = 0
@@ -142,8 +142,9 @@ class Pool:
     ) -> Any:
         """Make room for a block of `size` bytes, make its data and keep it; None without room.
 
-        instead_of: which blocks may go for it. ahead: nobody asks for it yet; what is in use, or
-        was fetched ahead as well and has not been used, then stays, and nothing goes in vain.
+        instead_of: which blocks may go for it; none does where all of them would not be enough.
+        ahead: nobody asks for it yet; what is in use, or was fetched ahead as well and has not been
+        used, then stays.
 
         One that is there is kept, and is now the last to go. `make` runs without the pool's lock,
         since pinning memory takes seconds. It may raise `torch.OutOfMemoryError`: the tier then
@@ -188,9 +189,7 @@ class Pool:
                 if lacking <= 0:
                     self._blocks[key] = block
                     return True
-                possible = limit is None or block.bytes <= limit
-                if possible and ahead:
-                    possible = lacking <= self._could_go(tier, instead_of)
+                possible = lacking <= self._could_go(tier, instead_of, ahead)
                 if not possible or not self._evict(tier, instead_of, ahead):
                     self._counters["refused"] += 1
                     return False
@@ -204,12 +203,12 @@ class Pool:
             lacking = max(lacking, self._bytes(tier) + size - limit)
         return lacking
 
-    def _could_go(self, tier: str, which: Which) -> int:
-        """Bytes of a tier that could give way to what is fetched ahead."""
+    def _could_go(self, tier: str, which: Which, ahead: bool) -> int:
+        """Bytes of a tier's blocks that may go."""
         return sum(
             block.bytes
             for key, block in self._blocks.items()
-            if key[0] == tier and self._may_go(key, block, which, ahead=True)
+            if key[0] == tier and self._may_go(key, block, which, ahead)
         )
 
     def trim(self, tier: str) -> int:
@@ -237,6 +236,11 @@ class Pool:
         A finalizer may call this at any moment, even while its own thread is in the pool.
         """
         self._gone.append((owner, which))
+        self._settle()
+
+    def forget(self, owner: Hashable) -> None:
+        """Give up all blocks of an owner that is gone, and what it uses; finalizers may, too."""
+        self._gone.append((owner, None))
         self._settle()
 
     def bytes(self, tier: str, owner: Hashable = None) -> int:
@@ -292,10 +296,11 @@ class Pool:
     def _sweep(self) -> None:
         while self._gone:
             owner, which = self._gone.popleft()
-            for key in [key for key in self._blocks if key[1] is owner and which(key[2])]:
-                self._given_up.append(self._blocks.pop(key).data)
-            if which is _any:
+            if which is None:
                 self._uses.pop(owner, None)
+            chosen = _any if which is None else which
+            for key in [key for key in self._blocks if key[1] is owner and chosen(key[2])]:
+                self._given_up.append(self._blocks.pop(key).data)
 
     def _touched(self, key: Key) -> Any:
         block = self._blocks.get(key)

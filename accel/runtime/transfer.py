@@ -21,7 +21,6 @@ from collections.abc import (
     Generator,
     Hashable,
     Iterator,
-    Mapping,
     Sequence,
 )
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -50,9 +49,14 @@ PAUSE = 6
 """Times as long as pinning a piece took, for which pinning in the background leaves the driver to
 those who render: a step beside it takes some 2 ms longer without pauses worth the name."""
 
-PIECE_BYTES = 16 << 20
-"""That are pinned at once where nobody waits: the driver may let no other thread launch meanwhile.
-Each is crossed on its own, which still runs at the bus's speed."""
+PIECE_BYTES = 4 << 20
+"""That are pinned at once, however large a value is: the driver may let no other thread launch
+meanwhile, some 0.14 ms a MiB beside an H200. They cross the bus at once, too, for which they need
+several times as long as to be asked for."""
+
+REGION_BYTES = 16 << 20
+"""Of a copy in RAM that are lent at once, more or less: what lies between two values that are used
+is lent along with them."""
 
 
 class Readable(Protocol):
@@ -161,7 +165,8 @@ class HostBytes:
     def pin(self, start: int, end: int) -> None:
         """Pin the bytes from `start`, where a page begins, to `end`, in whose page nothing else is.
 
-        One copy must not cross two regions that were pinned apart. Raises `torch.OutOfMemoryError`.
+        One copy must not cross two regions that were pinned apart: they are to meet where `_cut`
+        cuts. Raises `torch.OutOfMemoryError`.
         """
         size = _whole_pages(end - start)
         if not size:
@@ -188,61 +193,51 @@ def _unpin(address: int, tensor: Tensor) -> None:
 
 
 class HostCopy:
-    """All parameters of a source side by side in RAM, as they are stored, in pieces.
-
-    pieces: the names in each, and where its bytes begin and end.
-    """
+    """All parameters of a source side by side in RAM, as they are stored."""
 
     def __init__(self, names: Sequence[str], source: Stageable) -> None:
-        self.pieces = list(_pieces({name: source.stored(name) for name in names}))
-        self.items = {
-            name: Item(name, info, start)
-            for piece in self.pieces
-            for name, (info, start) in piece.values.items()
-        }
-        self.host = HostBytes(self.pieces[-1].end if self.pieces else 0)
+        self.items, end = _side_by_side(names, source)
+        self.host = HostBytes(end)
 
     @staticmethod
     def bytes_for(names: Sequence[str], source: Stageable) -> int | None:
         """The size of such a copy; None where the source gives nothing that could be copied."""
-        infos = {name: source.stored(name) for name in names}
-        if not all(infos.values()):
+        if not all(source.stored(name) for name in names):
             return None
-        return max((piece.end for piece in _pieces(infos)), default=0)
+        return _side_by_side(names, source)[1]
 
     def read(self, name: str) -> Tensor:
         """The value, in the copy."""
         return self.items[name].view(self.host.tensor)
 
+    def stored(self, name: str) -> TensorInfo:
+        """Its shape and dtype."""
+        return self.items[name].info
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Copy it into `out`, of its shape and dtype."""
+        out.copy_(self.read(name))
+
     def regions(self) -> list[Tensor]:
-        """The bytes of each piece: a copy over the bus must not cross two."""
-        return [self.host.tensor[piece.start : piece.end] for piece in self.pieces]
+        """Its bytes in parts of whole values, of which those that are used are lent."""
+        raw, runs = self.host.tensor, _neighbours(list(self.items.values()), REGION_BYTES)
+        return [raw[run[0].start : run[-1].start + run[-1].bytes] for run in runs]
 
 
-@dataclass
-class _Piece:
-    """Values in a copy that lie between two pages, and where each begins."""
+def _cut(raw: Tensor) -> list[tuple[int, int]]:
+    """Where pieces of bytes begin and end, which is where an address is a multiple of their size.
 
-    start: int
-    end: int
-    values: dict[str, tuple[TensorInfo, int]]
+    So a part of what was pinned in pieces is known to be cut in the same places.
+    """
+    size, first = raw.numel(), -raw.data_ptr() % PIECE_BYTES
+    begins = [0, *range(first or PIECE_BYTES, size, PIECE_BYTES)]
+    return [pair for pair in itertools.pairwise([*begins, size]) if pair[0] < pair[1]]
 
 
-def _pieces(infos: Mapping[str, TensorInfo | None]) -> Iterator[_Piece]:
-    """How values lie in a copy: each piece of about `PIECE_BYTES` begins a page."""
-    piece = _Piece(0, 0, {})
-    for name, info in infos.items():
-        assert info is not None
-        start = align(piece.end)
-        if piece.values and start + info.bytes - piece.start > PIECE_BYTES:
-            yield piece
-            # Not at the end of what is before it: else both would be taken for neighbours.
-            start = _whole_pages(start + 1)
-            piece = _Piece(start, start, {})
-        piece.values[name] = info, start
-        piece.end = start + info.bytes
-    if piece.values:
-        yield piece
+def _cross(raw: Tensor, there: Tensor) -> None:
+    """Ask for pinned bytes to be copied to the beginning of `there`, on the device."""
+    for begin, end in _cut(raw):
+        there[begin:end].copy_(raw[begin:end], non_blocking=True)
 
 
 def _side_by_side(names: Sequence[str], source: Stageable) -> tuple[dict[str, Item], int]:
@@ -277,7 +272,8 @@ class Slot:
             self._host = HostBytes(self.size)
             if self.device.type == "cuda":
                 with contextlib.suppress(torch.OutOfMemoryError):  # slower, and right
-                    self._host.pin(0, self.size)
+                    for piece in _cut(self._host.tensor):
+                        self._host.pin(*piece)
         return self._host.tensor
 
     def fill(self, items: Sequence[Item], source: Stageable) -> None:
@@ -294,7 +290,7 @@ class Slot:
             return raw
         stream.wait_event(self.used)
         with torch.cuda.stream(stream):
-            self.there[: raw.numel()].copy_(raw, non_blocking=True)
+            _cross(raw, self.there)
             self.crossed.record(stream)
         torch.cuda.current_stream(self.device).wait_event(self.crossed)
         return self.there[: raw.numel()]
@@ -339,10 +335,13 @@ class Transfer:
             for name in names:
                 yield self._direct(name, source)
 
-    def gather(self, names: Sequence[str], source: Stageable) -> HostCopy:
+    def gather(
+        self, names: Sequence[str], source: Stageable, wanted: threading.Event | None = None
+    ) -> HostCopy:
         """A copy of the source in RAM, pinned where the device is a GPU; read by all readers.
 
-        Raises CancelledError where the process ends meanwhile.
+        wanted: for a copy that nobody waits for yet; is set once somebody does. Until then pinning
+        leaves the driver to others. Raises CancelledError where the process ends meanwhile.
         """
         copy = HostCopy(names, source)
 
@@ -354,17 +353,21 @@ class Transfer:
 
         reading = {name: self._readers.submit(read, name) for name in copy.items}
         try:
-            for piece in copy.pieces:
-                for name in piece.values:
-                    reading[name].result()
-                if closing.is_set():
-                    raise CancelledError
-                if self.device.type == "cuda":
-                    # Once it is filled: to find the pages would take several times as long.
+            pieces = deque(_cut(copy.host.tensor) if self.device.type == "cuda" else [])
+            for name, item in copy.items.items():
+                reading[name].result()
+                # Once it is filled: to find the pages would take several times as long.
+                while pieces and pieces[0][1] <= align(item.start + item.bytes):
+                    if closing.is_set():
+                        raise CancelledError
                     began = time.perf_counter()
-                    copy.host.pin(piece.start, piece.end)
-                    if self._background:  # meanwhile the driver is not others'
-                        time.sleep(PAUSE * (time.perf_counter() - began))
+                    copy.host.pin(*pieces.popleft())
+                    if wanted is not None:
+                        # Here, after each piece: the driver is not others' while one is pinned, and
+                        # only then, and here alone it is known for how long it was not.
+                        wanted.wait(PAUSE * (time.perf_counter() - began))
+            if closing.is_set():
+                raise CancelledError
         finally:
             for left in reading.values():
                 left.cancel()
@@ -395,7 +398,8 @@ class Transfer:
             return raw
         current = torch.cuda.current_stream(self.device)
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self._stream):
-            there = raw.to(self.device, non_blocking=True)
+            there = torch.empty_like(raw, device=self.device)
+            _cross(raw, there)
             there.record_stream(current)
         current.wait_stream(self._stream)
         return there

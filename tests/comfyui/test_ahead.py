@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from accel.hosts.comfyui.pool import NetworkPatcher, pool
 from accel.hosts.comfyui.run import Options, structure_of_model
 from accel.hosts.comfyui.weights import PREFIX, PatchedSource, _holds, contents, file_source
 from accel.runtime.pool import PINNED, process_pool
+from accel.runtime.transfer import HostBytes, transfer_for
 from accel.sources import FileSource
 from accel.tensorfile import TensorInfo, fingerprint_of
 
@@ -398,6 +400,33 @@ def test_an_interrupt_while_it_arrives_stops_the_sampling_and_not_the_file(files
     assert not management.interrupt_processing
     assert process_pool().report()["events"]["prefetches"] >= 1
     paint(load(files[1]))
+
+
+def test_who_waits_for_it_ends_the_pauses_of_pinning(files, monkeypatch):
+    """They are for others that render: here of some six seconds each."""
+    right = paint(load(files[1]))
+    paint(load(files[0]))
+    process_pool().shrink("cpu")
+    begun = threading.Event()
+
+    def pin(self, start, end):
+        time.sleep(0.003)
+        begun.set()
+
+    monkeypatch.setattr("accel.runtime.transfer.PAUSE", 2_000)
+    monkeypatch.setattr("accel.runtime.transfer.PIECE_BYTES", 1 << 18)
+    monkeypatch.setattr(HostBytes, "pin", pin)
+    monkeypatch.setattr(ahead, "_device_has_room", lambda patcher, network: False)
+    transfer = transfer_for(torch.device("cpu"), background=True)
+    monkeypatch.setattr(transfer, "device", SimpleNamespace(type="cuda"))
+    thread = threading.Thread(target=bring, args=(files[1],))
+    thread.start()
+    assert begun.wait(60)
+    started = time.monotonic()
+    assert torch.equal(paint(load(files[1])), right)
+    assert time.monotonic() - started < 20
+    thread.join(60)
+    assert waiting(PINNED) == 1
 
 
 def test_the_queue_leads_to_it(files, monkeypatch, tier):

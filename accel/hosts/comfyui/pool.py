@@ -335,8 +335,8 @@ class Pool:
 
 
 def _await_arrival(network: Network, source: PatchedSource) -> None:
-    """Wait for what is being read ahead, unless the user interrupts the run."""
-    job = None if source.bare is None else network.coming(source.bare.stamp())
+    """Wait for what is being read ahead, which then hurries, unless the user interrupts the run."""
+    job = None if source.bare is None else network.hasten(source.bare.stamp())
     while job is not None and job.running():
         wait([job], POLL_SECONDS)
         comfy.model_management.throw_exception_if_processing_interrupted()
