@@ -200,7 +200,7 @@ def test_what_moves_bytes_takes_as_long_as_they_take() -> None:
 def test_every_kernel_that_was_measured_is_described() -> None:
     for path in ROOT.glob("tuning_profiles/*.json"):
         for key, entry in json.loads(path.read_text())["entries"].items():
-            assert work.works(H200, call_of(key), entry["kernel"], entry["config"]), key
+            assert work.work_of(H200, call_of(key), entry["kernel"], entry["config"]), key
 
 
 def test_what_is_not_known_is_not_predicted() -> None:
@@ -341,7 +341,10 @@ def test_a_library_takes_the_best_of_its_tiles() -> None:
     assert math.exp(apart) == pytest.approx(10.0)
     assert 9.7 < math.exp(close) < 9.9, "two that are alike count as a little less than one"
     call = conv(48, 640)
-    tiles = cost._logs({}, work.works(H200, call, "cudnn.conv2d", {}))
+    described = work.work_of(H200, call, "cudnn.conv2d", {})
+    assert described is not None and described.tiles == len(work.LIBRARY_TILES)
+    tiles = cost._logs({}, [described])
+    assert tiles[3] == cost._logs({}, [described.at(3)])[0]
     found = Model(H200).us(call, "cudnn.conv2d", {})
     assert found == pytest.approx(math.exp(cost._of_best(tiles)))
 
@@ -381,12 +384,13 @@ def test_more_warps_take_longer_to_merge_what_whole_groups_come_to() -> None:
         "eps=1e-05 groups=32"
     )
     few, many = (
-        work.works(
+        work.work_of(
             *(H200, call, "triton.group_norm"),
             {"scheme": "whole", "groups": 1, "warps": warps, "pdl": True},
-        )[0]
+        )
         for warps in (4, 16)
     )
+    assert few is not None and many is not None
     assert many.fixed["exchange"] == 4 * few.fixed["exchange"]
     assert many.fixed["thread"] == few.fixed["thread"] / 4
     # Eighty channels fill a hundred and twenty-eight lanes.

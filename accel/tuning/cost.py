@@ -45,7 +45,7 @@ from .chips import Chip
 from .keys import call_of
 from .profile import NEAR, family_of
 from .profile_file import FIT_VERSION, MOST_FACTOR, fit_fault
-from .work import HIDDEN, Work, works
+from .work import HIDDEN, Work, work_of
 
 Array = NDArray[np.float64]
 
@@ -354,23 +354,22 @@ class Model:
     ) -> list[float | None]:
         """Logarithms of the times by the constants alone; None for what is not described."""
         # Those of one form in one go, and algorithms that differ in their number alone once.
-        alike: dict[tuple[str, str], Sequence[Work]] = {}
-        forms: dict[str, list[str]] = defaultdict(list)
+        forms: dict[str, dict[str, Work | None]] = defaultdict(dict)
         labels = [_labels(name, tuple(config.items())) for name, config in candidates]
         for (name, config), label in zip(candidates, labels, strict=True):
-            if (name, label.described) not in alike:
-                alike[name, label.described] = works(chip or self.chip, call, name, config)
-                forms[name].append(label.described)
-        logs: dict[tuple[str, str], float | None] = {}
+            if label.described not in forms[name]:
+                forms[name][label.described] = work_of(chip or self.chip, call, name, config)
+        logs: dict[tuple[str, str], float] = {}
         for name, described in forms.items():
-            found = [alike[name, text] for text in described]
-            flat = _logs(self.fitted.constants.get(name, {}), [w for ws in found for w in ws])
-            ends = np.cumsum([len(ws) for ws in found])[:-1]
-            for text, tiles in zip(described, np.split(flat, ends), strict=True):
-                logs[name, text] = _of_best(tiles) if tiles.size else None
+            known = {text: work for text, work in described.items() if work is not None}
+            flat = _logs(self.fitted.constants.get(name, {}), list(known.values()))
+            end = 0
+            for text, work in known.items():
+                begin, end = end, end + work.tiles
+                logs[name, text] = _of_best(flat[begin:end])
         factors = [math.log(self.fitted.tiles.get(label.fitted, 1.0)) for label in labels]
         return [
-            None if (log := logs[name, label.described]) is None else log + factor
+            None if (log := logs.get((name, label.described))) is None else log + factor
             for (name, _), label, factor in zip(candidates, labels, factors, strict=True)
         ]
 
@@ -667,11 +666,16 @@ class _Table:
     def of(found: Sequence[Work]) -> _Table:
         adds = sorted({name for work in found for name in work.fixed})
         laps = sorted({name for work in found for name in work.overlapped})
-        return _Table(
-            (*adds, *laps),
-            np.array([[work.fixed.get(name, 0.0) for name in adds] for work in found]),
-            np.array([[work.overlapped.get(name, 0.0) for name in laps] for work in found]),
-        )
+        fixed = np.zeros((sum(work.tiles for work in found), len(adds)))
+        overlapped = np.zeros((len(fixed), len(laps)))
+        end = 0
+        for work in found:
+            begin, end = end, end + work.tiles
+            for place, name in enumerate(adds):
+                fixed[begin:end, place] = work.fixed.get(name, 0.0)
+            for place, name in enumerate(laps):
+                overlapped[begin:end, place] = work.overlapped.get(name, 0.0)
+        return _Table((*adds, *laps), fixed, overlapped)
 
     def logs(self, constants: Array) -> tuple[Array, Array]:
         """Logarithms of the times, and their slopes by the logarithms of the constants."""
@@ -701,7 +705,7 @@ def fit(chip: Chip, measured: Mapping[str, Times]) -> Fit:
     Candidates far from a call's best count less. A library's tile is the one that explains its
     time among those that it may well choose. A key that is no call's counts for nothing.
     """
-    by_form: dict[str, list[tuple[str, Config, Sequence[Work], float, float]]] = defaultdict(list)
+    by_form: dict[str, list[tuple[str, Config, Work, float, float]]] = defaultdict(list)
     for key, times in measured.items():
         try:
             call = call_of(key)
@@ -709,8 +713,8 @@ def fit(chip: Chip, measured: Mapping[str, Times]) -> Fit:
             continue
         best = min((us for *_, us in times), default=0.0)
         for name, config, us in times:
-            found = works(chip, call, name, config)
-            if found and us > 0:
+            found = work_of(chip, call, name, config)
+            if found is not None and us > 0:
                 weight = 1 / (1 + 3 * (us / best - 1))
                 by_form[name].append((name, config, found, math.log(us), weight))
     constants: dict[str, dict[str, float]] = {}
@@ -722,15 +726,17 @@ def fit(chip: Chip, measured: Mapping[str, Times]) -> Fit:
             constants[form] = {}
             for turn in range(ROUNDS):
                 chosen = [
-                    found[_assigned(_logs(constants[form], found), log, _MISS * (ROUNDS - turn))]
+                    found.at(
+                        _assigned(_logs(constants[form], [found]), log, _MISS * (ROUNDS - turn))
+                    )
                     for _, _, found, log, _ in rows
                 ]
                 constants[form] = _fitted(chosen, logs, weights, PRIOR_HIDDEN)
         else:
-            constants[form] = _fitted([row[2][0] for row in rows], logs, weights, PRIOR)
+            constants[form] = _fitted([row[2] for row in rows], logs, weights, PRIOR)
         # What is far from a call's best says least of what a tile takes where it is chosen.
         for name, config, found, log, weight in rows:
-            missed = log - _of_best(_logs(constants[form], found))
+            missed = log - _of_best(_logs(constants[form], [found]))
             misses[_tile_of(name, config)].append((min(max(missed, -0.4), 0.4), weight**2))
     tiles = {
         tile: math.exp(sum(miss * weight for miss, weight in m) / (FEW + sum(w for _, w in m)))
