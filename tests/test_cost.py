@@ -336,6 +336,19 @@ def test_two_measured_sizes_are_interpolated() -> None:
     assert 1.0 < both < 1.3
 
 
+def test_what_sizes_between_measured_ones_ask_for_does_not_pile_up() -> None:
+    measured = {
+        linear(rows, 1280, 1280).key: [(TMA, TILE, rows / 100)] for rows in range(512, 32768, 1024)
+    }
+    model = Model(H200, None, measured)
+    first = us(linear(600, 1280, 1280), model=model)
+    for rows in range(1000, 32768, 1024):
+        us(linear(rows, 1280, 1280), model=model)
+    (groups,) = model._groups.values()
+    assert len(groups) == cost.GROUPS
+    assert us(linear(600, 1280, 1280), model=model) == first
+
+
 def test_a_library_takes_the_best_of_its_tiles() -> None:
     close, apart = (cost._of_best(np.log(tiles)) for tiles in ([10.0, 10.1], [10.0, 20.0]))
     assert math.exp(apart) == pytest.approx(10.0)
@@ -473,7 +486,7 @@ VARIANTS = [(OURS, TILE | {"stages": s, "block_k": k}) for s in (3, 4, 5) for k 
 
 
 def exactly(pairs: Sequence[tuple[Kernel, Config]]) -> list[tuple[str, str]]:
-    return [cost._exactly(kernel.name, config) for kernel, config in pairs]
+    return [cost.exactly(kernel.name, config) for kernel, config in pairs]
 
 
 def test_the_choice_is_timed_beside_those_that_may_win_and_then_what_is_left() -> None:
@@ -482,13 +495,13 @@ def test_the_choice_is_timed_beside_those_that_may_win_and_then_what_is_left() -
     truth = dict(zip(exactly(VARIANTS), predicted, strict=True))
     first = model.contenders(call, VARIANTS)
     chosen = model.rank(call, VARIANTS)[0]
-    assert exactly(first[:1]) == [cost._exactly(chosen.kernel.name, chosen.config)]
+    assert exactly(first[:1]) == [cost.exactly(chosen.kernel.name, chosen.config)]
     assert 2 <= len(first) <= 1 + cost.AT_ONCE
     timed: list[tuple[str, Config, float]] = []
     rounds = 0
     while more := model.contenders(call, VARIANTS, timed):
         names = exactly(more)
-        assert not set(names) & {cost._exactly(name, config) for name, config, _ in timed}
+        assert not set(names) & {cost.exactly(name, config) for name, config, _ in timed}
         timed += [(k.name, c, truth[name]) for (k, c), name in zip(more, names, strict=True)]
         rounds += 1
     assert rounds > 1 and min(us for *_, us in timed) == min(truth.values())

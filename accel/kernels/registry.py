@@ -65,7 +65,7 @@ class TensorSpec:
             tuple(tensor.shape), tensor.stride(), tensor.dtype, start % 16 == 0, constant
         )
 
-    @property
+    @cached_property
     def contiguous(self) -> bool:
         """Whether the elements lie side by side in order."""
         expected = 1
@@ -82,6 +82,10 @@ class TensorSpec:
 
     def row_stride(self) -> int | None:
         """Elements from one row to the next, if one number says it for all leading dimensions."""
+        return self._row_stride
+
+    @cached_property
+    def _row_stride(self) -> int | None:
         leading = [(n, s) for n, s in zip(self.shape[:-1], self.stride[:-1], strict=True) if n != 1]
         if not leading:
             return self.shape[-1]

@@ -376,6 +376,7 @@ class Executable:
                 self._execute(self._step_calls, environment)
                 self._collect(environment)
             self.prompt.key = key
+            self._selector.ran()
             return [output.clone(memory_format=torch.contiguous_format) for output in self._outputs]
 
     def _environment(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,9 @@ NEAREST, NEAREST_LIKE = 3, 1
 """Of the measured calls with no more rows, and with more, so many tell of a call: of those of its
 own family, and of each other one with the same weights. Few: a matrix of all that a profile knows
 takes many threads to invert, which wait for one another while kernels are compiled."""
+
+GROUPS = 8
+"""Sets of such calls that are kept for each kind: sizes that lie between the same share one."""
 
 DOUBT, HOPE = 0.75, 0.5
 """Standard deviations by which a candidate of uncertain time counts as slower when one is chosen,
@@ -223,6 +227,7 @@ class Model:
         """Understand what was measured of the like of a call, by its key, ahead of predictions."""
         for other in self._like(key):
             self._points_of(other)
+            time.sleep(0)  # whoever waits for Python's lock goes first
 
     def us(self, call: Call, kernel: str, config: Config) -> float | None:
         """Microseconds of a run; None for a kernel that the model does not know."""
@@ -275,11 +280,11 @@ class Model:
         unknown = [c for place, c in enumerate(candidates) if place not in known and not timed]
         if carried is None:
             return unknown
-        times = {_exactly(name, config): us for name, config, us in timed}
+        times = {exactly(name, config): us for name, config, us in timed}
         measured = {
-            place: math.log(times[exactly])
-            for place, exactly in enumerate(_exactly(*named[place]) for place in known)
-            if exactly in times
+            place: math.log(times[which])
+            for place, which in enumerate(exactly(*named[place]) for place in known)
+            if which in times
         }
         if measured:
             best = min(measured, key=lambda place: measured[place])
@@ -382,9 +387,13 @@ class Model:
         """What was measured of the nearest calls of the same weights."""
         groups = self._groups[_group_of(key)]
         nearest = _nearest(key, self._like(key))
-        if nearest not in groups:
-            groups[nearest] = _Group([p for other in nearest for p in self._points_of(other)])
-        return groups[nearest]
+        group = groups.pop(nearest, None)
+        if group is None:
+            group = _Group([p for other in nearest for p in self._points_of(other)])
+            while len(groups) >= GROUPS:
+                del groups[next(iter(groups))]  # the one that was asked for longest ago
+        groups[nearest] = group
+        return group
 
     def _points_of(self, key: str) -> list[_Point]:
         """What was measured of one call."""
@@ -599,8 +608,9 @@ def _group_of(key: str) -> str:
     return f"{op} {' '.join(weights) or out.partition(':')[0].rpartition('x')[2]}"
 
 
-def _exactly(name: str, config: Config) -> tuple[str, str]:
-    return name, json.dumps(dict(config), sort_keys=True)
+def exactly(name: str, config: Config) -> tuple[Any, ...]:
+    """What tells a kernel's configuration from others, to look it up by."""
+    return name, *sorted(config.items())
 
 
 def _text(config: Config) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from math import ceil, inf, prod
 from typing import Any
 
@@ -53,6 +53,9 @@ for that one's emptiness: its times grow with the size more evenly than those of
 EXCHANGE = 4
 """Clocks for each warp and channel of a block of whole groups, to merge their statistics."""
 
+OF_SPLITS = ("second", "parts")
+"""Terms that only tiles have whose sum is split."""
+
 THREADS, REGISTERS = 2048, 65536
 """Of a multiprocessor."""
 
@@ -77,13 +80,14 @@ class Work:
         return float(sum(self.fixed.values()) + max(self.overlapped.values()))
 
     def at(self, tile: int) -> Work:
-        """That of one of the tiles."""
+        """That of one of the tiles, with the terms that it has."""
 
         def one(terms: dict[str, Any]) -> dict[str, Any]:
-            return {
+            found = {
                 name: float(us[tile]) if isinstance(us, np.ndarray) else us
                 for name, us in terms.items()
             }
+            return {name: us for name, us in found.items() if us or name not in OF_SPLITS}
 
         return Work(one(self.fixed), one(self.overlapped))
 
@@ -366,7 +370,7 @@ def _of_tiles(chip: Chip, problem: Product) -> Work:
             many = down * across * split > 2 * chip.multiprocessors
             if split > 1 and (steps < 8 * split or many):
                 break
-            tile = Tile(rows, (columns,), 64, warps, 4, split, wide=wide)
+            tile = _library_tile(rows, columns, warps, split, wide)
             ways.append(product(chip, problem, tile, down, across, steps, False, EVEN))
         found.append(ways[0] if len(ways) == 1 else min(ways, key=Work.nominal))
     return Work(
@@ -374,6 +378,11 @@ def _of_tiles(chip: Chip, problem: Product) -> Work:
         _together([work.overlapped for work in found]),
         len(found),
     )
+
+
+@cache
+def _library_tile(rows: int, columns: int, warps: int, split: int, wide: bool) -> Tile:
+    return Tile(rows, (columns,), 64, warps, 4, split, wide=wide)
 
 
 def _together(found: Sequence[Mapping[str, float]]) -> dict[str, NDArray[np.float64]]:
