@@ -220,17 +220,18 @@ def kernels() -> Iterable[Kernel]:
 
 
 def candidates(
-    call: Call, hardware: Hardware, without_ours: bool = False
+    call: Call, hardware: Hardware, without_ours: bool = False, only: str | None = None
 ) -> list[tuple[Kernel, Config]]:
     """Every implementation of a call with every configuration of it, the default choice first.
 
     Last comes the operator's reference, which runs everywhere. without_ours: none that is compiled
-    here, but for those that are not measured.
+    here, but for those that are not measured. only: the name of the one that is asked for.
     """
     fitting = [
         entry
         for entry in _KERNELS
         if entry.op == call.op
+        and only in (None, entry.name)
         and hardware.kind in entry.devices
         and (entry.launches is None or entry.unmeasured or not without_ours)
         and entry.supports(call, hardware)

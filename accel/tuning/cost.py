@@ -508,14 +508,10 @@ class _Columns:
     """What points have in common, as numbers: by `ids`, which learns what it does not have."""
 
     def __init__(self, points: Sequence[_Point], ids: dict[str, int]) -> None:
-        def numbers(texts: Iterable[str]) -> NDArray[np.int64]:
-            return np.array([ids.setdefault(text, len(ids)) for text in texts], dtype=np.int64)
-
-        self.family = numbers(point.family for point in points)
-        self.kernel = numbers(point.kernel for point in points)
-        self.tile = numbers(point.tile for point in points)
-        self.config = numbers(point.config for point in points)
-        self.call = numbers(point.call for point in points)
+        texts = [(p.family, p.kernel, p.tile, p.config, p.call) for p in points]
+        numbers = [[ids.setdefault(text, len(ids)) for text in own] for own in texts]
+        columns = np.array(numbers, dtype=np.int64).reshape(-1, 5).T
+        self.family, self.kernel, self.tile, self.config, self.call = columns
         self.rows = np.array([point.rows for point in points])
         self.hidden = np.array([point.kernel in HIDDEN for point in points], dtype=bool)
 

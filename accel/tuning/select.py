@@ -331,7 +331,7 @@ class Selector:
         for key, call in calls.items():
             entry = self.profile.get(key) if self._is_prepared(key) else None
             if entry is not None and entry.elsewhere is None:
-                found = _offered(entry, call, kernels.candidates(call, self.hardware))
+                found = _offered(entry, call, self._variants_of(entry, call))
                 if found is not None and not self._there(*found, call):
                     absent[key] = (*found, call)
         if absent:
@@ -358,6 +358,10 @@ class Selector:
         new = [pair for which, pair in ours.items() if which not in listed]
         return [*ahead.fitting(new, call, self.hardware), *others]
 
+    def _variants_of(self, entry: Entry, call: Call) -> Candidates:
+        """Of all candidates those of the kernel that an entry names: listing all takes long."""
+        return kernels.candidates(call, self.hardware, only=entry.kernel)[:-1]
+
     def _is_prepared(self, key: str) -> bool:
         return self._waiting and family_of(key)[0] in self._prepared
 
@@ -372,10 +376,14 @@ class Selector:
         only candidate there is. Where measuring is on, only sizes near by are left to the model.
         """
         prepared = self._is_prepared(key)
+        entry = self.profile.get(key)
+        if entry is not None and entry.elsewhere is None:
+            found = _offered(entry, call, self._variants_of(entry, call))
+            if found is not None and (not prepared or self._there(*found, call)):
+                return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
         candidates = (
             self._compiled(key, call) if prepared else kernels.candidates(call, self.hardware)
         )
-        entry = self.profile.get(key)
         found = None if entry is None else _offered(entry, call, candidates)
         if prepared and found is not None and not self._there(*found, call):
             entry = found = None
