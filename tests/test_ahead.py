@@ -22,7 +22,7 @@ from test_cost import GPU, resized, shipped
 from accel import background
 from accel.cache import DiskCache
 from accel.compiler import SHIPPED
-from accel.kernels import Call, Kernel, candidates, load_triton
+from accel.kernels import Call, Kernel, candidates, kernels, load_triton
 from accel.plan.schema import Plan
 from accel.runtime.calls import calls_ahead, dims_at
 from accel.tuning import ahead, compiling, select
@@ -62,6 +62,7 @@ def codes(monkeypatch: pytest.MonkeyPatch) -> None:
         return [Code(f"{kernel.name} {sorted(config.items())} {call.out.shape[-1]}")]
 
     monkeypatch.setattr(compiling, "launches_of", launches_of)
+    monkeypatch.setattr(select, "FIRST", 0.0)  # nothing runs here
 
 
 def calls(rows: Iterable[int] = ROWS) -> list[Call]:
@@ -266,6 +267,65 @@ def test_what_is_under_way_gives_a_provisional_choice(
     late = selector.select(new)
     assert not any(choice.provisional for choice in late)
     assert any(a.kernel.name != b.kernel.name for a, b in zip(early, late, strict=True))
+
+
+@pytest.mark.usefixtures("here", "compiled")
+def test_what_is_prepared_waits_for_the_first_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "FIRST", 60.0)
+    asked = threading.Event()
+
+    def told() -> list[Call]:
+        asked.set()
+        return calls()
+
+    selector = chooser()
+    selector.select(calls((8192,)))
+    assert selector._model is not None
+    learnt = set(selector._model._points)
+    selector.prepare("a plan", told)
+    assert not asked.wait(0.2) and not selector.settled
+    assert set(selector._model._points) == learnt
+    selector.ran()
+    wait_for(lambda: selector.settled)
+    assert asked.is_set() and selector._ahead and set(selector._model._points) > learnt
+
+
+@pytest.mark.usefixtures("here", "compiled")
+@pytest.mark.parametrize("near", [True, False])
+def test_what_nobody_predicts_is_provisional_while_kernels_are_coming(
+    near: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile, key = shipped()
+    if not near:
+        monkeypatch.setattr(profile, "near", lambda call: None)
+    selector = chooser(profile)
+    go = threading.Event()
+    first_size(selector)
+
+    def slow() -> list[Call]:
+        assert go.wait(20)
+        return []
+
+    selector.select([resized(key, 7168)])
+    selector.compiler._stored |= {k for v in _variants(profile, key) for k in launch_keys(v)}
+    selector.prepare("a plan", slow)
+    monkeypatch.setattr(selector, "_model", None)  # it knows none of the candidates
+    call = resized(key, 7424)
+    (early,) = selector.select([call])
+    assert early.provisional and early.reason.startswith("measured" if near else "not measured")
+    go.set()
+    wait_for(lambda: selector.settled)
+    selector.renew()
+    (late,) = selector.select([call])
+    assert not late.provisional
+
+
+def _variants(profile: Profile, key: str) -> Any:
+    """The kernel that the profile names for a call, there and at other sizes of it."""
+    registered = {kernel.name: kernel for kernel in kernels()}
+    entry = profile.get(key)
+    assert entry is not None
+    return [(registered[entry.kernel], entry.config, call_of(key))]
 
 
 def test_without_a_model_nothing_changes(compiled: list[set[str]]) -> None:

@@ -200,7 +200,7 @@ def test_what_moves_bytes_takes_as_long_as_they_take() -> None:
 def test_every_kernel_that_was_measured_is_described() -> None:
     for path in ROOT.glob("tuning_profiles/*.json"):
         for key, entry in json.loads(path.read_text())["entries"].items():
-            assert work.works(H200, call_of(key), entry["kernel"], entry["config"]), key
+            assert work.work_of(H200, call_of(key), entry["kernel"], entry["config"]), key
 
 
 def test_what_is_not_known_is_not_predicted() -> None:
@@ -336,12 +336,28 @@ def test_two_measured_sizes_are_interpolated() -> None:
     assert 1.0 < both < 1.3
 
 
+def test_what_sizes_between_measured_ones_ask_for_does_not_pile_up() -> None:
+    measured = {
+        linear(rows, 1280, 1280).key: [(TMA, TILE, rows / 100)] for rows in range(512, 32768, 1024)
+    }
+    model = Model(H200, None, measured)
+    first = us(linear(600, 1280, 1280), model=model)
+    for rows in range(1000, 32768, 1024):
+        us(linear(rows, 1280, 1280), model=model)
+    (groups,) = model._groups.values()
+    assert len(groups) == cost.GROUPS
+    assert us(linear(600, 1280, 1280), model=model) == first
+
+
 def test_a_library_takes_the_best_of_its_tiles() -> None:
     close, apart = (cost._of_best(np.log(tiles)) for tiles in ([10.0, 10.1], [10.0, 20.0]))
     assert math.exp(apart) == pytest.approx(10.0)
     assert 9.7 < math.exp(close) < 9.9, "two that are alike count as a little less than one"
     call = conv(48, 640)
-    tiles = cost._logs({}, work.works(H200, call, "cudnn.conv2d", {}))
+    described = work.work_of(H200, call, "cudnn.conv2d", {})
+    assert described is not None and described.tiles == len(work.LIBRARY_TILES)
+    tiles = cost._logs({}, [described])
+    assert tiles[3] == cost._logs({}, [described.at(3)])[0]
     found = Model(H200).us(call, "cudnn.conv2d", {})
     assert found == pytest.approx(math.exp(cost._of_best(tiles)))
 
@@ -381,12 +397,13 @@ def test_more_warps_take_longer_to_merge_what_whole_groups_come_to() -> None:
         "eps=1e-05 groups=32"
     )
     few, many = (
-        work.works(
+        work.work_of(
             *(H200, call, "triton.group_norm"),
             {"scheme": "whole", "groups": 1, "warps": warps, "pdl": True},
-        )[0]
+        )
         for warps in (4, 16)
     )
+    assert few is not None and many is not None
     assert many.fixed["exchange"] == 4 * few.fixed["exchange"]
     assert many.fixed["thread"] == few.fixed["thread"] / 4
     # Eighty channels fill a hundred and twenty-eight lanes.
@@ -469,7 +486,7 @@ VARIANTS = [(OURS, TILE | {"stages": s, "block_k": k}) for s in (3, 4, 5) for k 
 
 
 def exactly(pairs: Sequence[tuple[Kernel, Config]]) -> list[tuple[str, str]]:
-    return [cost._exactly(kernel.name, config) for kernel, config in pairs]
+    return [cost.exactly(kernel.name, config) for kernel, config in pairs]
 
 
 def test_the_choice_is_timed_beside_those_that_may_win_and_then_what_is_left() -> None:
@@ -478,13 +495,13 @@ def test_the_choice_is_timed_beside_those_that_may_win_and_then_what_is_left() -
     truth = dict(zip(exactly(VARIANTS), predicted, strict=True))
     first = model.contenders(call, VARIANTS)
     chosen = model.rank(call, VARIANTS)[0]
-    assert exactly(first[:1]) == [cost._exactly(chosen.kernel.name, chosen.config)]
+    assert exactly(first[:1]) == [cost.exactly(chosen.kernel.name, chosen.config)]
     assert 2 <= len(first) <= 1 + cost.AT_ONCE
     timed: list[tuple[str, Config, float]] = []
     rounds = 0
     while more := model.contenders(call, VARIANTS, timed):
         names = exactly(more)
-        assert not set(names) & {cost._exactly(name, config) for name, config, _ in timed}
+        assert not set(names) & {cost.exactly(name, config) for name, config, _ in timed}
         timed += [(k.name, c, truth[name]) for (k, c), name in zip(more, names, strict=True)]
         rounds += 1
     assert rounds > 1 and min(us for *_, us in timed) == min(truth.values())

@@ -206,6 +206,9 @@ class Provisional:
     def prepare(self, *arguments: Any) -> None:
         """Nothing is compiled ahead."""
 
+    def ran(self) -> None:
+        """So nothing waits."""
+
     def renew(self) -> None:
         """Its choices follow `settled` as it is."""
         self.renewed += 1

@@ -73,13 +73,13 @@ def load_triton() -> bool:
 
 
 def candidates(
-    call: Call, hardware: Hardware, without_ours: bool = False
+    call: Call, hardware: Hardware, without_ours: bool = False, only: str | None = None
 ) -> list[tuple[Kernel, Config]]:
     """Every implementation of a call with every configuration of it, the default choice first.
 
     Last comes the operator's reference, which runs everywhere. without_ours: none that is compiled
-    here, but for those that are not measured.
+    here, but for those that are not measured. only: the name of the one that is asked for.
     """
     if hardware.kind == "cuda":
         load_triton()
-    return _candidates(call, hardware, without_ours)
+    return _candidates(call, hardware, without_ours, only)

@@ -65,7 +65,7 @@ class TensorSpec:
             tuple(tensor.shape), tensor.stride(), tensor.dtype, start % 16 == 0, constant
         )
 
-    @property
+    @cached_property
     def contiguous(self) -> bool:
         """Whether the elements lie side by side in order."""
         expected = 1
@@ -82,6 +82,10 @@ class TensorSpec:
 
     def row_stride(self) -> int | None:
         """Elements from one row to the next, if one number says it for all leading dimensions."""
+        return self._row_stride
+
+    @cached_property
+    def _row_stride(self) -> int | None:
         leading = [(n, s) for n, s in zip(self.shape[:-1], self.stride[:-1], strict=True) if n != 1]
         if not leading:
             return self.shape[-1]
@@ -216,17 +220,18 @@ def kernels() -> Iterable[Kernel]:
 
 
 def candidates(
-    call: Call, hardware: Hardware, without_ours: bool = False
+    call: Call, hardware: Hardware, without_ours: bool = False, only: str | None = None
 ) -> list[tuple[Kernel, Config]]:
     """Every implementation of a call with every configuration of it, the default choice first.
 
     Last comes the operator's reference, which runs everywhere. without_ours: none that is compiled
-    here, but for those that are not measured.
+    here, but for those that are not measured. only: the name of the one that is asked for.
     """
     fitting = [
         entry
         for entry in _KERNELS
         if entry.op == call.op
+        and only in (None, entry.name)
         and hardware.kind in entry.devices
         and (entry.launches is None or entry.unmeasured or not without_ours)
         and entry.supports(call, hardware)

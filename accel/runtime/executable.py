@@ -170,8 +170,9 @@ class Executable:
         known = {name: trait.call for name, trait in traced.items() if trait.call is not None}
         plan, provisional = settle(self.plan, known, self._selector.select)
         if plan is not self.plan:
+            before = {id(step): traced[step.output] for step in self.plan.steps}
             self.plan = plan
-            traced = self._trace(plan.steps)
+            traced = self._trace(plan.steps, before)
         # The prompt's part first. Both parts keep the plan's order, which respects every
         # dependency.
         first = self._prompt_part()
@@ -244,10 +245,14 @@ class Executable:
         ]
         self._prompt_calls, self._step_calls = calls[:split], calls[split:]
 
-    def _trace(self, steps: Sequence[Step]) -> dict[str, _Trait]:
+    def _trace(
+        self, steps: Sequence[Step], before: Mapping[int, _Trait] | None = None
+    ) -> dict[str, _Trait]:
         """Concrete shape, strides, storage root and call of every step's result.
 
         Views are followed on `meta` tensors: whether a reshape aliases is a question of strides.
+
+        before: what is known of steps by their `id`; of those that read the same it is true again.
         """
         metas: dict[str, torch.Tensor] = {
             name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
@@ -257,8 +262,22 @@ class Executable:
             metas[entry.name] = torch.empty(
                 self._stored_shape(entry), dtype=resolve(entry.dtype, self.dtype), device="meta"
             )
+        specs: dict[str, TensorSpec] = {}
+
+        def spec(name: str) -> TensorSpec:
+            if name not in specs:
+                specs[name] = TensorSpec.of(metas[name], name in self._constants)
+            return specs[name]
+
         traits: dict[str, _Trait] = {}
         for step in steps:
+            known = None if before is None else before.get(id(step))
+            if known is not None and known.call is not None:
+                read = tuple(None if name is None else spec(name) for name in step.inputs)
+                if known.call.tensors == read:
+                    metas[step.output] = torch.empty(known.shape, dtype=known.dtype, device="meta")
+                    traits[step.output] = known
+                    continue
             op = ops.get(step.op)
             shape = evaluate_shape(step.shape, self.dims)
             dtype = resolve(step.dtype, self.dtype)
@@ -277,12 +296,9 @@ class Executable:
                 traits[step.output] = _Trait(shape, dtype, root, attrs, view=op.reference)
                 metas[step.output] = view
             else:
-                out = metas[step.output] = torch.empty(shape, dtype=dtype, device="meta")
-                specs = tuple(
-                    None if name is None else TensorSpec.of(metas[name], name in self._constants)
-                    for name in step.inputs
-                )
-                call = Call(step.op, TensorSpec.of(out), specs, attrs)
+                metas[step.output] = torch.empty(shape, dtype=dtype, device="meta")
+                read = tuple(None if name is None else spec(name) for name in step.inputs)
+                call = Call(step.op, spec(step.output), read, attrs)
                 traits[step.output] = _Trait(shape, dtype, step.output, attrs, call=call)
                 if op.results > 1:
                     names = tuple(f"{step.output} {index}" for index in range(op.results))
@@ -376,6 +392,7 @@ class Executable:
                 self._execute(self._step_calls, environment)
                 self._collect(environment)
             self.prompt.key = key
+            self._selector.ran()
             return [output.clone(memory_format=torch.contiguous_format) for output in self._outputs]
 
     def _environment(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,9 @@ MOST_PROCESSES, EACH = 16, 4
 
 PROCESS_BYTES = 1 << 30
 """Main memory that a process must find free."""
+
+KEPT = 1 << 12
+"""Variants of which the keys of the launches are kept."""
 
 NICENESS = 10
 KIND = "compiled"
@@ -87,6 +90,7 @@ class Compiler:
         about = [hardware.capability, hardware.triton, cache_token() if cache else None]
         self._key = xxhash.xxh3_64_hexdigest(json.dumps(about).encode())
         self._lock = threading.Lock()
+        self._keys: dict[tuple[Any, ...], Collection[str]] = {}
         self._loaded: set[str] = set()
         self._stored = self._read()
         self._tried: set[str] = set()
@@ -101,7 +105,23 @@ class Compiler:
 
     def has(self, variant: Variant) -> bool:
         """Whether the variant can run without compiling; what compiling refused counts, too."""
-        return all(map(self._knows, _launches((variant,))))
+        return all(map(self._knows, self._keys_of(variant)))
+
+    def loaded(self, variant: Variant) -> bool:
+        """Whether all of its code is on the GPU."""
+        keys = self._keys_of(variant)
+        return bool(keys) and self._loaded.issuperset(keys)
+
+    def _keys_of(self, variant: Variant) -> Collection[str]:
+        """What tells the code of its launches apart: asked several times while a size is bound."""
+        kernel, config, call = variant
+        which = (kernel.name, *sorted(config.items()), call.key)
+        found = self._keys.get(which)
+        if found is None:
+            if len(self._keys) >= KEPT:
+                self._keys.clear()
+            found = self._keys[which] = tuple(_launches((variant,)))
+        return found
 
     def remembered(self, plan: str) -> list[Variant] | None:
         """The variants that `remember` kept of a plan; None if it kept none that can be had."""
@@ -121,7 +141,8 @@ class Compiler:
 
     def compile(self, variants: Iterable[Variant]) -> None:
         """Compile and load what is not loaded; what fails shows when it runs."""
-        found = {k: made for k, made in _launches(variants).items() if k not in self._loaded}
+        new = [variant for variant in variants if not self.loaded(variant)]
+        found = {k: made for k, made in _launches(new).items() if k not in self._loaded}
         unknown = {k: variant for k, (variant, _) in found.items() if not self._knows(k)}
         self.waited_for += len(unknown)
         if len(unknown) > FEW:

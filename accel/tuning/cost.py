@@ -31,6 +31,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ from .chips import Chip
 from .keys import call_of
 from .profile import NEAR, family_of
 from .profile_file import FIT_VERSION, MOST_FACTOR, fit_fault
-from .work import HIDDEN, Work, works
+from .work import HIDDEN, Work, work_of
 
 Array = NDArray[np.float64]
 
@@ -89,6 +90,9 @@ NEAREST, NEAREST_LIKE = 3, 1
 """Of the measured calls with no more rows, and with more, so many tell of a call: of those of its
 own family, and of each other one with the same weights. Few: a matrix of all that a profile knows
 takes many threads to invert, which wait for one another while kernels are compiled."""
+
+GROUPS = 8
+"""Sets of such calls that are kept for each kind: sizes that lie between the same share one."""
 
 DOUBT, HOPE = 0.75, 0.5
 """Standard deviations by which a candidate of uncertain time counts as slower when one is chosen,
@@ -223,6 +227,7 @@ class Model:
         """Understand what was measured of the like of a call, by its key, ahead of predictions."""
         for other in self._like(key):
             self._points_of(other)
+            time.sleep(0)  # whoever waits for Python's lock goes first
 
     def us(self, call: Call, kernel: str, config: Config) -> float | None:
         """Microseconds of a run; None for a kernel that the model does not know."""
@@ -275,11 +280,11 @@ class Model:
         unknown = [c for place, c in enumerate(candidates) if place not in known and not timed]
         if carried is None:
             return unknown
-        times = {_exactly(name, config): us for name, config, us in timed}
+        times = {exactly(name, config): us for name, config, us in timed}
         measured = {
-            place: math.log(times[exactly])
-            for place, exactly in enumerate(_exactly(*named[place]) for place in known)
-            if exactly in times
+            place: math.log(times[which])
+            for place, which in enumerate(exactly(*named[place]) for place in known)
+            if which in times
         }
         if measured:
             best = min(measured, key=lambda place: measured[place])
@@ -354,23 +359,22 @@ class Model:
     ) -> list[float | None]:
         """Logarithms of the times by the constants alone; None for what is not described."""
         # Those of one form in one go, and algorithms that differ in their number alone once.
-        alike: dict[tuple[str, str], Sequence[Work]] = {}
-        forms: dict[str, list[str]] = defaultdict(list)
+        forms: dict[str, dict[str, Work | None]] = defaultdict(dict)
         labels = [_labels(name, tuple(config.items())) for name, config in candidates]
         for (name, config), label in zip(candidates, labels, strict=True):
-            if (name, label.described) not in alike:
-                alike[name, label.described] = works(chip or self.chip, call, name, config)
-                forms[name].append(label.described)
-        logs: dict[tuple[str, str], float | None] = {}
+            if label.described not in forms[name]:
+                forms[name][label.described] = work_of(chip or self.chip, call, name, config)
+        logs: dict[tuple[str, str], float] = {}
         for name, described in forms.items():
-            found = [alike[name, text] for text in described]
-            flat = _logs(self.fitted.constants.get(name, {}), [w for ws in found for w in ws])
-            ends = np.cumsum([len(ws) for ws in found])[:-1]
-            for text, tiles in zip(described, np.split(flat, ends), strict=True):
-                logs[name, text] = _of_best(tiles) if tiles.size else None
+            known = {text: work for text, work in described.items() if work is not None}
+            flat = _logs(self.fitted.constants.get(name, {}), list(known.values()))
+            end = 0
+            for text, work in known.items():
+                begin, end = end, end + work.tiles
+                logs[name, text] = _of_best(flat[begin:end])
         factors = [math.log(self.fitted.tiles.get(label.fitted, 1.0)) for label in labels]
         return [
-            None if (log := logs[name, label.described]) is None else log + factor
+            None if (log := logs.get((name, label.described))) is None else log + factor
             for (name, _), label, factor in zip(candidates, labels, factors, strict=True)
         ]
 
@@ -383,9 +387,13 @@ class Model:
         """What was measured of the nearest calls of the same weights."""
         groups = self._groups[_group_of(key)]
         nearest = _nearest(key, self._like(key))
-        if nearest not in groups:
-            groups[nearest] = _Group([p for other in nearest for p in self._points_of(other)])
-        return groups[nearest]
+        group = groups.pop(nearest, None)
+        if group is None:
+            group = _Group([p for other in nearest for p in self._points_of(other)])
+            while len(groups) >= GROUPS:
+                del groups[next(iter(groups))]  # the one that was asked for longest ago
+        groups[nearest] = group
+        return group
 
     def _points_of(self, key: str) -> list[_Point]:
         """What was measured of one call."""
@@ -500,14 +508,10 @@ class _Columns:
     """What points have in common, as numbers: by `ids`, which learns what it does not have."""
 
     def __init__(self, points: Sequence[_Point], ids: dict[str, int]) -> None:
-        def numbers(texts: Iterable[str]) -> NDArray[np.int64]:
-            return np.array([ids.setdefault(text, len(ids)) for text in texts], dtype=np.int64)
-
-        self.family = numbers(point.family for point in points)
-        self.kernel = numbers(point.kernel for point in points)
-        self.tile = numbers(point.tile for point in points)
-        self.config = numbers(point.config for point in points)
-        self.call = numbers(point.call for point in points)
+        texts = [(p.family, p.kernel, p.tile, p.config, p.call) for p in points]
+        numbers = [[ids.setdefault(text, len(ids)) for text in own] for own in texts]
+        columns = np.array(numbers, dtype=np.int64).reshape(-1, 5).T
+        self.family, self.kernel, self.tile, self.config, self.call = columns
         self.rows = np.array([point.rows for point in points])
         self.hidden = np.array([point.kernel in HIDDEN for point in points], dtype=bool)
 
@@ -600,8 +604,9 @@ def _group_of(key: str) -> str:
     return f"{op} {' '.join(weights) or out.partition(':')[0].rpartition('x')[2]}"
 
 
-def _exactly(name: str, config: Config) -> tuple[str, str]:
-    return name, json.dumps(dict(config), sort_keys=True)
+def exactly(name: str, config: Config) -> tuple[Any, ...]:
+    """What tells a kernel's configuration from others, to look it up by."""
+    return name, *sorted(config.items())
 
 
 def _text(config: Config) -> str:
@@ -667,11 +672,16 @@ class _Table:
     def of(found: Sequence[Work]) -> _Table:
         adds = sorted({name for work in found for name in work.fixed})
         laps = sorted({name for work in found for name in work.overlapped})
-        return _Table(
-            (*adds, *laps),
-            np.array([[work.fixed.get(name, 0.0) for name in adds] for work in found]),
-            np.array([[work.overlapped.get(name, 0.0) for name in laps] for work in found]),
-        )
+        fixed = np.zeros((sum(work.tiles for work in found), len(adds)))
+        overlapped = np.zeros((len(fixed), len(laps)))
+        end = 0
+        for work in found:
+            begin, end = end, end + work.tiles
+            for place, name in enumerate(adds):
+                fixed[begin:end, place] = work.fixed.get(name, 0.0)
+            for place, name in enumerate(laps):
+                overlapped[begin:end, place] = work.overlapped.get(name, 0.0)
+        return _Table((*adds, *laps), fixed, overlapped)
 
     def logs(self, constants: Array) -> tuple[Array, Array]:
         """Logarithms of the times, and their slopes by the logarithms of the constants."""
@@ -701,7 +711,7 @@ def fit(chip: Chip, measured: Mapping[str, Times]) -> Fit:
     Candidates far from a call's best count less. A library's tile is the one that explains its
     time among those that it may well choose. A key that is no call's counts for nothing.
     """
-    by_form: dict[str, list[tuple[str, Config, Sequence[Work], float, float]]] = defaultdict(list)
+    by_form: dict[str, list[tuple[str, Config, Work, float, float]]] = defaultdict(list)
     for key, times in measured.items():
         try:
             call = call_of(key)
@@ -709,8 +719,8 @@ def fit(chip: Chip, measured: Mapping[str, Times]) -> Fit:
             continue
         best = min((us for *_, us in times), default=0.0)
         for name, config, us in times:
-            found = works(chip, call, name, config)
-            if found and us > 0:
+            found = work_of(chip, call, name, config)
+            if found is not None and us > 0:
                 weight = 1 / (1 + 3 * (us / best - 1))
                 by_form[name].append((name, config, found, math.log(us), weight))
     constants: dict[str, dict[str, float]] = {}
@@ -722,15 +732,17 @@ def fit(chip: Chip, measured: Mapping[str, Times]) -> Fit:
             constants[form] = {}
             for turn in range(ROUNDS):
                 chosen = [
-                    found[_assigned(_logs(constants[form], found), log, _MISS * (ROUNDS - turn))]
+                    found.at(
+                        _assigned(_logs(constants[form], [found]), log, _MISS * (ROUNDS - turn))
+                    )
                     for _, _, found, log, _ in rows
                 ]
                 constants[form] = _fitted(chosen, logs, weights, PRIOR_HIDDEN)
         else:
-            constants[form] = _fitted([row[2][0] for row in rows], logs, weights, PRIOR)
+            constants[form] = _fitted([row[2] for row in rows], logs, weights, PRIOR)
         # What is far from a call's best says least of what a tile takes where it is chosen.
         for name, config, found, log, weight in rows:
-            missed = log - _of_best(_logs(constants[form], found))
+            missed = log - _of_best(_logs(constants[form], [found]))
             misses[_tile_of(name, config)].append((min(max(missed, -0.4), 0.4), weight**2))
     tiles = {
         tile: math.exp(sum(miss * weight for miss, weight in m) / (FEW + sum(w for _, w in m)))

@@ -15,6 +15,7 @@ import math
 import re
 import string
 import threading
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -97,7 +98,10 @@ class _Known:
         known = self._families.get(family, {})
         if not known:
             return None
-        nearest = min(known, key=lambda other: abs(math.log(other / rows)))
+        measured = sorted(known)
+        place = bisect_left(measured, rows)
+        sides = measured[max(0, place - 1) : place + 1]
+        nearest = min(sides, key=lambda other: abs(math.log(other / rows)))
         if max(nearest / rows, rows / nearest) > NEAR:
             return None
         return known[nearest], self.entries[known[nearest]]

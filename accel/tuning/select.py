@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from ..settings import settings
 from . import ahead
 from .chips import chip_of, named
 from .compiling import Compiler, Variant, deadly, launches_of, made_apart, variants_of
-from .cost import NUMBERED, Fit, Model, Ranked, numbered
+from .cost import NUMBERED, Fit, Model, Ranked, exactly, numbered
 from .measure import TENSOR_CORES, WRONG, Measurement, measure
 from .profile import OTHERS, Entry, Profile, family_of, profile_cache
 
@@ -51,10 +52,16 @@ MARGIN = 1.3
 """By how much ours has to be faster than a library's where nothing was ever timed on such a GPU,
 and tensor cores do the work: moving bytes takes alike on all."""
 
+FIRST = 5.0
+"""Seconds that a first result may take for which what is prepared waits: both are Python's work."""
+
 SAVED_AT_ONCE = 16
 """Measurements that are written to disk together; a process that is killed loses no more."""
 
 Candidates = Sequence[tuple[Kernel, Config]]
+
+Named = tuple[Any, ...]
+"""What tells a kernel's configuration from others."""
 
 
 @dataclass(frozen=True)
@@ -102,13 +109,14 @@ class Selector:
         self._model = model_of(self.hardware, profile)
         self._guesses: dict[str, Choice] = {}
         self._by_guess: dict[str, Call] = {}
-        self._timed: dict[str, dict[tuple[str, str], Measurement]] = {}
+        self._timed: dict[str, dict[Named, Measurement]] = {}
         self._neighbours: dict[str, Choice] = {}
-        self._refused: set[tuple[str, str]] = set()
+        self._refused: set[Named] = set()
         self._prepared: set[str] = set()
         self._ahead: dict[str, list[tuple[Kernel, Config]]] = defaultdict(list)
-        self._running: dict[str, dict[tuple[str, str], tuple[Kernel, Config]]] = defaultdict(dict)
+        self._running: dict[str, dict[Named, tuple[Kernel, Config]]] = defaultdict(dict)
         self._preparing = 0
+        self._ran = threading.Event()
         self._lock = threading.Lock()
         if device.type == "cuda":
             kernels.load_triton()
@@ -165,11 +173,16 @@ class Selector:
         """Whether nothing is being compiled, for a provisional choice or ahead."""
         return not self.compiler.busy and not self._preparing
 
+    def ran(self) -> None:
+        """What was selected gave a result: what is prepared is in no picture's way any more."""
+        if not self._ran.is_set():
+            self._ran.set()
+
     def prepare(self, plan: str, calls: Callable[[], Iterable[Call]]) -> None:
         """From now on sizes that are new to the calls known so far wait for no compiler.
 
         They choose among kernels that are compiled. Of these `ahead.covering` names a few that
-        serve every size well, which are compiled in the background.
+        serve every size well, which are compiled in the background, once the first result is there.
 
         plan: what tells the plan from others, also in later processes, which find the few in the
         cache. calls: those of the plan at the sizes of `ahead.SIZES`; called in another process.
@@ -185,6 +198,7 @@ class Selector:
 
     def _prepare(self, plan: str, calls: Callable[[], Iterable[Call]]) -> None:
         try:
+            self._ran.wait(FIRST)
             # What predictions take once is not for the first new size.
             self._make_ready()
             # All that decides it beside the calls: a later version of the pack has others.
@@ -315,7 +329,7 @@ class Selector:
         for key, call in calls.items():
             entry = self.profile.get(key) if self._is_prepared(key) else None
             if entry is not None and entry.elsewhere is None:
-                found = _offered(entry, call, kernels.candidates(call, self.hardware))
+                found = _offered(entry, call, self._variants_of(entry, call))
                 if found is not None and not self._there(*found, call):
                     absent[key] = (*found, call)
         if absent:
@@ -329,17 +343,22 @@ class Selector:
         """
         family, near = family_of(key)[0], self.profile.near(key)
         registered = {kernel.name: kernel for kernel in kernels.kernels()}
-        ours = [*self._ahead.get(family, ()), *self._running.get(family, {}).values()]
+        pairs = [*self._ahead.get(family, ()), *self._running.get(family, {}).values()]
         for entry in (self.profile.get(key), None if near is None else near[1]):
-            named = [] if entry is None else [(entry.kernel, entry.config), *entry.others]
-            ours += [(registered[name], config) for name, config, *_ in named if name in registered]
+            times = [] if entry is None else entry.times()
+            pairs += [(registered[name], config) for name, config, _ in times if name in registered]
         others = kernels.candidates(call, self.hardware, without_ours=True)
         listed = {_named(*pair) for pair in others}
-        found: dict[tuple[str, str], tuple[Kernel, Config]] = {}
-        for kernel, config in ahead.fitting(ours, call, self.hardware):
-            if kernel.launches is not None and _named(kernel, config) not in listed:
-                found.setdefault(_named(kernel, config), (kernel, config))
-        return [*found.values(), *others]
+        ours: dict[Named, tuple[Kernel, Config]] = {}
+        for pair in pairs:
+            if pair[0].launches is not None:
+                ours.setdefault(_named(*pair), pair)
+        new = [pair for which, pair in ours.items() if which not in listed]
+        return [*ahead.fitting(new, call, self.hardware), *others]
+
+    def _variants_of(self, entry: Entry, call: Call) -> Candidates:
+        """Of all candidates those of the kernel that an entry names: listing all takes long."""
+        return kernels.candidates(call, self.hardware, only=entry.kernel)[:-1]
 
     def _is_prepared(self, key: str) -> bool:
         return self._waiting and family_of(key)[0] in self._prepared
@@ -355,10 +374,14 @@ class Selector:
         only candidate there is. Where measuring is on, only sizes near by are left to the model.
         """
         prepared = self._is_prepared(key)
+        entry = self.profile.get(key)
+        if entry is not None and entry.elsewhere is None:
+            found = _offered(entry, call, self._variants_of(entry, call))
+            if found is not None and (not prepared or self._there(*found, call)):
+                return Choice(*found, f"measured, {entry.us:.1f} us", entry.us)
         candidates = (
             self._compiled(key, call) if prepared else kernels.candidates(call, self.hardware)
         )
-        entry = self.profile.get(key)
         found = None if entry is None else _offered(entry, call, candidates)
         if prepared and found is not None and not self._there(*found, call):
             entry = found = None
@@ -388,8 +411,10 @@ class Selector:
             predicted = self._predicted(call, candidates, found, prepared)
             if predicted is not None:
                 return predicted
+        # While kernels are still coming, a better one may be there soon.
+        coming = prepared and not self.settled
         if neighbour is not None:
-            return neighbour
+            return replace(neighbour, provisional=coming)
         if prepared:
             kernel, config = next(
                 (kernel, config)
@@ -398,7 +423,8 @@ class Selector:
                 and self._there(kernel, config, call)
                 and _to_be_had(kernel, config, call)
             )
-            return Choice(kernel, config, "not measured, the first that is compiled")
+            reason = "not measured, the first that is compiled"
+            return Choice(kernel, config, reason, provisional=coming)
         kernel, config = candidates[0]
         if len(candidates) == 1:
             return Choice(kernel, config, f"no kernel for {self.hardware.kind}, the reference runs")
@@ -468,9 +494,26 @@ class Selector:
             )
             for key, (call, choice) in choices.items():
                 proven[key] = choice
-                if not _launchable(call, choice):
+                if not self._launchable(call, choice):
                     proven[key] = None if self._measuring else self._library(call)
         return proven
+
+    def _launchable(self, call: Call, choice: Choice) -> bool:
+        """Whether the choice's own kernels, if it has any, fit on the GPU at this size."""
+        variant = choice.kernel, choice.config, call
+        if choice.kernel.launches is None or self.compiler.loaded(variant):
+            return True
+        if deadly(variant):
+            return False
+        try:
+            for launch in launches_of(choice.kernel, choice.config, call):
+                launch.warm()
+        except Exception as error:
+            if "out of memory" in str(error).lower():  # which says nothing of the kernel
+                raise OutOfMemory(f"no memory is left for kernels: {error}") from error
+            logger.info("%s cannot run %s: %s", choice.kernel.name, call.key, error)
+            return False
+        return True
 
     def _library(self, call: Call) -> Choice:
         """A library's kernel, or the reference, for a call that ours cannot run."""
@@ -581,16 +624,16 @@ def _carried(entry: Entry) -> list[tuple[str, Config, float]]:
 
     That stands for the one which the library names first here.
     """
-    found: dict[tuple[str, str], tuple[str, Config, float]] = {}
+    found: dict[Named, tuple[str, Config, float]] = {}
     for kernel, config, us in entry.times():
         if numbered(kernel, config):
             config = {**config, **{name: 0 for name in NUMBERED.values() if name in config}}
-        found.setdefault((kernel, json.dumps(dict(config), sort_keys=True)), (kernel, config, us))
+        found.setdefault(exactly(kernel, config), (kernel, config, us))
     return list(found.values())
 
 
-def _named(kernel: Kernel, config: Config) -> tuple[str, str]:
-    return kernel.name, json.dumps(dict(config), sort_keys=True)
+def _named(kernel: Kernel, config: Config) -> Named:
+    return exactly(kernel.name, config)
 
 
 def _same(one: tuple[Kernel, Config], other: tuple[Kernel, Config]) -> bool:
@@ -661,23 +704,6 @@ def _to_be_had(kernel: Kernel, config: Config, call: Call) -> tuple[Kernel, Conf
         logger.debug("%s %s is not to be had: %s", kernel.name, dict(config), error)
         return None
     return kernel, config
-
-
-def _launchable(call: Call, choice: Choice) -> bool:
-    """Whether the choice's own kernels, if it has any, fit on the GPU at this size."""
-    if choice.kernel.launches is None:
-        return True
-    if deadly((choice.kernel, choice.config, call)):
-        return False
-    try:
-        for launch in launches_of(choice.kernel, choice.config, call):
-            launch.warm()
-    except Exception as error:
-        if "out of memory" in str(error).lower():  # which says nothing of the kernel
-            raise OutOfMemory(f"no memory is left for kernels: {error}") from error
-        logger.info("%s cannot run %s: %s", choice.kernel.name, call.key, error)
-        return False
-    return True
 
 
 _selectors: dict[tuple[str, Path, bool, bool], Selector] = {}

@@ -11,8 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
 from math import ceil, inf, prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..kernels.registry import Call, Config, TensorSpec
 from .chips import Chip
@@ -49,6 +53,9 @@ for that one's emptiness: its times grow with the size more evenly than those of
 EXCHANGE = 4
 """Clocks for each warp and channel of a block of whole groups, to merge their statistics."""
 
+OF_SPLITS = ("second", "parts")
+"""Terms that only tiles have whose sum is split."""
+
 THREADS, REGISTERS = 2048, 65536
 """Of a multiprocessor."""
 
@@ -58,14 +65,39 @@ PLACES = 24
 
 @dataclass
 class Work:
-    """Microseconds by term. fixed: these add up; overlapped: the longest of these decides."""
+    """Microseconds by term. fixed: these add up; overlapped: the longest of these decides.
 
-    fixed: dict[str, float] = field(default_factory=dict)
-    overlapped: dict[str, float] = field(default_factory=dict)
+    Where a kernel may have several tiles, and which is not known, a term is an array of a time for
+    each, or one number for all. tiles: how many.
+    """
+
+    fixed: dict[str, Any] = field(default_factory=dict)
+    overlapped: dict[str, Any] = field(default_factory=dict)
+    tiles: int = 1
 
     def nominal(self) -> float:
-        """Microseconds by the chip's own rates, nothing fitted."""
-        return sum(self.fixed.values()) + max(self.overlapped.values())
+        """Microseconds by the chip's own rates, nothing fitted. Of one tile."""
+        return float(sum(self.fixed.values()) + max(self.overlapped.values()))
+
+    def at(self, tile: int) -> Work:
+        """That of one of the tiles, with the terms that it has."""
+
+        def one(terms: dict[str, Any]) -> dict[str, Any]:
+            found = {
+                name: float(us[tile]) if isinstance(us, np.ndarray) else us
+                for name, us in terms.items()
+            }
+            return {name: us for name, us in found.items() if us or name not in OF_SPLITS}
+
+        return Work(one(self.fixed), one(self.overlapped))
+
+    def possible(self) -> bool:
+        """Whether all are times."""
+        return all(
+            bool(((us >= 0) & (us < inf)).all()) if isinstance(us, np.ndarray) else 0 <= us < inf
+            for terms in (self.fixed, self.overlapped)
+            for us in terms.values()
+        )
 
 
 @dataclass(frozen=True)
@@ -81,12 +113,12 @@ class Tile:
     programs: int = 0
     wide: bool = True  # operands go from shared memory to the tensor cores directly (wgmma)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Columns of all its products."""
         return sum(self.columns)
 
-    @property
+    @cached_property
     def stage(self) -> int:
         """Bytes of one stage of operands in half precision."""
         return (self.rows + self.width) * self.step * 2
@@ -319,14 +351,15 @@ LIBRARY_TILES = tuple(
 )
 
 
-def _hidden(chip: Chip, problem: Product) -> list[Work]:
-    """One for each tile, for the caller to add to."""
-    return [Work(dict(w.fixed), dict(w.overlapped)) for w in _of_tiles(chip, problem)]
+def _hidden(chip: Chip, problem: Product) -> Work:
+    """Of all tiles, for the caller to add to."""
+    found = _of_tiles(chip, problem)
+    return Work(dict(found.fixed), dict(found.overlapped), found.tiles)
 
 
 @lru_cache(maxsize=4096)
-def _of_tiles(chip: Chip, problem: Product) -> Sequence[Work]:
-    """One for each tile, with the split of K that suits it best."""
+def _of_tiles(chip: Chip, problem: Product) -> Work:
+    """Of each tile, with the split of K that suits it best."""
     wide = chip.capability[0] in (9, 10)
     found = []
     for rows, columns in LIBRARY_TILES:
@@ -337,47 +370,60 @@ def _of_tiles(chip: Chip, problem: Product) -> Sequence[Work]:
             many = down * across * split > 2 * chip.multiprocessors
             if split > 1 and (steps < 8 * split or many):
                 break
-            tile = Tile(rows, (columns,), 64, warps, 4, split, wide=wide)
+            tile = _library_tile(rows, columns, warps, split, wide)
             ways.append(product(chip, problem, tile, down, across, steps, False, EVEN))
-        found.append(min(ways, key=Work.nominal))
-    return found
+        found.append(ways[0] if len(ways) == 1 else min(ways, key=Work.nominal))
+    return Work(
+        _together([work.fixed for work in found]),
+        _together([work.overlapped for work in found]),
+        len(found),
+    )
 
 
-def _passes(chip: Chip, works: Sequence[Work], launches: int, size: float) -> None:
+@cache
+def _library_tile(rows: int, columns: int, warps: int, split: int, wide: bool) -> Tile:
+    return Tile(rows, (columns,), 64, warps, 4, split, wide=wide)
+
+
+def _together(found: Sequence[Mapping[str, float]]) -> dict[str, NDArray[np.float64]]:
+    """The terms of several tiles as arrays; what one does not have takes it no time."""
+    names = dict.fromkeys(name for terms in found for name in terms)
+    return {name: np.array([terms.get(name, 0.0) for terms in found]) for name in names}
+
+
+def _passes(chip: Chip, work: Work, launches: int, size: float) -> None:
     """Add further launches, which move so many bytes in all."""
     moved = size / (chip.multiprocessors * L2_BYTES) * chip.cycle_us
     moved += _spilled(chip, size) * chip.dram_us_per_byte
-    for work in works:
-        work.fixed |= {"passes": launches * chip.launch_us, "passed": moved}
+    work.fixed |= {"passes": launches * chip.launch_us, "passed": moved}
 
 
-def _library_linear(name: str) -> Callable[[Chip, Call, Config], list[Work]]:
-    def describe(chip: Chip, call: Call, config: Config) -> list[Work]:
+def _library_linear(name: str) -> Callable[[Chip, Call, Config], Work]:
+    def describe(chip: Chip, call: Call, config: Config) -> Work:
         problem = _linear(call)
         out, residual = _bytes(call.out), _bytes(call.tensors[3])
-        works = _hidden(chip, problem)
+        work = _hidden(chip, problem)
         if problem.gated and name.endswith("geglu"):  # reads both halves, writes one
-            _passes(chip, works, 1, 3 * out + residual)
+            _passes(chip, work, 1, 3 * out + residual)
         elif problem.gated:  # PyTorch's GELU, product and sum
-            _passes(chip, works, 3, 8 * out + 2 * residual)
+            _passes(chip, work, 3, 8 * out + 2 * residual)
         elif residual and name != "cublaslt.linear":
-            _passes(chip, works, 1, out + 2 * residual)
-        return works
+            _passes(chip, work, 1, out + 2 * residual)
+        return work
 
     return describe
 
 
-def _library_conv(chip: Chip, call: Call, config: Config) -> list[Work]:
+def _library_conv(chip: Chip, call: Call, config: Config) -> Work:
     x, _, bias, embedding, residual = call.tensors
-    works = _hidden(chip, _conv(call)[0])
+    work = _hidden(chip, _conv(call)[0])
     apart = embedding is not None or residual is not None
     if apart or (bias is not None and not config.get("fused")):
-        _passes(chip, works, 1, 2 * _bytes(call.out) + _bytes(residual))
+        _passes(chip, work, 1, 2 * _bytes(call.out) + _bytes(residual))
     if call.attrs.get("upsample") is not None:
         written = 5 * _bytes(x) / (chip.multiprocessors * L2_BYTES) * chip.cycle_us
-        for work in works:
-            work.fixed["upsampled"] = chip.launch_us + written
-    return works
+        work.fixed["upsampled"] = chip.launch_us + written
+    return work
 
 
 def _attention(chip: Chip, call: Call, config: Config) -> Work:
@@ -569,7 +615,7 @@ def _few_out(chip: Chip, call: Call, config: Config) -> Work:
     return _moves(chip, 2, bool(config["early"]), size, blocks, 128, rows * 256, steps / 2)
 
 
-Describe = Callable[[Chip, Call, Config], Work | list[Work]]
+Describe = Callable[[Chip, Call, Config], Work]
 
 FORMS: Mapping[str, Describe] = {
     "triton.matmul_tma": _matmul(True),
@@ -619,18 +665,16 @@ HIDDEN = frozenset(
 """Forms whose tile is not known."""
 
 
-def works(chip: Chip, call: Call, name: str, config: Config) -> Sequence[Work]:
-    """What a kernel does for a call, once for each tile that it may have; empty: not described.
+def work_of(chip: Chip, call: Call, name: str, config: Config) -> Work | None:
+    """What a kernel does for a call, for each tile that it may have; None: it is not described.
 
     A configuration of another version of the kernel, or a damaged one, is not described either.
     """
     describe = FORMS.get(name)
     if describe is None:
-        return ()
+        return None
     try:
         found = describe(chip, call, config)
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError):
-        return ()
-    made = found if isinstance(found, list) else [found]
-    terms = (us for work in made for us in (*work.fixed.values(), *work.overlapped.values()))
-    return made if all(0 <= us < inf for us in terms) else ()
+        return None
+    return found if found.possible() else None
