@@ -226,8 +226,9 @@ class Model:
     def make_ready(self, key: str) -> None:
         """Understand what was measured of the like of a call, by its key, ahead of predictions."""
         for other in self._like(key):
-            self._points_of(other)
-            time.sleep(0)  # whoever waits for Python's lock goes first
+            if other not in self._points:
+                self._points_of(other)
+                time.sleep(0)  # whoever waits for Python's lock goes first
 
     def us(self, call: Call, kernel: str, config: Config) -> float | None:
         """Microseconds of a run; None for a kernel that the model does not know."""
@@ -672,29 +673,44 @@ class _Table:
     def of(found: Sequence[Work]) -> _Table:
         adds = sorted({name for work in found for name in work.fixed})
         laps = sorted({name for work in found for name in work.overlapped})
-        fixed = np.zeros((sum(work.tiles for work in found), len(adds)))
-        overlapped = np.zeros((len(fixed), len(laps)))
-        end = 0
-        for work in found:
-            begin, end = end, end + work.tiles
-            for place, name in enumerate(adds):
-                fixed[begin:end, place] = work.fixed.get(name, 0.0)
-            for place, name in enumerate(laps):
-                overlapped[begin:end, place] = work.overlapped.get(name, 0.0)
-        return _Table((*adds, *laps), fixed, overlapped)
+        return _Table(
+            (*adds, *laps),
+            _matrix([work.fixed for work in found], [work.tiles for work in found], adds),
+            _matrix([work.overlapped for work in found], [work.tiles for work in found], laps),
+        )
 
-    def logs(self, constants: Array) -> tuple[Array, Array]:
-        """Logarithms of the times, and their slopes by the logarithms of the constants."""
+    def logs(self, constants: Array) -> Array:
+        """Logarithms of the times."""
+        adds, _, longest = self._terms(constants)
+        return np.asarray(np.log(adds.sum(axis=1) + longest))
+
+    def slopes(self, constants: Array) -> Array:
+        """Those of the logarithms of the times, by the logarithms of the constants."""
+        adds, powers, longest = self._terms(constants)
+        times, sums = adds.sum(axis=1) + longest, powers.sum(axis=1) + 1e-30
+        return np.column_stack([adds / times[:, None], powers * (longest / sums / times)[:, None]])
+
+    def _terms(self, constants: Array) -> tuple[Array, Array, Array]:
+        """What adds up, the powers of what overlaps, and how long that takes together."""
         count = self.fixed.shape[1]
         adds = self.fixed * constants[:count]
         powers = (self.overlapped * constants[count:]) ** POWER
-        sums = powers.sum(axis=1) + 1e-30
-        longest = sums ** (1 / POWER)
-        times = adds.sum(axis=1) + longest
-        slopes = np.column_stack(
-            [adds / times[:, None], powers * (longest / sums / times)[:, None]]
-        )
-        return np.log(times), slopes
+        return adds, powers, (powers.sum(axis=1) + 1e-30) ** (1 / POWER)
+
+
+def _matrix(
+    found: Sequence[Mapping[str, Any]], tiles: Sequence[int], names: Sequence[str]
+) -> Array:
+    """The terms in columns, a row for each tile of each work."""
+    if max(tiles) == 1:
+        return np.array([[terms.get(name, 0.0) for name in names] for terms in found])
+    matrix = np.empty((sum(tiles), len(names)))
+    end = 0
+    for terms, count in zip(found, tiles, strict=True):
+        begin, end = end, end + count
+        for place, name in enumerate(names):
+            matrix[begin:end, place] = terms.get(name, 0.0)
+    return matrix
 
 
 def _logs(constants: Mapping[str, float], found: Sequence[Work]) -> Array:
@@ -702,7 +718,7 @@ def _logs(constants: Mapping[str, float], found: Sequence[Work]) -> Array:
         return np.empty(0)
     table = _Table.of(found)
     values = np.array([constants.get(name, 1.0) for name in table.names])
-    return table.logs(values)[0]
+    return table.logs(values)
 
 
 def fit(chip: Chip, measured: Mapping[str, Times]) -> Fit:
@@ -764,14 +780,14 @@ def _fitted(found: Sequence[Work], logs: Array, weights: Array, prior: float) ->
     bound = math.log(MOST_FACTOR)
 
     def loss(at: Array) -> float:
-        off = np.abs(logs - table.logs(np.exp(at))[0])
+        off = np.abs(logs - table.logs(np.exp(at)))
         huber = np.where(off < HUBER, off**2 / 2, HUBER * (off - HUBER / 2))
         return float((weights * huber).sum() + prior * (at**2).sum() / 2)
 
     at, damping = np.zeros(size), 1e-2
     least = loss(at)
     for _ in range(40):
-        predicted, slopes = table.logs(np.exp(at))
+        predicted, slopes = table.logs(np.exp(at)), table.slopes(np.exp(at))
         off = logs - predicted
         pull = weights * np.minimum(1.0, HUBER / np.maximum(np.abs(off), 1e-9))
         matrix = (slopes * pull[:, None]).T @ slopes + prior * np.eye(size)

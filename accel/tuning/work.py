@@ -93,11 +93,13 @@ class Work:
 
     def possible(self) -> bool:
         """Whether all are times."""
-        return all(
-            bool(((us >= 0) & (us < inf)).all()) if isinstance(us, np.ndarray) else 0 <= us < inf
-            for terms in (self.fixed, self.overlapped)
-            for us in terms.values()
-        )
+        for us in (*self.fixed.values(), *self.overlapped.values()):
+            if isinstance(us, np.ndarray):
+                if not (us.min() >= 0 and us.max() < inf):
+                    return False
+            elif not 0 <= us < inf:
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def _operands(tile: Tile) -> float:
     """Bytes that the tensor cores read from shared memory in a step."""
     if tile.wide:  # one instruction makes 64 rows of a product, 16 deep
         high = ceil(tile.rows / 64) * tile.step / 16
-        return sum(high * (64 + width) * 32 for width in tile.columns)
+        return high * (64 * len(tile.columns) + tile.width) * 32
     down, across = 2, max(1, tile.warps // 2)  # warps, each of which reads its own operands
     return tile.step * 2 * (tile.rows * across + tile.width * down)
 
