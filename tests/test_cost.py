@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from accel.kernels import Call, Config, Kernel, matmul_hopper
 from accel.tuning import cost, work
 from accel.tuning.chips import KNOWN, chip_of
 from accel.tuning.compiling import Compiler
-from accel.tuning.cost import Fit, Model, fit
+from accel.tuning.cost import Fit, Model, Ranked, fit
 from accel.tuning.keys import call_of
 from accel.tuning.profile import OTHERS, Entry, Profile, family_of
 from accel.tuning.profile_file import FIT_VERSION
@@ -720,6 +720,34 @@ def test_a_size_near_by_keeps_its_code_where_that_is_as_good(
     near = profile.near(resized(key, 8064 + 64).key)
     assert near is not None
     assert (choice.kernel.name, dict(choice.config)) == (near[1].kernel, dict(near[1].config))
+
+
+@pytest.mark.parametrize(
+    ("prepared", "gain", "chosen"),
+    [(True, 1.03, "plain"), (True, 1.08, "planned"), (False, 1.03, "planned")],
+)
+def test_a_size_that_somebody_waits_for_makes_no_plan_that_wins_little(
+    prepared: bool, gain: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def library(name: str, planned: bool) -> Kernel:
+        def workspace(call: Call, config: Any) -> int:
+            made.append(name)
+            return 0
+
+        run = cast(Any, None)
+        return Kernel(name, "linear", run, ("cuda",), workspace=workspace, planned=planned)
+
+    pairs = [(library("plain", False), {}), (library("planned", True), {"plan": 2})]
+    times = [Ranked(*pairs[1], 10.0), Ranked(*pairs[0], 10.0 * gain)]
+    monkeypatch.setattr(Model, "rank", lambda *_: times)
+    profile, key = shipped()
+    call = resized(key, 7168)
+    # A size near by runs the planned one; its plan is of no use here.
+    choice = selector(profile)._predicted(call, [*pairs, pairs[0]], pairs[1], prepared)
+    assert choice is not None and choice.kernel.name == chosen
+    assert made == [chosen], "no other plan was made"
 
 
 # How good it is.

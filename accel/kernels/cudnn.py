@@ -230,6 +230,7 @@ def _workspace(call: Call, config: Config) -> int:
     supports=_supports,
     configs=_configs,
     workspace=_workspace,
+    planned=True,
 )
 def conv2d(
     out: torch.Tensor,

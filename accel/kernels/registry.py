@@ -157,7 +157,8 @@ class Kernel:
     `workspace(call, config)`: bytes of scratch memory that a run needs.
     `fits(call, config, hardware)`: whether a configuration of a size near by can serve this call.
     `launches`: of a kernel that is compiled here, the launches that a run consists of.
-    `adds_apart`: a residual costs it a further pass over memory.
+    `adds_apart`: a residual costs it a further pass over memory. `planned`: its library makes a
+    plan for every size, when first asked for the scratch memory, which takes tens of milliseconds.
     """
 
     name: str
@@ -173,6 +174,7 @@ class Kernel:
     fits: Callable[[Call, Config, Hardware], bool] = lambda call, config, hardware: True
     launches: Callable[..., Sequence[AnyLaunch]] | None = None
     adds_apart: bool = False
+    planned: bool = False
 
 
 _KERNELS: list[Kernel] = []

@@ -48,6 +48,10 @@ Its code is compiled, and predictions are not more exact than that: on sizes tha
 costs nothing.
 """
 
+PLANNED = 1.05
+"""By how much a library's plan has to be faster for a size that somebody waits for to have it made:
+dozens of them take longer than all else."""
+
 MARGIN = 1.3
 """By how much ours has to be faster than a library's where nothing was ever timed on such a GPU,
 and tensor cores do the work: moving bytes takes alike on all."""
@@ -313,7 +317,7 @@ class Selector:
         instead: dict[str, Choice] = {}
         for key in missing:
             choice = self._neighbours.get(key)
-            if choice is not None and self._there(choice.kernel, choice.config, calls[key]):
+            if choice is not None and self._able(choice.kernel, choice.config, calls[key]):
                 reason = f"{choice.reason}, until what is predicted is compiled"
             else:
                 choice, reason = self._library(calls[key]), "the library's, until ours is compiled"
@@ -367,6 +371,10 @@ class Selector:
         """Whether a kernel runs without compiling anything."""
         return kernel.launches is None or self.compiler.has((kernel, config, call))
 
+    def _able(self, kernel: Kernel, config: Config, call: Call) -> bool:
+        """Whether it runs without compiling anything, and can be had at all."""
+        return self._there(kernel, config, call) and _to_be_had(kernel, config, call) is not None
+
     def _known(self, key: str, call: Call) -> Choice | None:
         """The choice that needs no measurement.
 
@@ -413,15 +421,14 @@ class Selector:
                 return predicted
         # While kernels are still coming, a better one may be there soon.
         coming = prepared and not self.settled
-        if neighbour is not None:
+        if neighbour is not None and _to_be_had(neighbour.kernel, neighbour.config, call):
             return replace(neighbour, provisional=coming)
         if prepared:
             kernel, config = next(
                 (kernel, config)
                 for kernel, config in candidates
                 if (kernel.unmeasured or kernel.launches is None)
-                and self._there(kernel, config, call)
-                and _to_be_had(kernel, config, call)
+                and self._able(kernel, config, call)
             )
             reason = "not measured, the first that is compiled"
             return Choice(kernel, config, reason, provisional=coming)
@@ -442,7 +449,7 @@ class Selector:
         """What the performance model takes for the fastest, with the time that it expects.
 
         near: what a size near by runs, whose code is there: it is taken if it is as good.
-        prepared: nothing is to be compiled.
+        prepared: nothing is to be compiled, and little to be planned.
         """
         if call.key in self._guesses:  # asked again while its code is being compiled
             return self._guesses[call.key]
@@ -463,11 +470,15 @@ class Selector:
             return None
         if self.profile.model_made:
             ranked = _cautious(call, ranked)
-        if near is not None and ranked:
-            limit = KEPT * (ranked[0].us or 0.0)
-            ranked.sort(
-                key=lambda r: not (_same(near, (r.kernel, r.config)) and (r.us or 0.0) <= limit)
-            )
+        best = (ranked[0].us or 0.0) if ranked else 0.0
+
+        def order(r: Ranked) -> tuple[bool, bool]:
+            pair, us = (r.kernel, r.config), r.us or 0.0
+            kept = near is not None and _same(near, pair) and us <= KEPT * best
+            at_once = prepared and not r.kernel.planned and us <= PLANNED * best
+            return not (kept and not r.kernel.planned), not at_once
+
+        ranked.sort(key=order)
         for place, r in enumerate(ranked):
             if prepared and not self._there(r.kernel, r.config, call):
                 continue
@@ -669,14 +680,15 @@ def _adopted(
 ) -> tuple[Kernel, Config] | None:
     """What an entry of a size near by names, though this size would not offer that configuration.
 
-    The code is the same, then, and need not be compiled anew.
+    The code is the same, then, and need not be compiled anew. Whether it can be had is not known
+    yet: a library's plan takes long to make.
     """
     if _is_numbered(entry):
-        return _first_of(entry, call, candidates)
+        return next(((k, c) for k, c in candidates if k.name == entry.kernel), None)
     for kernel, _ in candidates:
         if kernel.name == entry.kernel:
             fitting = ahead.fitting([(kernel, entry.config)], call, hardware)
-            return _to_be_had(*fitting[0], call) if fitting else None
+            return fitting[0] if fitting else None
     return None
 
 
