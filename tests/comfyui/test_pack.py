@@ -202,6 +202,40 @@ def test_a_prompt_without_the_packs_nodes_stays_as_it_is(metadata):
     for prompt in (OTHERS, None, [], {"1": None}, {"1": {"class_type": 3}}):
         answer = metadata.arrive({"prompt": prompt, "extra_data": {"client_id": "x"}})
         assert answer == {"prompt": prompt, "extra_data": {"client_id": "x"}}
+    for nothing in ([], "a prompt"):  # that it is none is for the server to say
+        assert metadata.arrive(nothing) == nothing
+
+
+def test_of_a_prompt_a_digest_is_kept_and_only_samplers_are_compared(panel, monkeypatch, tmp_path):
+    from comfy_execution.utils import CurrentNodeContext
+
+    from accel.hosts.comfyui.journal import Journal
+
+    kept = Journal(tmp_path / "journal.json")
+    monkeypatch.setattr(panel, "journal", lambda: kept)
+    monkeypatch.setattr(panel, "pool", lambda: SimpleNamespace(networks=list))
+    prompt = {
+        "1": {"class_type": "SwitchyardAccelerate", "inputs": {}},
+        "2": {"class_type": "Text", "inputs": {"text": "castle" * 10_000}},
+        "3": {"class_type": "KSampler", "inputs": {"model": ["1", 0], "positive": ["2", 0]}},
+        "4": {"class_type": "SwitchyardReport", "inputs": {"anything": ["3", 0]}},
+    }
+    running = {0: (0, "one", prompt)}
+    panel.PromptServer.instance = SimpleNamespace(
+        prompt_queue=SimpleNamespace(currently_running=running)
+    )
+    nodes = panel._nodes()
+    kept.subscribe(nodes.note)
+    with CurrentNodeContext("one", "3"):
+        kept.finish(kept.begin("a.safetensors", node_id="1"))
+    assert len(repr(nodes._samplers)) < 200
+    asked: list[str] = []
+    digest = panel._asked
+    monkeypatch.setattr(panel, "_asked", lambda p, n: asked.append(n) or digest(p, n))
+    assert "a.safetensors" in panel.report(prompt, "4")
+    assert asked == ["3"]
+    other = {**prompt, "2": {"class_type": "Text", "inputs": {"text": "a forest"}}}
+    assert "a.safetensors" not in panel.report(other, "4")
 
 
 def test_a_receipt_reaches_the_prompt_that_runs(metadata):
