@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -257,6 +259,34 @@ def in_step(model, step, action):
     model = model.clone()
     model.add_wrapper_with_key("diffusion_model", "another pack", wrapper)
     return model
+
+
+def test_the_panel_does_not_wait_for_an_engine_at_work(load, prompt):
+    fast = accelerate(load(), Options(wait=True))
+    sample(fast, *prompt)
+    engine = engine_of(fast)
+    before = [entry for entry in networks() if entry["loaded"]]
+    assert len(before) == 1 and len(before[0]["shapes"]) == 1
+    works, done = threading.Event(), threading.Event()
+
+    def work():
+        with engine.lock:
+            works.set()
+            done.wait(30)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        assert works.wait(30)
+        started = time.monotonic()
+        assert [entry for entry in networks() if entry["loaded"]] == before
+        assert time.monotonic() - started < 5
+    finally:
+        done.set()
+        worker.join()
+    sample(fast, *prompt, size=(24, 16))
+    (after,) = (entry for entry in networks() if entry["loaded"])
+    assert len(after["shapes"]) == 2
 
 
 def test_prompts_are_brought_to_the_device_once_and_the_users_own_stay():
