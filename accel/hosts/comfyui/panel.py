@@ -86,7 +86,7 @@ class _Metadata:
         self._known: dict[str, dict[str, Any]] = {}
         server.add_on_prompt_handler(self._on_prompt)
 
-    def _on_prompt(self, json_data: dict[str, Any]) -> dict[str, Any]:
+    def _on_prompt(self, json_data: Any) -> Any:
         """Keep hold of a new prompt's metadata. What is malformed is the server's to refuse.
 
         A prompt without the pack's nodes is none of its business.
