@@ -15,8 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from .server import ROOT, Server
+from .scenarios import relative_error
+from .server import ROOT, Server, ServerError
 from .workflows import Graph
 
 PARTS = ("__init__.py", "accel", "example_workflows", "locales", "nodes", "pyproject.toml", "web")
@@ -125,6 +127,37 @@ def test_a_report_is_about_the_samplings_that_lead_to_it(server):
     (line,) = first
     assert "not accelerated" in line and "GGUFModelPatcher" in line
     assert both[0] == line and both[1].startswith(files[1])
+
+
+def test_a_file_that_is_written_over_is_loaded_anew(server):
+    """In place, while the host keeps the MODEL: as a download over the old file does."""
+    names = [f"checkpoints/tiny-sd15-{letter}.safetensors" for letter in "ab"]
+    server.ensure(*names)
+    first, second = (server.models / name for name in names)
+    ours = server.models / "checkpoints" / "模型 written over.safetensors"
+
+    def latent(loader: str, name: str) -> torch.Tensor:
+        graph = Graph()
+        model = graph.add(loader, ckpt_name=name, first_run="wait")
+        prompts = graph.prompt("tiny-sd15", 1), graph.prompt("tiny-sd15", 2)
+        end = graph.sample(model, *prompts, graph.latent(), "over", steps=2)
+        graph.add("TestSave", samples=end, record="over-end")
+        server.run(graph.workflow)
+        return server.record("over")["latent"]
+
+    expected = latent("CheckpointLoaderSimple", second.name)
+    try:
+        shutil.copyfile(first, ours)
+        assert relative_error(latent("SwitchyardLoadCheckpoint", ours.name), expected) > 0.01
+        shutil.copyfile(second, ours)
+        assert relative_error(latent("SwitchyardLoadCheckpoint", ours.name), expected) < 1e-4
+        ours.write_bytes(second.read_bytes()[:5000])
+        with pytest.raises(ServerError, match=r"SwitchyardLoadCheckpoint: .*rror"):
+            latent("SwitchyardLoadCheckpoint", ours.name)
+        shutil.copyfile(first, ours)  # and the process lives
+        assert relative_error(latent("SwitchyardLoadCheckpoint", ours.name), expected) > 0.01
+    finally:
+        ours.unlink()
 
 
 @pytest.fixture
