@@ -452,7 +452,9 @@ def test_an_interrupt_ends_the_run_and_harms_nothing(load, prompt):
     stopped = in_step(fast, 2, lambda *_: management.interrupt_current_processing())
     with pytest.raises(management.InterruptProcessingException):
         sample(stopped, *prompt)
-    assert last().error
+    run = last()
+    assert run.error and run.mode == "engine" and run.engine_calls == run.steps > 0
+    assert run.to_json()["status"] == "engine"  # of which nothing is known about its speed
     other = accelerate(load(letter="b"), Options(wait=True))
     management.interrupt_current_processing()  # while its weights come in
     with pytest.raises(management.InterruptProcessingException):

@@ -366,7 +366,12 @@ class Acceleration:
     def sampler_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Time the loop over the steps."""
         sampling = self.sampling
-        result = executor(*args, **kwargs)
+        try:
+            result = executor(*args, **kwargs)
+        except BaseException:  # the user's interrupt among them: what was called was called
+            if sampling is not None:
+                _count(sampling, None)
+            raise
         if sampling is not None and sampling.calls:
             if isinstance(result, Tensor) and result.is_cuda:
                 torch.cuda.synchronize(result.device)
@@ -698,11 +703,16 @@ def _without_attention(
     return (*args[:5], rest, *args[6:]), kwargs
 
 
-def _count(sampling: Sampling, end: float) -> None:
-    """Enter the calls of one loop in the run. The first may have captured a graph: not timed."""
+def _count(sampling: Sampling, end: float | None) -> None:
+    """Enter the calls of one loop in the run. The first may have captured a graph: not timed.
+
+    end: when the device had done them; None where that is not known.
+    """
     calls, sampling.calls = sampling.calls, []
     alike = len({(path, dims) for path, dims, _ in calls}) == 1
-    ms = (end - calls[1][2]) * 1e3 / (len(calls) - 1) if alike and len(calls) > 1 else None
+    ms = None
+    if end is not None and alike and len(calls) > 1:
+        ms = (end - calls[1][2]) * 1e3 / (len(calls) - 1)
     controlnets = sampling.run.controlnets  # their time is part of a call's
     for path, (batch, _, height, width), _ in calls:
         dims = {"width": width * 8, "height": height * 8, "batch": batch}
