@@ -555,6 +555,32 @@ def test_a_prompt_is_computed_once_in_a_run_and_never_kept_over_a_change(load, p
     assert counters.prompt_hits == before
 
 
+@pytest.mark.parametrize("where", ["c_crossattn", "cross_attn"])
+def test_a_function_around_the_network_may_write_into_the_prompt(load, where):
+    """In inference mode, as nodes run, where PyTorch counts no writes."""
+
+    def fading(model):
+        def fade(args):
+            (cond,) = args["cond"]
+            held = cond["model_conds"][where].cond if where == "c_crossattn" else cond[where]
+            held.mul_(0.5)
+            return args["denoised"]
+
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(fade)
+        return model
+
+    with torch.inference_mode():
+        plain = load()
+        expected = sample(fading(plain), conditioning(KIND, 1), conditioning(KIND, 2))
+        without = sample(plain, conditioning(KIND, 1), conditioning(KIND, 2))
+        fast = fading(accelerate(plain, Options(wait=True)))
+        result = sample(fast, conditioning(KIND, 1), conditioning(KIND, 2))
+    assert on_engine()
+    assert relative_error(without, expected) > 10 * CLOSE
+    assert relative_error(result, expected) < CLOSE
+
+
 def test_a_wrapper_that_comes_with_a_hook_may_change_the_prompt(load):
     def prompts():
         steps = []

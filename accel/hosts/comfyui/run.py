@@ -47,6 +47,7 @@ from .decide import (
     learn,
     network_state,
     pristine,
+    prompts_named,
     watched,
     why_host_call,
     why_host_run,
@@ -137,6 +138,7 @@ class Sampling:
     # By cond uuid: the prompt's tensors, held; None once they have changed under it.
     prompts: dict[Any, tuple[Any, ...] | None] = field(default_factory=dict)
     prompts_vouched: bool = True
+    prompts_named: bool = False  # others may write into them
     # In every key: a guider that samples again has the same uuids, but sizes in its prompt's `y`.
     token: object = field(default_factory=object)
 
@@ -312,6 +314,7 @@ class Acceleration:
                 sampling.suspected = frozenset().union(*(r.learned for r in sampling.reasons))
             return None
         sampling.watched = watched(model, options, conds)
+        sampling.prompts_named = prompts_named(model, options)
         known = builder().find(structure) is not None
         plan = request_plan(structure, model.model.diffusion_model, self.options)
         run.captures = int(plan is not None and not known)
@@ -386,7 +389,8 @@ class Acceleration:
         """Have the prompts on the device, and see which stand behind the step's uuids (`_key`)."""
         sampling = self.sampling
         if sampling is not None:
-            if sampling.on_engine and "multigpu_clones" not in options:
+            theirs = sampling.prompts_named or "multigpu_clones" in options
+            if sampling.on_engine and not theirs:
                 _bring_over(conds, x.device)
             _see_prompts(sampling, conds, options)
         return executor(model, conds, x, timestep, options)
@@ -643,8 +647,10 @@ def _see_prompts(sampling: Sampling, conds: Any, options: Any) -> None:
     # These stand between the conditioning and the network, and may change what arrives there.
     replaced = ("model_function_wrapper", "sampler_calc_cond_batch_function")
     wrappers = (options.get("transformer_options") or {}).get("wrappers") or {}
-    sampling.prompts_vouched = not any(options.get(name) for name in replaced) and _only_ours(
-        wrappers.get("calc_cond_batch")
+    sampling.prompts_vouched = (
+        not sampling.prompts_named
+        and not any(options.get(name) for name in replaced)
+        and _only_ours(wrappers.get("calc_cond_batch"))
     )
     for given in conds:
         for cond in given or ():
