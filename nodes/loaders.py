@@ -35,6 +35,11 @@ class LoadCheckpoint(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
+    def fingerprint_inputs(cls, ckpt_name: str | None, **others: Any) -> str:
+        """The MODEL has its weights from the file itself: a file that was replaced is another."""
+        return _state_of("checkpoints", ckpt_name)
+
+    @classmethod
     def execute(cls, ckpt_name: str, first_run: str = WAITING[0]) -> io.NodeOutput:
         """MODEL, CLIP, VAE."""
         from ..accel.hosts.comfyui.loaders import load_checkpoint
@@ -71,6 +76,11 @@ class LoadDiffusionModel(io.ComfyNode):  # type: ignore[misc]
         )
 
     @classmethod
+    def fingerprint_inputs(cls, unet_name: str | None, **others: Any) -> str:
+        """The MODEL has its weights from the file itself: a file that was replaced is another."""
+        return _state_of("diffusion_models", unet_name)
+
+    @classmethod
     def execute(
         cls, unet_name: str, weight_dtype: str = PRECISIONS[0], first_run: str = WAITING[0]
     ) -> io.NodeOutput:
@@ -80,6 +90,12 @@ class LoadDiffusionModel(io.ComfyNode):  # type: ignore[misc]
         path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
         options = _options(cls, unet_name, first_run)
         return io.NodeOutput(load_diffusion_model(path, weight_dtype, options))
+
+
+def _state_of(folder: str, name: str | None) -> str:
+    from ..accel.hosts.comfyui.loaders import state_of
+
+    return state_of(folder, name)
 
 
 def _options(node: Any, title: str, first_run: str) -> Any:

@@ -40,6 +40,18 @@ def test_there_is_no_speedup_without_a_measured_baseline(path: Path) -> None:
     assert status_line(run) == "engine · 42 ms/step"
 
 
+def test_a_run_that_ended_early_has_calls_and_no_time_of_one(path: Path) -> None:
+    """Most of its seconds may have gone into weights and kernels."""
+    journal = Journal(path)
+    journal.note_baseline(KEY, SIZE, GPU, 62.0)
+    run = journal.begin("a.safetensors", graph_key=KEY, gpu=GPU)
+    run.call("engine", SIZE)
+    journal.finish(run, "interrupted")
+    assert (run.mode, run.steps) == ("engine", 1)
+    assert (run.ms("engine"), run.speedup, run.saved_seconds) == (None, None, None)
+    assert status_line(run) == "engine"
+
+
 def test_a_baseline_of_the_same_structure_size_and_gpu_gives_a_speedup(path: Path) -> None:
     journal = Journal(path)
     journal.note_baseline(KEY, SIZE, GPU, 62.0)
@@ -310,6 +322,7 @@ def test_old_runs_and_baselines_go(path: Path, monkeypatch: pytest.MonkeyPatch) 
         b'{"version": 1, "totals": {}, "baselines": []}',
         b'{"version": 1, "totals": {"runs": 5}',
         b"[" * 100_000,
+        b'{"version": 1, "totals": {"runs": 1' + b"0" * 400 + b'}, "baselines": {}}',
     ],
 )
 def test_a_damaged_file_is_said_once_and_replaced(

@@ -92,6 +92,9 @@ def test_what_cannot_be_used_is_left_out_and_named(folder, models_folder):
     shutil.copy(lora, folder / "set/lora.safetensors")
     (alone,) = ensure(models_folder, "checkpoints/wide-sd15-a.safetensors")
     shutil.copy(alone, folder / "set/alone.safetensors")
+    link = folder / "set/link.safetensors"
+    link.symlink_to(folder / "on-a-disk-that-is-not-there.safetensors")
+    assert state_of("set") == state_of("set")
     said: list[str] = []
     stop = journal().subscribe(
         lambda event, data: said.append(data["text"]) if event == STATUS_EVENT else None
@@ -103,8 +106,9 @@ def test_what_cannot_be_used_is_left_out_and_named(folder, models_folder):
     words = {line.removeprefix("left out: ").partition(": ")[0]: line for line in lines}
     assert set(words) == {
         f"set/{name}" for name in ("cut.safetensors", "none.safetensors", "other.ckpt",
-                                   "lora.safetensors", "alone.safetensors")
+                                   "lora.safetensors", "alone.safetensors", "link.safetensors")
     }  # fmt: skip
+    assert "a link to nothing" in words["set/link.safetensors"]
     assert "text encoder" in words["set/alone.safetensors"]
     assert all("\n" not in line for line in lines)
     assert said[-1].startswith("3 checkpoints painted · left out: ")

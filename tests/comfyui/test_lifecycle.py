@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -259,6 +261,34 @@ def in_step(model, step, action):
     return model
 
 
+def test_the_panel_does_not_wait_for_an_engine_at_work(load, prompt):
+    fast = accelerate(load(), Options(wait=True))
+    sample(fast, *prompt)
+    engine = engine_of(fast)
+    before = [entry for entry in networks() if entry["loaded"]]
+    assert len(before) == 1 and len(before[0]["shapes"]) == 1
+    works, done = threading.Event(), threading.Event()
+
+    def work():
+        with engine.lock:
+            works.set()
+            done.wait(30)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        assert works.wait(30)
+        started = time.monotonic()
+        assert [entry for entry in networks() if entry["loaded"]] == before
+        assert time.monotonic() - started < 5
+    finally:
+        done.set()
+        worker.join()
+    sample(fast, *prompt, size=(24, 16))
+    (after,) = (entry for entry in networks() if entry["loaded"])
+    assert len(after["shapes"]) == 2
+
+
 def test_prompts_are_brought_to_the_device_once_and_the_users_own_stay():
     elsewhere = torch.device("meta")
     given = torch.randn(1, 77, 8)
@@ -422,7 +452,9 @@ def test_an_interrupt_ends_the_run_and_harms_nothing(load, prompt):
     stopped = in_step(fast, 2, lambda *_: management.interrupt_current_processing())
     with pytest.raises(management.InterruptProcessingException):
         sample(stopped, *prompt)
-    assert last().error
+    run = last()
+    assert run.error and run.mode == "engine" and run.engine_calls == run.steps > 0
+    assert run.to_json()["status"] == "engine"  # of which nothing is known about its speed
     other = accelerate(load(letter="b"), Options(wait=True))
     management.interrupt_current_processing()  # while its weights come in
     with pytest.raises(management.InterruptProcessingException):
@@ -521,6 +553,32 @@ def test_a_prompt_is_computed_once_in_a_run_and_never_kept_over_a_change(load, p
     expected = sample(in_step(plain, 2, louder), *prompt)
     assert relative_error(sample(in_step(fast, 2, louder), *prompt), expected) < CLOSE
     assert counters.prompt_hits == before
+
+
+@pytest.mark.parametrize("where", ["c_crossattn", "cross_attn"])
+def test_a_function_around_the_network_may_write_into_the_prompt(load, where):
+    """In inference mode, as nodes run, where PyTorch counts no writes."""
+
+    def fading(model):
+        def fade(args):
+            (cond,) = args["cond"]
+            held = cond["model_conds"][where].cond if where == "c_crossattn" else cond[where]
+            held.mul_(0.5)
+            return args["denoised"]
+
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(fade)
+        return model
+
+    with torch.inference_mode():
+        plain = load()
+        expected = sample(fading(plain), conditioning(KIND, 1), conditioning(KIND, 2))
+        without = sample(plain, conditioning(KIND, 1), conditioning(KIND, 2))
+        fast = fading(accelerate(plain, Options(wait=True)))
+        result = sample(fast, conditioning(KIND, 1), conditioning(KIND, 2))
+    assert on_engine()
+    assert relative_error(without, expected) > 10 * CLOSE
+    assert relative_error(result, expected) < CLOSE
 
 
 def test_a_wrapper_that_comes_with_a_hook_may_change_the_prompt(load):

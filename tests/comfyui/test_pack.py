@@ -15,8 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from .server import ROOT, Server
+from .scenarios import relative_error
+from .server import ROOT, Server, ServerError
 from .workflows import Graph
 
 PARTS = ("__init__.py", "accel", "example_workflows", "locales", "nodes", "pyproject.toml", "web")
@@ -127,6 +129,37 @@ def test_a_report_is_about_the_samplings_that_lead_to_it(server):
     assert both[0] == line and both[1].startswith(files[1])
 
 
+def test_a_file_that_is_written_over_is_loaded_anew(server):
+    """In place, while the host keeps the MODEL: as a download over the old file does."""
+    names = [f"checkpoints/tiny-sd15-{letter}.safetensors" for letter in "ab"]
+    server.ensure(*names)
+    first, second = (server.models / name for name in names)
+    ours = server.models / "checkpoints" / "模型 written over.safetensors"
+
+    def latent(loader: str, name: str) -> torch.Tensor:
+        graph = Graph()
+        model = graph.add(loader, ckpt_name=name, first_run="wait")
+        prompts = graph.prompt("tiny-sd15", 1), graph.prompt("tiny-sd15", 2)
+        end = graph.sample(model, *prompts, graph.latent(), "over", steps=2)
+        graph.add("TestSave", samples=end, record="over-end")
+        server.run(graph.workflow)
+        return server.record("over")["latent"]
+
+    expected = latent("CheckpointLoaderSimple", second.name)
+    try:
+        shutil.copyfile(first, ours)
+        assert relative_error(latent("SwitchyardLoadCheckpoint", ours.name), expected) > 0.01
+        shutil.copyfile(second, ours)
+        assert relative_error(latent("SwitchyardLoadCheckpoint", ours.name), expected) < 1e-4
+        ours.write_bytes(second.read_bytes()[:5000])
+        with pytest.raises(ServerError, match=r"SwitchyardLoadCheckpoint: .*rror"):
+            latent("SwitchyardLoadCheckpoint", ours.name)
+        shutil.copyfile(first, ours)  # and the process lives
+        assert relative_error(latent("SwitchyardLoadCheckpoint", ours.name), expected) > 0.01
+    finally:
+        ours.unlink()
+
+
 @pytest.fixture
 def panel(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module, as a process without the pack's nodes imports it."""
@@ -202,6 +235,40 @@ def test_a_prompt_without_the_packs_nodes_stays_as_it_is(metadata):
     for prompt in (OTHERS, None, [], {"1": None}, {"1": {"class_type": 3}}):
         answer = metadata.arrive({"prompt": prompt, "extra_data": {"client_id": "x"}})
         assert answer == {"prompt": prompt, "extra_data": {"client_id": "x"}}
+    for nothing in ([], "a prompt"):  # that it is none is for the server to say
+        assert metadata.arrive(nothing) == nothing
+
+
+def test_of_a_prompt_a_digest_is_kept_and_only_samplers_are_compared(panel, monkeypatch, tmp_path):
+    from comfy_execution.utils import CurrentNodeContext
+
+    from accel.hosts.comfyui.journal import Journal
+
+    kept = Journal(tmp_path / "journal.json")
+    monkeypatch.setattr(panel, "journal", lambda: kept)
+    monkeypatch.setattr(panel, "pool", lambda: SimpleNamespace(networks=list))
+    prompt = {
+        "1": {"class_type": "SwitchyardAccelerate", "inputs": {}},
+        "2": {"class_type": "Text", "inputs": {"text": "castle" * 10_000}},
+        "3": {"class_type": "KSampler", "inputs": {"model": ["1", 0], "positive": ["2", 0]}},
+        "4": {"class_type": "SwitchyardReport", "inputs": {"anything": ["3", 0]}},
+    }
+    running = {0: (0, "one", prompt)}
+    panel.PromptServer.instance = SimpleNamespace(
+        prompt_queue=SimpleNamespace(currently_running=running)
+    )
+    nodes = panel._nodes()
+    kept.subscribe(nodes.note)
+    with CurrentNodeContext("one", "3"):
+        kept.finish(kept.begin("a.safetensors", node_id="1"))
+    assert len(repr(nodes._samplers)) < 200
+    asked: list[str] = []
+    digest = panel._asked
+    monkeypatch.setattr(panel, "_asked", lambda p, n: asked.append(n) or digest(p, n))
+    assert "a.safetensors" in panel.report(prompt, "4")
+    assert asked == ["3"]
+    other = {**prompt, "2": {"class_type": "Text", "inputs": {"text": "a forest"}}}
+    assert "a.safetensors" not in panel.report(other, "4")
 
 
 def test_a_receipt_reaches_the_prompt_that_runs(metadata):

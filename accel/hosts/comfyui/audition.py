@@ -115,6 +115,8 @@ def state_of(pattern: str | None) -> str:
     with suppress(InvalidInput):
         for name in names_of("*" if pattern is None else pattern):
             path = folder_paths.get_full_path(FOLDER, name)
+            if path is None:  # a link to nothing
+                continue
             with suppress(OSError):
                 status = os.stat(path)
                 stamps.append((name, status.st_size, status.st_mtime_ns))
@@ -161,11 +163,15 @@ def audition(pattern: str, request: Request, options: Options) -> Result:
 
 
 def _together(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names, those of one structure together, and what is said of files that are damaged."""
+    """The names, those of one structure together, and what is said of files that are unusable."""
     structures: dict[str, str] = {}
     remarks = []
     for name in names:
-        path = folder_paths.get_full_path_or_raise(FOLDER, name)
+        path = folder_paths.get_full_path(FOLDER, name)
+        if path is None:
+            gone = InvalidFile("the file is gone, or a link to nothing")
+            remarks.append(_left_out(name, gone))
+            continue
         structures[name] = ""
         if not path.endswith(".safetensors"):
             continue

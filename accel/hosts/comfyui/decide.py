@@ -422,6 +422,8 @@ _INSIDE = re.compile(
     r"(diffusion_model(\..*)?|input_blocks|output_blocks|middle_block|transformer_blocks"
     r"|register_forward(_pre)?_hook)"
 )
+# Under which the host has a prompt's tensors in the conditioning.
+_PROMPTS = frozenset(("c_crossattn", "cross_attn", "crossattn_controlnet", "model_conds"))
 # Packages whose functions are not looked into: a name of theirs says enough.
 _KNOWN = {
     *("builtins", "comfy", "comfy_api", "comfy_execution", "einops", "folder_paths", "math"),
@@ -557,6 +559,15 @@ def _foreign_functions(patcher: Any, model_options: Mapping[str, Any]) -> list[A
 def watched(patcher: Any, model_options: Mapping[str, Any], conds: Any) -> bool:
     """Whether code of others runs between the steps, and may reach into the network there."""
     return hooked(conds) or bool(_foreign_functions(patcher, model_options))
+
+
+def prompts_named(patcher: Any, model_options: Mapping[str, Any]) -> bool:
+    """Whether code of others knows where the prompts' tensors are, and may write into them.
+
+    PyTorch counts no writes in inference mode, in which the host runs.
+    """
+    codes = map(_Code, _foreign_functions(patcher, model_options))
+    return any(not _PROMPTS.isdisjoint(code.names | code.strings) for code in codes)
 
 
 def _outer_reasons(patcher: Any, model_options: Mapping[str, Any]) -> Iterator[Reason]:

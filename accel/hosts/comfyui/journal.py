@@ -136,9 +136,12 @@ class Run:
             self.reasons.append(reason)
 
     def times(self, path: str) -> dict[str, list[float]]:
-        """Milliseconds of each call on a path, by size. Of an unmeasured run, the mean for each."""
+        """Milliseconds of each call on a path, by size. Of an unmeasured run, the mean for each.
+
+        One that ended early has no mean: much of its time may have gone before the first call.
+        """
         found = {size: times for (way, size), times in self._times.items() if way == path}
-        if not found and len(self._untimed) == 1 and self.finished:
+        if not found and len(self._untimed) == 1 and self.finished and self.error is None:
             ((way, size), calls), *_ = self._untimed.items()
             if way == path and not self._times:
                 return {size: [self.seconds * 1000.0 / calls] * calls}
@@ -374,7 +377,7 @@ class Journal:
                 self._say(f"{self.path} is of a newer version: nothing is added to it")
                 return None
             return _Kept.from_json(data)
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
             self._say(f"{self.path} is damaged: totals and baselines start anew")
             return _Kept()
 

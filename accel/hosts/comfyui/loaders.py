@@ -13,7 +13,7 @@ from torch import nn
 
 from ...errors import SwitchyardError
 from ...structure import canonical_names
-from ...tensorfile import TensorFile
+from ...tensorfile import TensorFile, fingerprint_of
 from .patcher import accelerate
 from .run import KEY, Options, structure_of_model
 from .weights import FILE, contents
@@ -45,6 +45,23 @@ def load_diffusion_model(path: str, weight_dtype: str, options: Options) -> Any:
         model_options["fp8_optimizations"] = True
     model = comfy.sd.load_diffusion_model(path, model_options=model_options)
     return _accelerated(model, path, options)
+
+
+def state_of(folder: str, name: str | None) -> str:
+    """Changes where a file does: the host then loads it anew, and does not use what it kept.
+
+    A MODEL may be the mapped file. What is written over that changes half of it (its text encoders
+    are copies), and of a file that was cut short a mapping cannot be read: that ends the process.
+
+    name: None where another node gives it, and it is not known yet.
+    """
+    path = None if name is None else folder_paths.get_full_path(folder, name)
+    if path is None:
+        return ""
+    try:
+        return str(fingerprint_of(path))
+    except OSError:
+        return ""
 
 
 def _accelerated(model: Any, path: str, options: Options) -> Any:

@@ -6,13 +6,14 @@ import json
 import logging
 import uuid
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import comfy.model_management as management
 import torch
+import xxhash
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
@@ -85,11 +86,13 @@ class _Metadata:
         self._known: dict[str, dict[str, Any]] = {}
         server.add_on_prompt_handler(self._on_prompt)
 
-    def _on_prompt(self, json_data: dict[str, Any]) -> dict[str, Any]:
+    def _on_prompt(self, json_data: Any) -> Any:
         """Keep hold of a new prompt's metadata. What is malformed is the server's to refuse.
 
         A prompt without the pack's nodes is none of its business.
         """
+        if not isinstance(json_data, dict):
+            return json_data
         extra = json_data.setdefault("extra_data", {})
         if isinstance(extra, dict) and _has_our_nodes(json_data.get("prompt")):
             metadata = extra.get("extra_pnginfo")
@@ -147,7 +150,7 @@ class _Nodes:
     """What the runs' records do not hold: which node sampled, and which came back unaccelerated."""
 
     def __init__(self) -> None:
-        self._samplers: dict[int, tuple[str, str | None]] = {}  # and what was asked of it
+        self._samplers: dict[int, tuple[str, str | None]] = {}  # and a digest of what it was asked
         self._off: dict[str, _Off] = {}
 
     def note(self, event: str, data: dict[str, Any]) -> None:
@@ -170,17 +173,22 @@ class _Nodes:
         return {node: self._off[node] for node in nodes if node in self._off}
 
     def runs(
-        self, samplers: Mapping[str, str | None], nodes: Collection[str], since: int
+        self, prompt: Any, before: Collection[str], nodes: Collection[str], since: int
     ) -> list[Run]:
-        """The last run of each of `samplers`: later than run `since`, or of a MODEL of `nodes`.
+        """The last run of each node of `before`: later than run `since`, or of a MODEL of `nodes`.
 
-        samplers: with what is asked of them; a node of another workflow may have the same id. The
-        host may have taken a MODEL from its cache that another node has made.
+        Only of those that are asked the same in `prompt`: a node of another workflow may have the
+        same id. The host may have taken a MODEL from its cache that another node has made.
         """
         found = {}
+        asked: dict[str, str | None] = {}
         for run in list(journal().runs):
-            sampler, asked = self._samplers.get(run.id, ("", None))
-            if sampler not in samplers or asked not in (None, samplers[sampler]):
+            sampler, then = self._samplers.get(run.id, ("", None))
+            if sampler not in before:
+                continue
+            if sampler not in asked:
+                asked[sampler] = _asked(prompt, sampler)
+            if then not in (None, asked[sampler]):
                 continue
             if run.id > since or _root(run.node_id) in nodes:
                 found[sampler] = run
@@ -218,8 +226,7 @@ def report(prompt: Any = None, node_id: str | None = None) -> str:
     parts = [[f"node {node}: {said.line}"] for node, said in off.items()]
     if ours:
         since = max((said.last_run for said in off.values()), default=0)
-        asked = {node: _asked(prompt, node) for node in before}
-        runs = _nodes().runs(asked, [node for node in ours if node not in off], since)
+        runs = _nodes().runs(prompt, before, [node for node in ours if node not in off], since)
     else:
         runs = list(journal().runs)[-1:]
         parts = [["no accelerated node leads here; the last run of all:"]]
@@ -237,12 +244,12 @@ def _running(prompt_id: str) -> Any:
 
 
 def _asked(prompt: Any, node_id: str) -> str | None:
-    """What tells a node, with all that comes into it, from others; None if it is not known."""
+    """A digest of a node and all that comes into it; None if they are not known."""
     if not prompt or node_id not in prompt:
         return None
     nodes = [(n, prompt[n]) for n in (node_id, *_upstream(prompt, node_id))]
     told = [(n, _kind(node), node.get("inputs")) for n, node in nodes]
-    return json.dumps(told, sort_keys=True, default=str)
+    return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True, default=str).encode())
 
 
 def _upstream(prompt: Any, node_id: str | None) -> list[str]:

@@ -40,6 +40,9 @@ MAX_CHECKPOINTS = 8
 
 POLL_SECONDS = 0.05
 
+DESCRIBE_SECONDS = 0.1
+"""That the panel waits for an engine which is being loaded, or makes its kernels."""
+
 CPU = torch.device("cpu")
 
 
@@ -85,6 +88,7 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
         self.last_used = 0.0
         self.graphs = 0
         self._checkpoints: OrderedDict[Hashable, Checkpoint] = OrderedDict()
+        self._as_seen = self._description()
 
     # What the host asks of a model.
 
@@ -268,6 +272,34 @@ class NetworkPatcher(comfy.model_patcher.ModelPatcher):
                 self.network.waiting = waiting
                 self.network.refresh()
 
+    def described(self) -> dict[str, Any]:
+        """The engine as plain values, for the panel, which asks from another thread.
+
+        While it is being loaded or makes its kernels, which may take half a minute: as it was.
+        """
+        if self.lock.acquire(timeout=DESCRIBE_SECONDS):
+            try:
+                self._as_seen = self._description()
+            finally:
+                self.lock.release()
+        return self._as_seen
+
+    def _description(self) -> dict[str, Any]:
+        network = self.network
+        return {
+            "graph_key": self.structure.graph_key,
+            "family": self.structure.family,
+            "device": str(self.load_device),
+            "precision": str(self.dtype).removeprefix("torch."),
+            "loaded": network is not None,
+            "weights_bytes": 0 if network is None else network.weights.bytes,
+            "activation_bytes": 0 if network is None else network.activation_bytes,
+            "bytes": self.loaded_size(),
+            "graphs": self.graphs_captured(),
+            "shapes": [] if network is None else network.shapes(),
+            "last_used": self.last_used or None,
+        }
+
     @property
     def compiling(self) -> bool:
         """Whether libraries run in place of kernels that are still being compiled."""
@@ -331,7 +363,7 @@ class Pool:
 
     def networks(self) -> list[dict[str, Any]]:
         """Every engine as plain values, for the panel."""
-        return [_described(patcher) for patcher in self.engines()]
+        return [patcher.described() for patcher in self.engines()]
 
 
 def _await_arrival(network: Network, source: PatchedSource) -> None:
@@ -340,27 +372,6 @@ def _await_arrival(network: Network, source: PatchedSource) -> None:
     while job is not None and job.running():
         wait([job], POLL_SECONDS)
         comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-def _described(patcher: NetworkPatcher) -> dict[str, Any]:
-    with patcher.lock:  # the panel asks from another thread, while sizes come and go
-        return _description(patcher, patcher.network)
-
-
-def _description(patcher: NetworkPatcher, network: Network | None) -> dict[str, Any]:
-    return {
-        "graph_key": patcher.structure.graph_key,
-        "family": patcher.structure.family,
-        "device": str(patcher.load_device),
-        "precision": str(patcher.dtype).removeprefix("torch."),
-        "loaded": network is not None,
-        "weights_bytes": 0 if network is None else network.weights.bytes,
-        "activation_bytes": 0 if network is None else network.activation_bytes,
-        "bytes": patcher.loaded_size(),
-        "graphs": patcher.graphs_captured(),
-        "shapes": [] if network is None else network.shapes(),
-        "last_used": patcher.last_used or None,
-    }
 
 
 @lru_cache(maxsize=1)

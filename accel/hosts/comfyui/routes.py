@@ -295,7 +295,10 @@ def serve_scripts(table: web.RouteTableDef, folder: Path) -> None:
 
     @table.get(f"/extensions/{{pack:{escaped}}}/{{path:.+}}")
     async def serve(request: web.Request) -> web.StreamResponse:
-        path = (root / request.match_info["path"]).resolve()
+        try:
+            path = (root / request.match_info["path"]).resolve()
+        except ValueError:  # a null character
+            raise web.HTTPNotFound from None
         if not path.is_relative_to(root) or not path.is_file():
             raise web.HTTPNotFound
         return web.FileResponse(path)

@@ -47,6 +47,7 @@ from .decide import (
     learn,
     network_state,
     pristine,
+    prompts_named,
     watched,
     why_host_call,
     why_host_run,
@@ -137,6 +138,7 @@ class Sampling:
     # By cond uuid: the prompt's tensors, held; None once they have changed under it.
     prompts: dict[Any, tuple[Any, ...] | None] = field(default_factory=dict)
     prompts_vouched: bool = True
+    prompts_named: bool = False  # others may write into them
     # In every key: a guider that samples again has the same uuids, but sizes in its prompt's `y`.
     token: object = field(default_factory=object)
 
@@ -312,6 +314,7 @@ class Acceleration:
                 sampling.suspected = frozenset().union(*(r.learned for r in sampling.reasons))
             return None
         sampling.watched = watched(model, options, conds)
+        sampling.prompts_named = prompts_named(model, options)
         known = builder().find(structure) is not None
         plan = request_plan(structure, model.model.diffusion_model, self.options)
         run.captures = int(plan is not None and not known)
@@ -366,7 +369,12 @@ class Acceleration:
     def sampler_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Time the loop over the steps."""
         sampling = self.sampling
-        result = executor(*args, **kwargs)
+        try:
+            result = executor(*args, **kwargs)
+        except BaseException:  # the user's interrupt among them: what was called was called
+            if sampling is not None:
+                _count(sampling, None)
+            raise
         if sampling is not None and sampling.calls:
             if isinstance(result, Tensor) and result.is_cuda:
                 torch.cuda.synchronize(result.device)
@@ -381,7 +389,8 @@ class Acceleration:
         """Have the prompts on the device, and see which stand behind the step's uuids (`_key`)."""
         sampling = self.sampling
         if sampling is not None:
-            if sampling.on_engine and "multigpu_clones" not in options:
+            theirs = sampling.prompts_named or "multigpu_clones" in options
+            if sampling.on_engine and not theirs:
                 _bring_over(conds, x.device)
             _see_prompts(sampling, conds, options)
         return executor(model, conds, x, timestep, options)
@@ -638,8 +647,10 @@ def _see_prompts(sampling: Sampling, conds: Any, options: Any) -> None:
     # These stand between the conditioning and the network, and may change what arrives there.
     replaced = ("model_function_wrapper", "sampler_calc_cond_batch_function")
     wrappers = (options.get("transformer_options") or {}).get("wrappers") or {}
-    sampling.prompts_vouched = not any(options.get(name) for name in replaced) and _only_ours(
-        wrappers.get("calc_cond_batch")
+    sampling.prompts_vouched = (
+        not sampling.prompts_named
+        and not any(options.get(name) for name in replaced)
+        and _only_ours(wrappers.get("calc_cond_batch"))
     )
     for given in conds:
         for cond in given or ():
@@ -698,11 +709,16 @@ def _without_attention(
     return (*args[:5], rest, *args[6:]), kwargs
 
 
-def _count(sampling: Sampling, end: float) -> None:
-    """Enter the calls of one loop in the run. The first may have captured a graph: not timed."""
+def _count(sampling: Sampling, end: float | None) -> None:
+    """Enter the calls of one loop in the run. The first may have captured a graph: not timed.
+
+    end: when the device had done them; None where that is not known.
+    """
     calls, sampling.calls = sampling.calls, []
     alike = len({(path, dims) for path, dims, _ in calls}) == 1
-    ms = (end - calls[1][2]) * 1e3 / (len(calls) - 1) if alike and len(calls) > 1 else None
+    ms = None
+    if end is not None and alike and len(calls) > 1:
+        ms = (end - calls[1][2]) * 1e3 / (len(calls) - 1)
     controlnets = sampling.run.controlnets  # their time is part of a call's
     for path, (batch, _, height, width), _ in calls:
         dims = {"width": width * 8, "height": height * 8, "batch": batch}
