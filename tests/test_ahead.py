@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -351,6 +352,32 @@ def test_a_failure_costs_no_picture(
     assert "not compiled ahead: no sizes" in caplog.text
     for choice in selector.select(calls((9216,))):
         assert choice.kernel.launches is None
+
+
+def test_what_is_on_the_gpu_is_not_brought_there_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Brought(Code):
+        def warm(self) -> None:
+            asked.append(self.name)
+            if self.name == "too large":
+                raise RuntimeError(self.name)
+
+    def launches_of(kernel: Kernel, config: Any, call: Call) -> list[Code]:
+        return [Brought("too large" if call.op == "layer_norm" else call.op)]
+
+    load_triton()
+    monkeypatch.setattr(compiling, "launches_of", launches_of)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    compiler = Compiler(GPU, CUDA)
+    ours = {call.op: next(p for p in _pairs(call) if p[0].launches) for call in calls((64,))}
+    variants = [(*ours[call.op], call) for call in calls()]
+    compiler.compile(variants)
+    assert sorted(asked) == ["linear", "too large"]
+    for variant in variants:
+        assert compiler.loaded(variant) == (variant[0].op == "linear")
+    compiler.compile(variants)
+    assert sorted(asked) == ["linear", "too large", "too large"]
 
 
 # In a process of its own.

@@ -116,8 +116,8 @@ class Compiler:
         """What tells the code of its launches apart: asked several times while a size is bound."""
         kernel, config, call = variant
         which = (kernel.name, *sorted(config.items()), call.key)
-        found = self._keys.get(which)
-        if found is None:
+        found = self._keys.get(which, ())
+        if not found:  # or asked in vain, which may have passed
             if len(self._keys) >= KEPT:
                 self._keys.clear()
             found = self._keys[which] = tuple(_launches((variant,)))
