@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import random
@@ -532,14 +533,30 @@ def test_what_is_lent_of_a_copy_in_ram_are_whole_values(
     assert len(regions) > 20 and max(map(len, regions)) > 20_000, "one value may be larger"
 
 
-def test_a_slot_is_pinned_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others launch meanwhile, also when the first checkpoint is fetched ahead onto the device."""
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_slots_own_half_crosses_in_one_copy(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each copy takes the host time, also that of the threads that render."""
     pinned: list[tuple[int, int]] = []
     monkeypatch.setattr(HostBytes, "pin", lambda self, *piece: pinned.append(piece))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    stream = SimpleNamespace(wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     slot = Slot(SLOT_BYTES, CPU)
     slot.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
-    assert pinned == [] and slot.host.numel() == SLOT_BYTES
-    assert pinned == _cut(slot.host) and len(pinned) >= SLOT_BYTES // PIECE_BYTES > 4
+    slot.used = slot.crossed = SimpleNamespace(record=lambda stream: None)  # type: ignore[assignment]
+    slot.there = torch.zeros(SLOT_BYTES, dtype=torch.uint8)
+    slot.host.fill_(7)
+    assert pinned == [(0, SLOT_BYTES)]
+    copied, own = list[int](), torch.Tensor.copy_
+
+    def copy_(self: torch.Tensor, other: torch.Tensor, **rest: Any) -> torch.Tensor:
+        copied.append(other.numel())
+        return own(self, other)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    sent = slot.send(slot.host, stream, whole)
+    assert torch.equal(sent, slot.host) and sum(copied) == SLOT_BYTES
+    assert copied == [SLOT_BYTES] if whole else max(copied) <= PIECE_BYTES
 
 
 @pytest.mark.parametrize("pages", [1, 3])
