@@ -26,6 +26,10 @@ from accel.runtime.transfer import Transfer
 from accel.runtime.weights import Weights
 from accel.session import Engine, Session
 
+on_the_cpu = pytest.mark.skipif(
+    DEVICE.type == "cuda", reason="the engine is on the CPU here, which the interpreter reaches alone"
+)
+
 ARENAS = (torch.float16, torch.bfloat16, torch.float32)
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-23}
 
@@ -240,6 +244,7 @@ def values(engine: Engine) -> Tensor:
     return engine._network.weights.storage.clone().view(torch.float32)
 
 
+@on_the_cpu
 def test_an_arena_equals_one_that_is_written_parameter_by_parameter(
     engine: Engine, launched: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +268,7 @@ def test_an_arena_equals_one_that_is_written_parameter_by_parameter(
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
 
 
+@on_the_cpu
 def test_some_are_changed_while_others_are_still_to_come(
     engine: Engine, launched: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +284,7 @@ def test_some_are_changed_while_others_are_still_to_come(
     assert torch.equal(values(engine), whole)
 
 
+@on_the_cpu
 def test_factors_cross_from_pinned_ram_in_one_piece_for_each_launch(
     small_plans: Path,
     module: Any,
@@ -314,6 +321,7 @@ def test_factors_cross_from_pinned_ram_in_one_piece_for_each_launch(
     assert all(size / 2 < one <= size for one, size in pairs)
 
 
+@on_the_cpu
 def test_memory_that_runs_out_half_way_leaves_nothing_changed_twice(
     engine: Engine, launched: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +349,7 @@ def test_memory_that_runs_out_half_way_leaves_nothing_changed_twice(
     assert torch.equal(values(engine), whole)
 
 
+@on_the_cpu
 def test_a_parameter_does_not_depend_on_what_is_launched_with_it(
     engine: Engine, launched: list[int], tmp_path: Path
 ) -> None:
