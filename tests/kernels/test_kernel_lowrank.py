@@ -27,7 +27,7 @@ from accel.runtime.weights import Weights
 from accel.session import Engine, Session
 
 on_the_cpu = pytest.mark.skipif(
-    DEVICE.type == "cuda", reason="the engine is on the CPU here, which the interpreter reaches alone"
+    DEVICE.type == "cuda", reason="its engine is on the CPU, which only the interpreter reaches"
 )
 
 ARENAS = (torch.float16, torch.bfloat16, torch.float32)
